@@ -1,0 +1,38 @@
+# Two commands do everything, set-up included: `make report` and `make test`.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.PHONY: install report test lab lock export clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[dev]'
+	touch $@
+
+report: install  ## run the demo suite and print the path of its report
+	$(BIN)/dermnb run nbs/suites/demo.yaml
+
+test: install  ## notebooks clean, export in step, every notebook and test passes
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/in_step.py
+	$(BIN)/nbdev_test --n_workers 2 --do_print --timing
+	$(BIN)/python -m pytest -q
+
+lab: install  ## open the notebooks
+	$(BIN)/jupyter lab nbs
+
+export: install  ## write dermnb/ from the notebooks and clean them
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+lock: install  ## resolve all versions anew
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras \
+	  --no-emit-index-url --no-header pyproject.toml --output-file requirements.lock
+
+clean:  ## remove what the two commands made, but no results
+	rm -rf $(VENV) data/cache
