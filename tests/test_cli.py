@@ -1,0 +1,152 @@
+"""The command line as a person uses it: in processes of its own."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from dermnb.core import ExperimentConfig
+from dermnb.runs import RUN_FILES
+
+ROOT = Path(__file__).resolve().parent.parent
+DERMNB = Path(sys.executable).parent / "dermnb"
+
+
+def call(*args, **kwargs):
+    return subprocess.run(
+        [str(DERMNB), *map(str, args)], cwd=ROOT, capture_output=True, text=True, **kwargs
+    )
+
+
+def frameworks_after(statement: str) -> set[str]:
+    code = (
+        f"import sys; {statement}; "
+        "print(*{m.partition('.')[0] for m in sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {"tensorflow", "keras", "jax", "torch", "keras_cv"} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "module",
+    "core synthetic datasets splits images backbones evaluate runs figures report suites cli".split(),
+)
+def test_module_loads_no_framework(module):
+    assert frameworks_after(f"import dermnb.{module}") == set()
+
+
+def test_help_is_quick():
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert call("--help").returncode == 0
+        times.append(time.perf_counter() - start)
+    assert min(times) < 1.0, times
+
+
+@pytest.mark.parametrize(
+    "args, sentence",
+    [
+        (["run", "demos"], "did you mean 'demo'"),
+        (["run", "demo", "-p", "epoch=3"], "did you mean 'epochs'"),
+        (["run", "demo", "-p", "epochs"], "key=value"),
+        (["run", "demo", "-p", "epochs=many"], "epochs = 'many'"),
+        (["run", "demo", "-p", "backbone=xceptoin"], "did you mean 'xception'"),
+        (["run", "demo", "-p", "loss=focall"], "did you mean 'focal'"),
+        (["run", "demo", "--profile", "tiny"], "known: smoke, cpu, gpu"),
+        (["run", "backbones", "--data-dir", "/nowhere"], "'/nowhere' does not exist"),
+        (["report", "/nowhere"], "/nowhere"),
+        (["data", "check", "ham1000"], "did you mean 'ham10000'"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_2(args, sentence):
+    done = call(*args)
+    assert done.returncode == 2, done
+    assert sentence in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_parameters_cell_is_the_config():
+    "The notebook's tagged cell lists every field with its default, in order."
+    notebook = json.loads((ROOT / "nbs/experiments/train.ipynb").read_text())
+    tagged = [c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == 1
+    values = {}
+    exec("".join(tagged[0]["source"]), {}, values)
+    assert values.pop("folder") == ""
+    defaults = {k: f.default for k, f in ExperimentConfig.model_fields.items()}
+    assert list(values) == list(defaults) and values == defaults
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs/suites").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("profile", ["smoke", "cpu", "gpu"])
+def test_every_suite_resolves(path, profile):
+    from dermnb.suites import load_suite, resolve_suite
+
+    configs = resolve_suite(load_suite(path), profile)
+    assert [c.run for c in configs] == list(yaml.safe_load(path.read_text())["runs"])
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory, demo_dir):
+    "A suite of one good run and one that fails, executed."
+    folder = tmp_path_factory.mktemp("suite")
+    bad = folder / "bad.weights.h5"
+    bad.write_bytes(b"no weights at all")
+    content = {
+        "title": "Two <b>runs</b>",
+        "question": "Does one failure spare the other?",
+        "defaults": {"image_size": 32, "epochs": 2, "bootstrap": 100, "batch_size": 16},
+        "runs": {"cnn": {}, "broken": {"backbone": "mobilenetv2", "weights": str(bad)}},
+    }
+    (folder / "two.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    args = ["run", folder / "two.yaml", "--data-dir", demo_dir, "--reports", folder / "r"]
+    return folder, args, call(*args, timeout=300)
+
+
+def test_suite_end_to_end(suite):
+    folder, _, done = suite
+    assert done.returncode == 1, done.stderr
+    assert "broken failed" in done.stderr and "bad.weights.h5" in done.stderr
+    run = folder / "r/two/cnn"
+    for name in (*RUN_FILES, "notebook.ipynb", "report.html"):
+        assert (run / name).is_file(), name
+    assert done.stdout.strip().splitlines()[-1].endswith("index.html")
+    assert re.search(r"epoch \d/2", done.stdout), done.stdout
+    history = pd.read_csv(run / "history.csv")
+    assert list(history["epoch"]) == [1, 2]
+    page = (folder / "r/two/index.html").read_text()
+    assert "broken" in page and "failed" in page and "<b>runs</b>" not in page
+
+
+def test_run_folder_says_nothing_of_this_machine(suite):
+    folder, _, _ = suite
+    run = folder / "r/two/cnn"
+    for name in ("run.json", "notebook.ipynb", "report.html", "metrics.json"):
+        assert str(folder) not in (run / name).read_text(), name
+        assert str(ROOT) not in (run / name).read_text(), name
+
+
+def test_done_runs_are_not_repeated(suite):
+    folder, args, _ = suite
+    before = (folder / "r/two/cnn/run.json").stat().st_mtime_ns
+    done = call(*args, timeout=300)
+    assert "cnn: already done" in done.stdout
+    assert (folder / "r/two/cnn/run.json").stat().st_mtime_ns == before
+
+
+def test_report_is_rebuilt_without_training(suite):
+    folder, _, _ = suite
+    page = folder / "r/two/index.html"
+    page.unlink()
+    assert call("report", folder / "r/two").returncode == 0
+    assert page.is_file()
+    assert call("report", folder / "r/two", "--single-file").returncode == 0

@@ -1,0 +1,416 @@
+"""Every row of the backbone table, weights from every source, and the losses."""
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+import urllib.error
+import zipfile
+from pathlib import Path
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from keras.src.applications import (
+    densenet,
+    efficientnet,
+    inception_v3,
+    mobilenet_v2,
+    resnet,
+    xception,
+)
+from keras.src.utils import file_utils
+
+from dermnb.backbones import BACKBONES, IMAGENET_MEAN, IMAGENET_STD, build_backbone
+from dermnb.core import ConfigError
+from dermnb.losses import FocalLoss, WeightedCrossEntropy, focal_cross_entropy
+from dermnb.models import (
+    build_classifier,
+    load_classifier,
+    probabilities,
+    save_classifier,
+    set_batch_norm_momentum,
+    softmax,
+)
+
+REPO = Path(__file__).parents[1]
+REAL_WEIGHTS = Path(os.environ.get("DERMNB_REAL_WEIGHTS", REPO.parent / "shared/weights"))
+LIGHT = ["cnn", "alexnet", "mobilenetv2", "resnet50", "xception", "efficientnetb0"]
+
+
+def images(size: int, n: int = 2) -> np.ndarray:
+    return np.random.default_rng(0).uniform(0, 255, (n, size, size, 3)).astype("float32")
+
+
+def size_for(spec) -> int:
+    return max(32, spec.min_size)
+
+
+def edges(model) -> list[tuple[str, set[str]]]:
+    "Operations in topological order, each with the names of those it reads."
+
+    def parents(node):
+        if isinstance(node, dict):
+            if node.get("class_name") == "__keras_tensor__":
+                return {node["config"]["keras_history"][0]}
+            node = list(node.values())
+        if isinstance(node, list | tuple):
+            return set().union(*(parents(x) for x in node))
+        return set()
+
+    return [(x["name"], parents(x["inbound_nodes"])) for x in model.get_config()["layers"]]
+
+
+def cuts(model) -> list[str]:
+    "Names of the operations that everything flows through, bottom to top."
+    graph = edges(model)
+    at = {name: i for i, (name, _) in enumerate(graph)}
+    reach = dict.fromkeys(at, -1)
+    for i, (_, read) in enumerate(graph):
+        for name in read:
+            assert at[name] < i
+            reach[name] = i
+    found, furthest = [], -1
+    for i, (name, _) in enumerate(graph):
+        if furthest <= i:
+            found.append(name)
+        furthest = max(furthest, reach[name])
+    return found
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_row(name):
+    spec = BACKBONES[name]
+    size = size_for(spec)
+    model = build_classifier(name, 3, size)
+    logits = keras.ops.convert_to_numpy(model(images(size)))
+    assert logits.shape == (2, 3) and logits.dtype == "float32"
+    assert np.all(np.isfinite(logits))
+    assert not any(isinstance(x, keras.Model) for x in model.layers)
+    assert len(model.get_layer(spec.last_conv).output.shape) == 4
+    passed = [x for x in cuts(model) if x in spec.blocks]
+    assert passed == list(spec.blocks)
+    trunk_end = model.get_layer(spec.blocks[-1]).output
+    assert trunk_end is model.get_layer("head_pool").input
+    assert trunk_end.shape[-1] == spec.features
+    if name != "alexnet":  # its first dense layer depends on the image size
+        head = 3 * (spec.features + 1)
+        assert model.count_params() == spec.parameters + head
+
+
+def test_alexnet_has_the_published_maps():
+    trunk = build_backbone("alexnet", keras.Input((224, 224, 3)))
+    maps = [trunk.get_layer(f"conv{i}_relu").output.shape[1] for i in (1, 2, 5)]
+    assert maps == [55, 27, 13]
+    assert trunk.get_layer("conv5_pool").output.shape[1:] == (6, 6, 256)
+    assert trunk.count_params() == BACKBONES["alexnet"].parameters
+
+
+@pytest.mark.parametrize("name", [n for n in LIGHT if n != "resnet50"] + ["inceptionv3"])
+def test_smallest_image(name):
+    spec = BACKBONES[name]
+    trunk = build_backbone(name, keras.Input((spec.min_size, spec.min_size, 3)))
+    assert trunk(images(spec.min_size)).shape[-1] == spec.features
+    if spec.min_size > 1:
+        with pytest.raises(ConfigError, match=f"at least {spec.min_size}"):
+            build_backbone(name, keras.Input((spec.min_size - 1, spec.min_size - 1, 3)))
+
+
+@pytest.mark.parametrize("name", ["xception", "inceptionv3"])
+def test_names_do_not_depend_on_what_was_built_before(name):
+    code = (
+        "import keras; from dermnb.backbones import build_backbone as b;"
+        f"print(*[x.name for x in b({name!r}, keras.Input((75, 75, 3), name='i')).layers])"
+    )
+    fresh = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPO
+    ).stdout.split()
+    inputs = keras.Input((75, 75, 3), name="i")
+    assert [x.name for x in build_backbone(name, inputs).layers] == fresh
+
+
+def test_table_loads_no_framework():
+    code = (
+        "import sys, dermnb.backbones as b; b.find_weights('resnet50', 'imagenet');"
+        "assert not {'keras', 'tensorflow', 'jax'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO)
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_saved_model_predicts_the_same(name, tmp_path):
+    size = size_for(BACKBONES[name])
+    model = build_classifier(name, 3, size, head=[8], dropout=0.3, batch_norm=True)
+    randomise(model)
+    before = softmax(model(images(size)))
+    save_classifier(model, tmp_path, ["a", "ö", "c"], {"resize": "pad"})
+    loaded = load_classifier(tmp_path)
+    after = keras.ops.convert_to_numpy(loaded.model(images(size)))
+    np.testing.assert_allclose(after, before, atol=1e-6)
+    assert (loaded.classes, loaded.resize) == (("a", "ö", "c"), "pad")
+    with zipfile.ZipFile(tmp_path / "model.keras") as archive:
+        config = archive.read("config.json").decode()
+    assert "dermnb" not in config and "Lambda" not in config
+
+
+def test_saved_in_half_precision(tmp_path):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = build_classifier("mobilenetv2", 3, 32)
+        assert model.get_layer("preprocess").compute_dtype == "float32"
+        assert model.output.dtype == "float32"
+        before = probabilities(model, [images(32)])
+        save_classifier(model, tmp_path, "abc")
+    finally:
+        keras.config.set_dtype_policy("float32")
+    np.testing.assert_array_equal(load_classifier(tmp_path).predict(images(32)), before)
+
+
+def test_seed_and_momentum():
+    model = build_classifier("mobilenetv2", 3, 32, seed=1, batch_norm_momentum=0.9)
+    same = build_classifier("mobilenetv2", 3, 32, seed=1)
+    for a, b in zip(model.get_weights(), same.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert model.get_layer("bn_Conv1").momentum == 0.9
+    assert same.get_layer("bn_Conv1").momentum == 0.999
+    assert set_batch_norm_momentum(same, 0.5) == 52
+    with pytest.raises(ConfigError, match="momentum 1"):
+        set_batch_norm_momentum(same, 1)
+
+
+# Weights
+
+
+def randomise(model) -> None:
+    "Values that no initialiser gives, positive where a variance is meant."
+    rng = np.random.default_rng(1)
+    for layer in model.layers:
+        layer.set_weights(
+            [
+                rng.uniform(0.5, 1.5, w.shape).astype(w.dtype)
+                if w.ndim == 1
+                else w + rng.normal(0, 0.01, w.shape).astype(w.dtype)
+                for w in layer.get_weights()
+            ]
+        )
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()
+
+
+def save_as_published(model, path) -> None:
+    "The older format of the files that Keras publishes."
+    with h5py.File(path, "w") as f:
+        held = [x for x in model.layers if x.get_weights()]
+        f.attrs["layer_names"] = [x.name.encode() for x in held]
+        for layer in held:
+            group = f.create_group(layer.name)
+            # Trainable first, as the older format has it.
+            order = layer.trainable_weights + layer.non_trainable_weights
+            names = [f"{i}:0" for i in range(len(order))]
+            group.attrs["weight_names"] = [n.encode() for n in names]
+            for n, w in zip(names, order, strict=True):
+                group[n] = keras.ops.convert_to_numpy(w)
+
+
+@pytest.fixture
+def keras_cache(tmp_path, monkeypatch):
+    "An empty Keras cache that takes any file for the right one."
+    (tmp_path / "keras/models").mkdir(parents=True)
+    monkeypatch.setattr(file_utils.config, "keras_home", lambda: str(tmp_path / "keras"))
+    monkeypatch.setattr(file_utils, "validate_file", lambda *args, **kwargs: True)
+    monkeypatch.setenv("DERMNB_WEIGHTS", str(tmp_path / "weights"))
+    (tmp_path / "weights").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["efficientnetb0", "resnet50"])
+def test_every_source_gives_the_network_of_a_download(name, keras_cache):
+    spec = BACKBONES[name]
+    source = build_backbone(name, keras.Input((32, 32, 3)))
+    randomise(source)
+    published = keras_cache / "keras/models" / spec.weights_file
+    save_as_published(source, published)
+    theirs = getattr(keras.applications, spec.builder)(
+        include_top=False, weights="imagenet", input_shape=(32, 32, 3)
+    )
+    module = efficientnet if name.startswith("efficient") else resnet
+    expected = np.array(theirs(module.preprocess_input(images(32))))
+    assert np.std(expected) > 0
+
+    def output(weights):
+        return np.array(build_backbone(name, keras.Input((32, 32, 3)), weights)(images(32)))
+
+    def check(weights):
+        np.testing.assert_allclose(output(weights), expected, rtol=1e-4, atol=1e-5)
+
+    check("imagenet")  # what Keras would have downloaded
+    check(str(published))
+    new = keras_cache / f"{name}.weights.h5"
+    source.save_weights(new)
+    check(str(new))
+    shutil.copy(new, keras_cache / "saved-elsewhere.h5")  # the name tells no format
+    check(str(keras_cache / "saved-elsewhere.h5"))
+    published.rename(keras_cache / "weights" / spec.weights_file)
+    check("imagenet")
+    (keras_cache / "weights" / spec.weights_file).unlink()
+    shutil.copy(new, keras_cache / "weights")
+    check("imagenet")
+    if name == "efficientnetb0":  # the trap: the same file by its path, in plain Keras
+        naive = keras.applications.EfficientNetB0(
+            include_top=False, weights=new, input_shape=(32, 32, 3)
+        )
+        assert not np.allclose(np.array(naive(images(32))), expected, rtol=1e-2)
+
+
+def test_efficientnet_from_scratch_sees_normalised_images():
+    trunk = build_backbone("efficientnetb0", keras.Input((32, 32, 3)))
+    seen = keras.Model(trunk.input, trunk.get_layer("rescaling_1").output)(images(32))
+    expected = (images(32) / 255 - IMAGENET_MEAN) / IMAGENET_STD
+    np.testing.assert_allclose(np.array(seen), expected, atol=1e-4)
+
+
+def test_addresses_are_those_of_keras():
+    tail = "weights_tf_dim_ordering_tf_kernels"
+    expected = {
+        "mobilenetv2": f"{mobilenet_v2.BASE_WEIGHT_PATH}mobilenet_v2_{tail}_1.0_224_no_top.h5",
+        "resnet50": f"{resnet.BASE_WEIGHTS_PATH}resnet50_{tail}_notop.h5",
+        "densenet121": densenet.DENSENET121_WEIGHT_PATH_NO_TOP,
+        "inceptionv3": inception_v3.WEIGHTS_PATH_NO_TOP,
+        "xception": xception.WEIGHTS_PATH_NO_TOP,
+    } | {
+        f"efficientnet{v}": f"{efficientnet.BASE_WEIGHTS_PATH}efficientnet{v}_notop.h5"
+        for v in ("b0", "b1", "b4", "b5", "b7")
+    }
+    assert {n: s.weights_url for n, s in BACKBONES.items() if s.weights_url} == expected
+
+
+def test_no_network(keras_cache, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(file_utils, "urlretrieve", refuse)
+    with pytest.raises(ConfigError) as error:
+        build_classifier("mobilenetv2", 3, 32, weights="imagenet")
+    spec, message = BACKBONES["mobilenetv2"], str(error.value)
+    for part in (spec.weights_url, spec.weights_file, str(keras_cache / "weights")):
+        assert part in message
+    assert "no route to host" in message and "\n" not in message
+
+
+def test_wrong_weights(tmp_path):
+    def message(name, path):
+        with pytest.raises(ConfigError) as error:
+            build_backbone(name, keras.Input((32, 32, 3)), str(path))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "is no file" in message("mobilenetv2", tmp_path / "absent.h5")
+    (tmp_path / "text.h5").write_text("not weights")
+    assert "not a readable HDF5 file" in message("mobilenetv2", tmp_path / "text.h5")
+    other = build_backbone("efficientnetb0", keras.Input((32, 32, 3)))
+    other.save_weights(tmp_path / "b0.weights.h5")
+    assert "holds 4,049,571" in message("mobilenetv2", tmp_path / "b0.weights.h5")
+    save_as_published(other, tmp_path / "b0.h5")
+    assert "does not fit mobilenetv2" in message("mobilenetv2", tmp_path / "b0.h5")
+
+
+@pytest.mark.skipif(not REAL_WEIGHTS.is_dir(), reason=f"no weights in {REAL_WEIGHTS}")
+def test_real_weights(tmp_path, monkeypatch):
+    file = REAL_WEIGHTS / "mobilenetv2_1.0_224_notop.weights.h5"
+    shutil.copy(file, tmp_path / "mobilenetv2.weights.h5")
+    monkeypatch.setenv("DERMNB_WEIGHTS", str(tmp_path))
+    theirs = keras.applications.MobileNetV2(
+        include_top=False, weights=None, input_shape=(96, 96, 3)
+    )
+    theirs.load_weights(file)
+    expected = np.array(theirs(mobilenet_v2.preprocess_input(images(96))))
+    for weights in (str(file), "imagenet"):
+        trunk = build_backbone("mobilenetv2", keras.Input((96, 96, 3)), weights)
+        np.testing.assert_allclose(np.array(trunk(images(96))), expected, atol=1e-4)
+
+
+# Losses
+
+
+def gradient(loss, y_true, y_pred):
+    y_pred = np.asarray(y_pred, "float32")
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return np.array(jax.grad(lambda p: loss(y_true, p))(y_pred))
+    import tensorflow as tf
+
+    y_pred = tf.constant(y_pred)
+    with tf.GradientTape() as tape:
+        tape.watch(y_pred)
+        value = loss(y_true, y_pred)
+    return tape.gradient(value, y_pred).numpy()
+
+
+EXTREME = [[1e4, -1e4, 0], [-1e4, 1e4, 0], [1e4, 1e4, 1e4]]
+CERTAIN = [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("gamma", [0, 0.5, 1, 2, 5])
+@pytest.mark.parametrize("smoothing", [0, 0.1])
+def test_gradients_are_finite(gamma, smoothing):
+    alpha = [0.5, 1, 2]
+    for y_pred, from_logits in ((EXTREME, True), (CERTAIN, False)):
+        loss = FocalLoss(gamma, alpha, from_logits, smoothing)
+        for y_true in ([0, 0, 0], np.eye(3)[[0, 0, 0]], [[0.4, 0.6, 0]] * 3):
+            assert math.isfinite(float(loss(np.asarray(y_true), y_pred)))
+            assert np.all(np.isfinite(gradient(loss, np.asarray(y_true), y_pred)))
+    # A network that is wrong with certainty still learns.
+    assert np.any(gradient(FocalLoss(gamma), np.array([0, 0, 0]), EXTREME)[1])
+
+
+def test_mixup_costs_the_mixture():
+    rng = np.random.default_rng(0)
+    logits, a, b = rng.normal(0, 2, (5, 4)), rng.integers(0, 4, 5), rng.integers(0, 4, 5)
+    one_hot = np.eye(4)
+    loss = FocalLoss(2, [1, 2, 3, 4], label_smoothing=0.1)
+    mixed = loss(0.3 * one_hot[a] + 0.7 * one_hot[b], logits)
+    apart = 0.3 * loss(a, logits) + 0.7 * loss(b, logits)
+    assert float(mixed) == pytest.approx(float(apart), rel=1e-5)
+
+
+def test_half_precision_logits():
+    logits = np.array([[3.0, -2.0, 0.5]], "float16")
+    value = FocalLoss()(np.array([0]), logits)
+    assert keras.backend.standardize_dtype(value.dtype) == "float32"
+    exact = focal_cross_entropy([0], logits.astype("float32"))
+    assert float(value) == pytest.approx(float(exact[0]), rel=1e-6)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_class_weights_are_those_of_keras(sparse):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 5)).astype("float32"), rng.integers(0, 3, 8)
+    labels = y if sparse else np.eye(3, dtype="float32")[y]
+    weights = [0.5, 1.0, 4.0]
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(3)])
+    start = model.get_weights()
+    cls = "SparseCategoricalCrossentropy" if sparse else "CategoricalCrossentropy"
+
+    def step(loss, **kwargs):
+        model.set_weights(start)
+        model.compile(keras.optimizers.SGD(0.1), loss)
+        value = model.train_on_batch(x, labels, **kwargs)
+        return float(np.ravel(value)[0]), model.get_weights()[0]
+
+    theirs, after_theirs = step(
+        getattr(keras.losses, cls)(from_logits=True), class_weight=dict(enumerate(weights))
+    )
+    ours, after_ours = step(WeightedCrossEntropy(weights))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    np.testing.assert_allclose(after_ours, after_theirs, atol=1e-6)
+
+
+def test_model_with_loss_can_be_saved(tmp_path):
+    model = build_classifier("cnn", 3, 16)
+    model.compile("adam", FocalLoss(1.5, [1, 2, 3], label_smoothing=0.1))
+    model.save(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    assert loaded.loss.get_config() == model.loss.get_config()
