@@ -163,8 +163,12 @@ def learning_curves(
                 raise ConfigError(f"history of {name!r}: column {column!r} is missing.")
     figure = go.Figure()
     starts = {name: stage_starts(h) for name, h in histories.items()}
-    shared = len({tuple(s) for s in starts.values()}) == 1
+    drawn = {name: s for name, s in starts.items() if not histories[name].empty}
+    _require("figure of learning curves", drawn)
+    shared = len({tuple(s) for s in drawn.values()}) == 1
     for i, (name, history) in enumerate(histories.items()):
+        if history.empty:
+            continue  # it keeps its colour for the other figures
         style, epoch = style_of(i), history["epoch"].tolist()
         first = {e for e, _ in starts[name]}
         marks = ["diamond" if e in first else "circle" for e in epoch]
@@ -193,7 +197,7 @@ def learning_curves(
                 hovertemplate="validation %{y:.4f} (stage %{customdata})",
             )
     if shared:
-        for epoch, stage in next(iter(starts.values())):
+        for epoch, stage in next(iter(drawn.values())):
             figure.add_vline(epoch - 0.5, line={"color": INK, "width": 1, "dash": "dot"})
             figure.add_annotation(
                 x=epoch - 0.5,
@@ -205,7 +209,7 @@ def learning_curves(
                 yanchor="bottom",
                 font={"size": 11},
             )
-    last = max(int(h["epoch"].max()) for h in histories.values())
+    last = max(int(histories[name]["epoch"].max()) for name in drawn)
     images = f"{n[0]:,} training and {n[1]:,} validation images" if n else ""
     staged = any(starts.values())
     _finish(
@@ -218,7 +222,7 @@ def learning_curves(
             note,
         ),
         height=460,
-        legend=len(histories),
+        legend=len(drawn),
     )
     if staged and shared:
         figure.layout.margin.t += 14

@@ -264,72 +264,7 @@ def stage_rate(
         stage.decay,
     )
 
-# %% ../nbs/09_finetune.ipynb #8efa52c2
-class TrainingError(ConfigError):
-    "Training went wrong in a way that other settings can mend; one sentence."
-
-
-HISTORY = (
-    "epoch stage learning_rate loss accuracy val_loss val_accuracy seconds "
-    "trainable_parameters"
-).split()
-
-
-def make_optimizer(
-    name: str,  # adam, adamw or sgd (with Nesterov momentum 0.9)
-    learning_rate,  # a number or a schedule
-) -> keras.optimizers.Optimizer:
-    "A new optimizer."
-    if name == "adam":
-        return keras.optimizers.Adam(learning_rate)
-    if name == "adamw":
-        return keras.optimizers.AdamW(learning_rate, weight_decay=1e-4)
-    if name == "sgd":
-        return keras.optimizers.SGD(learning_rate, momentum=0.9, nesterov=True)
-    raise unknown_name("optimizer", name, ["adam", "adamw", "sgd"])
-
-
-def fit_stages(
-    model: keras.Model,  # logits out; trained in place
-    spec,  # its BackboneSpec
-    stages: tuple[Stage, ...],  # from `make_schedule`
-    train,  # keras.utils.PyDataset of (images, one-hot labels)
-    val,  # the same, neither shuffled nor augmented
-    loss,  # keras loss on logits and one-hot labels
-    config: ExperimentConfig,  # its optimizer
-    on_epoch: Callable[[dict], None] | None = None,  # gets each row of the history
-) -> pd.DataFrame:  # one row an epoch, columns HISTORY
-    "Train a network stage by stage; the history says where each stage begins."
-    if not stages or not len(train) or not len(val):
-        raise ConfigError("training needs a stage, training images and validation images.")
-    watch = _Watch(stages, len(train), on_epoch)
-    for stage in stages:
-        set_trainable(model, spec, stage.train, stage.train_batch_norm)
-        optimizer = make_optimizer(config.optimizer, stage_rate(stage, len(train)))
-        model.compile(
-            optimizer,
-            loss,
-            metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
-            # On CPU, XLA makes TensorFlow's training several times slower.
-            jit_compile=False if keras.backend.backend() == "tensorflow" else "auto",
-        )
-        begin = watch.begin(stage, model)
-        with _frozen_dropout_off(model, spec, stage.train):
-            model.fit(
-                train,
-                validation_data=val,
-                initial_epoch=begin,
-                epochs=begin + stage.epochs,
-                shuffle=False,  # the data set shuffles itself, by its own seed
-                verbose=0,
-                callbacks=[watch, *_stage_callbacks(stage, begin)],
-            )
-        watch.end(model)
-    history = pd.DataFrame(watch.rows, columns=HISTORY)
-    history.attrs["restored_epoch"] = watch.restore_best(model)
-    return history
-
-
+# %% ../nbs/09_finetune.ipynb #79a13540
 def _stage_callbacks(stage: Stage, begin: int) -> list[keras.callbacks.Callback]:
     callbacks = []
     if stage.decay == "plateau":
@@ -354,6 +289,23 @@ def _stage_callbacks(stage: Stage, begin: int) -> list[keras.callbacks.Callback]
             keras.callbacks.EarlyStopping("val_loss", patience=stage.early_stopping)
         )
     return callbacks
+
+# %% ../nbs/09_finetune.ipynb #544bd88f
+class TrainingError(ConfigError):
+    "Training went wrong in a way that other settings can mend; one sentence."
+
+
+HISTORY = [
+    "epoch",
+    "stage",
+    "learning_rate",
+    "loss",
+    "accuracy",
+    "val_loss",
+    "val_accuracy",
+    "seconds",
+    "trainable_parameters",
+]
 
 
 class _Watch(keras.callbacks.Callback):
@@ -474,3 +426,58 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+# %% ../nbs/09_finetune.ipynb #6edb416c
+def make_optimizer(
+    name: str,  # adam, adamw or sgd (with Nesterov momentum 0.9)
+    learning_rate,  # a number or a schedule
+) -> keras.optimizers.Optimizer:
+    "A new optimizer."
+    if name == "adam":
+        return keras.optimizers.Adam(learning_rate)
+    if name == "adamw":
+        return keras.optimizers.AdamW(learning_rate, weight_decay=1e-4)
+    if name == "sgd":
+        return keras.optimizers.SGD(learning_rate, momentum=0.9, nesterov=True)
+    raise unknown_name("optimizer", name, ["adam", "adamw", "sgd"])
+
+
+def fit_stages(
+    model: keras.Model,  # logits out; trained in place
+    spec,  # its BackboneSpec
+    stages: tuple[Stage, ...],  # from `make_schedule`
+    train,  # keras.utils.PyDataset of (images, one-hot labels)
+    val,  # the same, neither shuffled nor augmented
+    loss,  # keras loss on logits and one-hot labels
+    config: ExperimentConfig,  # its optimizer
+    on_epoch: Callable[[dict], None] | None = None,  # gets each row of the history
+) -> pd.DataFrame:  # one row an epoch, columns HISTORY
+    "Train a network stage by stage; the history says where each stage begins."
+    if not stages or not len(train) or not len(val):
+        raise ConfigError("training needs a stage, training images and validation images.")
+    watch = _Watch(stages, len(train), on_epoch)
+    for stage in stages:
+        set_trainable(model, spec, stage.train, stage.train_batch_norm)
+        optimizer = make_optimizer(config.optimizer, stage_rate(stage, len(train)))
+        model.compile(
+            optimizer,
+            loss,
+            metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
+            # On CPU, XLA makes TensorFlow's training several times slower.
+            jit_compile=False if keras.backend.backend() == "tensorflow" else "auto",
+        )
+        begin = watch.begin(stage, model)
+        with _frozen_dropout_off(model, spec, stage.train):
+            model.fit(
+                train,
+                validation_data=val,
+                initial_epoch=begin,
+                epochs=begin + stage.epochs,
+                shuffle=False,  # the data set shuffles itself, by its own seed
+                verbose=0,
+                callbacks=[watch, *_stage_callbacks(stage, begin)],
+            )
+        watch.end(model)
+    history = pd.DataFrame(watch.rows, columns=HISTORY)
+    history.attrs["restored_epoch"] = watch.restore_best(model)
+    return history

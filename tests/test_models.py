@@ -37,7 +37,8 @@ from dermnb.models import (
 
 REPO = Path(__file__).parents[1]
 REAL_WEIGHTS = Path(os.environ.get("DERMNB_REAL_WEIGHTS", REPO.parent / "shared/weights"))
-LIGHT = ["cnn", "alexnet", "mobilenetv2", "resnet50", "xception", "efficientnetb0"]
+# One of each way of preprocessing.
+LIGHT = ["cnn", "alexnet", "mobilenetv2", "resnet50", "efficientnetb0"]
 
 
 def images(size: int, n: int = 2) -> np.ndarray:
@@ -108,7 +109,7 @@ def test_alexnet_has_the_published_maps():
     assert trunk.count_params() == BACKBONES["alexnet"].parameters
 
 
-@pytest.mark.parametrize("name", [n for n in LIGHT if n != "resnet50"] + ["inceptionv3"])
+@pytest.mark.parametrize("name", ["cnn", "alexnet", "mobilenetv2", "xception", "inceptionv3"])
 def test_smallest_image(name):
     spec = BACKBONES[name]
     trunk = build_backbone(name, keras.Input((spec.min_size, spec.min_size, 3)))
@@ -118,17 +119,13 @@ def test_smallest_image(name):
             build_backbone(name, keras.Input((spec.min_size - 1, spec.min_size - 1, 3)))
 
 
-@pytest.mark.parametrize("name", ["xception", "inceptionv3"])
-def test_names_do_not_depend_on_what_was_built_before(name):
-    code = (
-        "import keras; from dermnb.backbones import build_backbone as b;"
-        f"print(*[x.name for x in b({name!r}, keras.Input((75, 75, 3), name='i')).layers])"
-    )
-    fresh = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPO
-    ).stdout.split()
-    inputs = keras.Input((75, 75, 3), name="i")
-    assert [x.name for x in build_backbone(name, inputs).layers] == fresh
+def test_names_do_not_depend_on_what_was_built_before():
+    names = [
+        [x.name for x in build_backbone("xception", keras.Input((32, 32, 3))).layers[1:]]
+        for _ in range(2)
+    ]
+    assert names[0] == names[1]
+    assert {"add", "add_11", "conv2d", "conv2d_3", "batch_normalization"} <= set(names[0])
 
 
 def test_table_loads_no_framework():
@@ -158,14 +155,15 @@ def test_saved_model_predicts_the_same(name, tmp_path):
 def test_saved_in_half_precision(tmp_path):
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
-        model = build_classifier("mobilenetv2", 3, 32)
+        model = build_classifier("cnn", 3, 32)
         assert model.get_layer("preprocess").compute_dtype == "float32"
         assert model.output.dtype == "float32"
         before = probabilities(model, [images(32)])
         save_classifier(model, tmp_path, "abc")
     finally:
         keras.config.set_dtype_policy("float32")
-    np.testing.assert_array_equal(load_classifier(tmp_path).predict(images(32)), before)
+    after = load_classifier(tmp_path).predict(images(32))
+    np.testing.assert_allclose(after, before, atol=1e-6)
 
 
 def test_seed_and_momentum():

@@ -83,7 +83,9 @@ def test_classes_keep_their_shares_when_lesions_are_many(seed):
         assert (np.abs(got - wanted) <= 2.5).all(), (name, got, wanted)
 
 
-@pytest.mark.parametrize(("lesions", "present"), [(1, 1), (2, 2), (3, 3), (4, 3), (9, 3)])
+@pytest.mark.parametrize(
+    ("lesions", "present"), [(1, 1), (2, 2), (3, 3), (4, 3), (9, 3)]
+)
 def test_tiny_class_serves_training_then_test_then_validation(lesions, present):
     ids = [f"{i:03d}" for i in range(100 + lesions)]
     manifest = pd.DataFrame(
@@ -120,7 +122,9 @@ def test_folds_test_each_image_once_and_validation_comes_from_the_rest(folds):
     )
     tested = []
     for fold in range(folds):
-        config = ExperimentConfig(split="kfold", folds=folds, fold=fold, val_fraction=0.2)
+        config = ExperimentConfig(
+            split="kfold", folds=folds, fold=fold, val_fraction=0.2
+        )
         split = make_split(manifest, config)
         check_split(split)
         tested += split.loc[split["split"] == "test", "image_id"].tolist()
@@ -188,7 +192,11 @@ def test_subset_takes_whole_lesions_and_every_class(seed):
     assert sorted(groups.index[groups.isin(taken)]) == sorted(part["image_id"])
     moved = manifest.sample(frac=1, random_state=seed)
     assert set(take_subset(moved, n, seed)["image_id"]) == set(part["image_id"])
-    assert len(take_subset(manifest, 0)) == len(take_subset(manifest, 10**9)) == len(manifest)
+    assert (
+        len(take_subset(manifest, 0))
+        == len(take_subset(manifest, 10**9))
+        == len(manifest)
+    )
 
 
 def test_balanced_draw_is_exact_from_training_and_free_of_row_order():
@@ -205,7 +213,9 @@ def test_balanced_draw_is_exact_from_training_and_free_of_row_order():
     moved = manifest.sample(frac=1, random_state=0)
     again = moved.iloc[balance_training(moved, per_class, seed=2)]
     assert sorted(again["image_id"]) == sorted(drawn["image_id"])
-    assert (balance_training(manifest, 0) == np.flatnonzero(manifest.split == "train")).all()
+    assert (
+        balance_training(manifest, 0) == np.flatnonzero(manifest.split == "train")
+    ).all()
 
 
 def test_import_loads_no_framework():
