@@ -18,6 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: formatting it takes longer than all else
 )
 data_app = typer.Typer(help="List, check and fetch datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
@@ -122,10 +123,12 @@ def data_fetch(
 
 def main():
     "The `dermnb` command."
-    from dermnb.core import ConfigError
-
     try:
         app()
-    except ConfigError as error:
+    except ValueError as error:
+        from dermnb.core import ConfigError  # only now: it takes half a second
+
+        if not isinstance(error, ConfigError):
+            raise
         print(f"dermnb: {error}", file=sys.stderr)
         sys.exit(2)

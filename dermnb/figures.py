@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'SYMBOLS', 'DASHES', 'SHADES', 'INK', 'GRID', 'FONT', 'TEMPLATE', 'LEGEND', 'HISTORY_COLUMNS',
            'SPLIT_TITLES', 'COSTS', 'style_of', 'label', 'stage_starts', 'learning_curves', 'confusion_figure',
-           'label_plain', 'per_class_figure', 'leaderboard_figure', 'cost_figure']
+           'per_class_figure', 'leaderboard_figure', 'cost_figure']
 
 # %% ../nbs/15_figures.ipynb #44286dd3
 import html
@@ -32,7 +32,7 @@ COLOURS = (
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross")
 DASHES = ("solid", "dash", "dashdot", "longdash")
 SHADES = ((0.0, "#F4F8FB"), (0.25, "#B9D7EA"), (0.6, "#4A97C9"), (1.0, "#00456E"))
-INK, GRID = "#767676", "rgba(128,128,128,0.22)"
+INK, GRID = "#767676", "rgba(128,128,128,0.3)"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 _axis = {
@@ -50,7 +50,10 @@ TEMPLATE = go.layout.Template(
         "plot_bgcolor": "rgba(0,0,0,0)",
         "xaxis": _axis,
         "yaxis": _axis,
-        "hoverlabel": {"font": {"family": FONT, "size": 13}},
+        "hoverlabel": {
+            "bgcolor": "#FAFBFC",
+            "font": {"family": FONT, "size": 13, "color": "#1B1F24"},
+        },
         "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": INK},
         "legend": {"bgcolor": "rgba(0,0,0,0)"},
     }
@@ -92,7 +95,6 @@ LEGEND = {
     "y": 0,
     "yref": "container",
     "yanchor": "bottom",
-    "itemsizing": "constant",
 }
 
 
@@ -130,7 +132,8 @@ def _finish(
 
 
 def _note(*parts: str) -> str:
-    return "; ".join(p for p in parts if p)
+    text = "; ".join(p for p in parts if p)
+    return text[:1].upper() + text[1:]
 
 
 def _require(kind: str, things) -> None:
@@ -214,7 +217,7 @@ def learning_curves(
     staged = any(starts.values())
     _finish(
         figure,
-        "Learning curves",
+        "Loss and accuracy by epoch",
         _note(
             "solid: validation, dotted: training",
             "diamond: a new stage starts" if staged else "",
@@ -246,12 +249,12 @@ def learning_curves(
 def confusion_figure(
     counts: Sequence[Sequence[int]],  # (k, k), rows true, columns predicted
     classes: Sequence[str],  # class codes in the order of rows and columns
-    normalise: bool = False,  # each row as shares of its sum
+    normalise: bool = False,  # each row in percent of its sum
     run: str = "",  # named in the title
     split: str = "test",
     note: str = "",
 ) -> go.Figure:
-    "A confusion matrix as counts, or as shares of the true class."
+    "A confusion matrix as counts, or in percent of the true class."
     counts = np.asarray(counts, dtype=float)
     k = len(classes)
     if counts.shape != (k, k):
@@ -263,10 +266,11 @@ def confusion_figure(
     shares = np.divide(counts, support, out=np.full((k, k), np.nan), where=support > 0)
     names = [label(c, 14) for c in classes]
     rows = [f"{name} ({int(s):,})" for name, s in zip(names, support[:, 0], strict=True)]
-    values = shares if normalise else counts
+    values = 100 * shares if normalise else counts
     shown = [[None if np.isnan(v) else float(v) for v in row] for row in values]
-    # Many classes leave no room for text in a cell; hovering still shows it.
-    text = ("%{z:.2f}" if normalise else "%{z:,d}") if k <= 12 else None
+    # Many classes leave no room for text in a cell: colour and hovering tell instead.
+    roomy = k <= 12
+    text = ("%{z:.0f}" if normalise else "%{z:,d}") if roomy else None
     long = [label(c, 60) for c in classes]
     figure = go.Figure(
         go.Heatmap(
@@ -275,7 +279,7 @@ def confusion_figure(
             y=list(range(k)),
             colorscale=SHADES,
             zmin=0,
-            zmax=1 if normalise else max(float(counts.max()), 1.0),
+            zmax=100 if normalise else max(float(counts.max()), 1.0),
             texttemplate=text,
             textfont={"size": 11 if k <= 8 else 9},
             xgap=1,
@@ -287,18 +291,21 @@ def confusion_figure(
             ],
             hovertemplate="true %{customdata[0]}<br>predicted %{customdata[1]}"
             "<br>%{customdata[2]} of %{customdata[3]} images<extra></extra>",
+            showscale=not roomy,
             colorbar={
-                "title": {"text": "Share" if normalise else "Images", "side": "right"},
+                "title": {"text": "%" if normalise else "Images", "side": "right"},
                 "thickness": 10,
                 "outlinewidth": 0,
                 "len": 0.9,
             },
         )
     )
-    what = "as shares of each true class" if normalise else "in images"
+    what = "% of each true class" if normalise else "images"
+    # `_finish` escapes, so the name is cut here and left as it is.
+    of = f" of {html.unescape(label(run))}" if run else ""
     _finish(
         figure,
-        f"Confusion matrix{f' of {label_plain(run)}' if run else ''}, {what}",
+        f"Confusion matrix{of}: {what}",
         _note(f"{split} split, n = {int(counts.sum()):,} images", note),
         height=120 + 32 * max(k, 4),
     )
@@ -312,14 +319,6 @@ def confusion_figure(
             "autorange": "reversed",
         },
     )
-
-
-def label_plain(
-    name: object,  # a class or run name
-    width: int = 28,
-) -> str:
-    "`label` without escaping, for text that is escaped later."
-    return html.unescape(label(name, width))
 
 # %% ../nbs/15_figures.ipynb #5d74923f
 def _whiskers(rows: Sequence[Mapping], colour: str | None = None) -> dict:

@@ -15,9 +15,9 @@ from keras import ops
 
 from .core import ConfigError, ExperimentConfig, unknown_name
 
-# %% ../nbs/06_losses.ipynb #4dd2b21c
+# %% ../nbs/06_losses.ipynb #e0883a96
 def dense_labels(
-    y_true,  # sparse (batch,) or (batch, 1), or one row of class shares an image
+    y_true,  # (batch,) or (batch, 1) integers, or (batch, n_classes)
     n_classes: int,  # number of classes, the width of the network's output
 ):
     "Labels as a float32 tensor `(batch, n_classes)` whose rows sum to 1."
@@ -117,7 +117,12 @@ class FocalLoss(keras.losses.Loss):
 
     def call(self, y_true, y_pred):
         return focal_cross_entropy(
-            y_true, y_pred, self.gamma, self.alpha, self.from_logits, self.label_smoothing
+            y_true,
+            y_pred,
+            self.gamma,
+            self.alpha,
+            self.from_logits,
+            self.label_smoothing,
         )
 
     def get_config(self):
@@ -137,7 +142,7 @@ def _check_weights(weights, name: str) -> list[float] | None:
     values = np.asarray(weights, "float64")
     if values.ndim != 1 or not np.all(np.isfinite(values)) or np.any(values < 0):
         raise ConfigError(
-            f"{name} {weights!r} must be a list of one finite number a class, 0 or more."
+            f"{name} {weights!r} must be a list with one number a class, 0 or more."
         )
     return [float(v) for v in values]
 
@@ -172,7 +177,12 @@ class WeightedCrossEntropy(keras.losses.Loss):
 
     def call(self, y_true, y_pred):
         return focal_cross_entropy(
-            y_true, y_pred, 0, self.class_weights, self.from_logits, self.label_smoothing
+            y_true,
+            y_pred,
+            0,
+            self.class_weights,
+            self.from_logits,
+            self.label_smoothing,
         )
 
     def get_config(self):
@@ -204,8 +214,8 @@ def effective_class_weights(
 ) -> np.ndarray:
     """Weights by the effective number of samples, mean 1 over the training images.
 
-    $w_c \\propto (1-\\beta)/(1-\\beta^{n_c})$: Cui et al., "Class-Balanced Loss Based on
-    Effective Number of Samples", CVPR 2019, equation 2.
+    $w_c \\propto (1-\\beta)/(1-\\beta^{n_c})$. Cui et al., "Class-Balanced Loss Based
+    on Effective Number of Samples", CVPR 2019, equation 2.
     """
     if not 0 <= beta < 1:
         raise ConfigError(f"beta {beta} must be at least 0 and below 1.")
@@ -213,7 +223,8 @@ def effective_class_weights(
     present = n > 0
     weights = np.zeros(len(n))
     # expm1 and log1p keep the digits that 1 - beta**n loses when beta is close to 1.
-    weights[present] = (1 - beta) / -np.expm1(n[present] * np.log1p(beta - 1)) if beta else 1
+    share = -np.expm1(n[present] * np.log1p(beta - 1)) if beta else 1
+    weights[present] = (1 - beta) / share
     return weights * n.sum() / (weights * n).sum()
 
 

@@ -14,7 +14,7 @@ import hashlib
 import html
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -366,14 +366,15 @@ def _table(caption, columns, rows, sortable=True, **more) -> dict:
         {"text": c[0], "num": c[1], "about": c[2] if len(c) > 2 else ""} for c in columns
     ]
     sortable = sortable and len(rows) > 1
-    return {"caption": caption, "label": caption.split(".")[0], "columns": heads,
-            "rows": rows, "sortable": sortable, **more}
+    label = (more.get("title") or caption).split(".")[0]
+    return {"caption": caption, "label": label, "columns": heads, "rows": rows,
+            "sortable": sortable, **more}
 
 
 def _plot(figure: go.Figure, id: str, alt: str, table: dict | None = None) -> dict:
     "The title moves from the chart into HTML, where it wraps and can be read aloud."
     title, about = figure.layout.title.text, figure.layout.title.subtitle.text
-    top = 26 if figure.layout.annotations else 10
+    top = 44 if figure.layout.annotations else 30  # room for the tool bar
     height = figure.layout.height - figure.layout.margin.t + top
     figure = go.Figure(figure).update_layout(title=None, height=height, margin={"t": top})
     text = figure.to_json().replace("<", "\\u003c").replace(">", "\\u003e")
@@ -656,7 +657,6 @@ def _environment() -> jinja2.Environment:
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
     )
 
 
@@ -667,7 +667,8 @@ def _code_css() -> str:
 
     def rules(style):
         text = HtmlFormatter(style=style, nobackground=True).get_style_defs(".highlight")
-        return "\n".join(l for l in text.splitlines() if l.startswith(".highlight"))
+        lines = text.splitlines()
+        return "\n".join(s for s in lines if s.startswith(".highlight"))
 
     dark = f"@media (prefers-color-scheme: dark) {{\n{rules('github-dark')}\n}}"
     return f"{rules('default')}\n{dark}\n.highlight, .highlight pre {{ background: var(--soft); }}"
@@ -678,14 +679,13 @@ def _render(template: str, sections, **values) -> str:
     if values.pop("code_css", False):
         css += _code_css()
     plain = {"fingerprint": "", "plotly_js": "", "plotly_src": ""} | values
-    page = _environment().get_template(template).render(
+    return _environment().get_template(template).render(
         css=Markup(css),
         js=Markup((_templates() / "page.js").read_text(encoding="utf-8")),
         version=__version__,
         sections=sections,
         **plain,
     )
-    return "\n".join(line.rstrip() for line in page.splitlines() if line.strip()) + "\n"
 
 
 def _write(path: Path, text: str) -> Path:
@@ -924,14 +924,14 @@ def _leaderboard_tables(
                 rows.append(
                     [_cell(run.name, num=False), _cell(reason, "", num=False, bad=True, span=span)]
                 )
-        title = f"{SPLIT_TITLES[split]} split"
         columns = [("Run", False)]
         columns += [(METRICS[m].title, True, METRICS[m].definition) for m in metrics]
         table = _table(
-            f"{title}. Values between 0 and 1, with {level:.0%} intervals; n in images.",
+            f"Values between 0 and 1, with {level:.0%} intervals below; n in images.",
             [*columns, ("n", True)],
             rows,
             wide=True,
+            title=f"{SPLIT_TITLES[split]} split.",
         )
         table["columns"][1]["sorted"] = "descending" if len(rows) > 1 else ""
         tables.append(table)
@@ -968,7 +968,7 @@ def _class_plots(done: Sequence[RunResult], synthetic: bool) -> list[dict]:
 
 
 def _cost_table(done: Sequence[RunResult]) -> dict:
-    times = [t for t in TIMES if any(r.get("timing", t) is not None for r in done)]
+    times = ("train_s", "total_s")
     rows = []
     for run in done:
         model, seconds = run.get("model", default={}), run.get("timing", default={})
@@ -984,9 +984,9 @@ def _cost_table(done: Sequence[RunResult]) -> dict:
             + [_cell(count(run.get("peak_memory_mb")), run.get("peak_memory_mb", default=""))]
         )
     columns = ["Parameters", "Trainable at the end", "File (MB)", "Epochs", "An epoch"]
-    columns += [TIMES[t] for t in times] + ["Peak memory (MB)"]
+    columns += ["Training", "Whole run", "Peak memory (MB)"]
     return _table(
-        "Size of each network, and wall-clock time by step.",
+        "Size of each network, and wall-clock time of its run.",
         [("Run", False), *((c, True) for c in columns)],
         rows,
     )
@@ -1059,7 +1059,7 @@ def _data_block(runs: Sequence[RunResult]) -> dict:
         facts.append(("Split", f"{kind}, seed {config.get('split_seed', config.get('seed'))}"))
     problems = {k: n for k, n in dataset.get("problems", {}).items() if n}
     facts.append(
-        ("Left out", listing([f"{n:,} {k}" for k, n in problems.items()]) if problems else "none")
+        ("Left out", listing([f"{k}: {n:,}" for k, n in problems.items()]) if problems else "none")
     )
     if dataset.get("manifest_hash"):
         facts.append(("Manifest hash", dataset["manifest_hash"]))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TITLES', 'CLASSES', 'PRIOR', 'LOOKS', 'SITES', 'PEOPLE', 'GAPS', 'RESEMBLES', 'REACH', 'MAPS', 'VERSION', 'Lesion',
-           'lesion_label', 'draw_lesion', 'smooth_noise', 'spots', 'strokes', 'lesion_maps', 'canvas_side',
-           'render_view', 'generate_demo']
+           'lesion_label', 'draw_lesion', 'smooth_noise', 'spots', 'strokes', 'pigment_colour', 'Canvas', 'lesion_maps',
+           'canvas_side', 'render_view', 'generate_demo']
 
 # %% ../nbs/01_synthetic.ipynb #905c363a
 import hashlib
@@ -39,66 +39,85 @@ PRIOR = dict(zip(CLASSES, (0.17, 0.27, 0.14, 0.09, 0.14, 0.06, 0.06, 0.07)))
 
 # %% ../nbs/01_synthetic.ipynb #5ab7d1d4
 # structure: (probability, low, high); a structure left out is one the class never shows
+# fmt: off
 LOOKS = {
-    "MEL": dict(
-        melanin=(1, 0.40, 1.15), blood=(1, 0.05, 0.40), asymmetry=(1, 0.35, 1.0),
-        irregularity=(1, 0.35, 1.0), sharpness=(1, 0.45, 0.95), disorder=(1, 0.55, 1.0),
-        network=(0.75, 0.5, 1.0), globules=(0.55, 0.5, 1.0), streaks=(0.45, 0.5, 1.0),
-        blotch=(0.7, 0.4, 1.0), veil=(0.5, 0.45, 1.0), regression=(0.35, 0.4, 0.9),
-        vessel_dots=(0.12, 0.3, 0.7), crust=(0.05, 0.4, 0.8),
-    ),
-    "NV": dict(
-        melanin=(1, 0.30, 1.05), blood=(1, 0.05, 0.40), asymmetry=(1, 0.0, 0.35),
-        irregularity=(1, 0.0, 0.30), sharpness=(1, 0.10, 0.70), disorder=(1, 0.0, 0.30),
-        network=(0.72, 0.5, 1.0), globules=(0.45, 0.5, 1.0), streaks=(0.06, 0.5, 0.9),
-        blotch=(0.12, 0.3, 0.6), veil=(0.05, 0.3, 0.6), centre=(0.5, -0.5, 0.7),
-        cysts=(0.05, 0.4, 0.7), vessel_dots=(0.08, 0.3, 0.6),
-    ),
-    "BCC": dict(
-        melanin=(1, 0.05, 0.55), blood=(1, 0.10, 0.50), asymmetry=(1, 0.1, 0.7),
-        irregularity=(1, 0.1, 0.6), sharpness=(1, 0.25, 0.80), disorder=(1, 0.4, 1.0),
-        vessel_tree=(0.8, 0.55, 1.0), nests=(0.6, 0.5, 1.0), leaves=(0.4, 0.5, 1.0),
-        crust=(0.3, 0.5, 1.0), shine=(0.6, 0.3, 0.9), blotch=(0.1, 0.3, 0.7),
-    ),
-    "AK": dict(
-        melanin=(1, 0.05, 0.50), blood=(1, 0.15, 0.50), asymmetry=(1, 0.1, 0.7),
-        irregularity=(1, 0.3, 0.9), sharpness=(1, 0.0, 0.35), disorder=(1, 0.3, 0.9),
-        strawberry=(0.8, 0.5, 1.0), scale=(0.6, 0.4, 1.0), patchy=(0.8, 0.4, 1.0),
-        vessel_dots=(0.12, 0.3, 0.6), keratin=(0.08, 0.3, 0.6),
-    ),
-    "BKL": dict(
-        melanin=(1, 0.20, 1.05), blood=(1, 0.02, 0.35), asymmetry=(1, 0.05, 0.6),
-        irregularity=(1, 0.1, 0.6), sharpness=(1, 0.55, 1.0), disorder=(1, 0.1, 0.7),
-        cysts=(0.65, 0.5, 1.0), openings=(0.5, 0.5, 1.0), ridges=(0.55, 0.5, 1.0),
-        fingerprint=(0.25, 0.5, 1.0), bites=(0.5, 0.5, 1.0), waxy=(0.5, 0.2, 0.8),
-        network=(0.10, 0.4, 0.8), veil=(0.08, 0.3, 0.6), scale=(0.1, 0.3, 0.6),
-        hairpins=(0.15, 0.4, 0.9),
-    ),
-    "DF": dict(
-        melanin=(1, 0.18, 0.65), blood=(1, 0.05, 0.40), asymmetry=(1, 0.0, 0.3),
-        irregularity=(1, 0.0, 0.25), sharpness=(1, 0.0, 0.35), disorder=(1, 0.0, 0.3),
-        white_patch=(0.82, 0.5, 1.0), rim_network=(0.75, 0.5, 1.0),
-        globules=(0.08, 0.3, 0.6), vessel_dots=(0.15, 0.3, 0.7),
-    ),
-    "VASC": dict(
-        melanin=(1, 0.0, 0.25), blood=(1, 0.15, 0.60), asymmetry=(1, 0.0, 0.5),
-        irregularity=(1, 0.05, 0.5), sharpness=(1, 0.5, 1.0), disorder=(1, 0.1, 0.7),
-        lacunae=(0.93, 0.5, 1.0), veil=(0.25, 0.3, 0.7), crust=(0.12, 0.4, 0.9),
-        shine=(0.2, 0.2, 0.6),
-    ),
-    "SCC": dict(
-        melanin=(1, 0.02, 0.45), blood=(1, 0.15, 0.55), asymmetry=(1, 0.1, 0.6),
-        irregularity=(1, 0.1, 0.6), sharpness=(1, 0.3, 0.85), disorder=(1, 0.3, 0.9),
-        vessel_coils=(0.75, 0.55, 1.0), keratin=(0.55, 0.5, 1.0),
-        scale=(0.4, 0.4, 0.9), crust=(0.3, 0.4, 0.9), hairpins=(0.3, 0.4, 0.9),
-        shine=(0.2, 0.2, 0.6), strawberry=(0.08, 0.3, 0.6),
-    ),
+    "MEL": {
+        "melanin": (1, 0.40, 1.15), "blood": (1, 0.05, 0.40),
+        "asymmetry": (1, 0.35, 1.0), "irregularity": (1, 0.35, 1.0),
+        "sharpness": (1, 0.45, 0.95), "disorder": (1, 0.55, 1.0),
+        "network": (0.75, 0.5, 1.0), "globules": (0.55, 0.5, 1.0),
+        "streaks": (0.45, 0.5, 1.0), "blotch": (0.7, 0.4, 1.0),
+        "veil": (0.5, 0.45, 1.0), "regression": (0.35, 0.4, 0.9),
+        "vessel_dots": (0.12, 0.3, 0.7), "crust": (0.05, 0.4, 0.8),
+    },
+    "NV": {
+        "melanin": (1, 0.30, 1.05), "blood": (1, 0.05, 0.40),
+        "asymmetry": (1, 0.0, 0.35), "irregularity": (1, 0.0, 0.30),
+        "sharpness": (1, 0.10, 0.70), "disorder": (1, 0.0, 0.30),
+        "network": (0.72, 0.5, 1.0), "globules": (0.45, 0.5, 1.0),
+        "streaks": (0.06, 0.5, 0.9), "blotch": (0.12, 0.3, 0.6),
+        "veil": (0.05, 0.3, 0.6), "centre": (0.5, -0.5, 0.7), "cysts": (0.05, 0.4, 0.7),
+        "vessel_dots": (0.08, 0.3, 0.6),
+    },
+    "BCC": {
+        "melanin": (1, 0.05, 0.55), "blood": (1, 0.10, 0.50),
+        "asymmetry": (1, 0.1, 0.7), "irregularity": (1, 0.1, 0.6),
+        "sharpness": (1, 0.25, 0.80), "disorder": (1, 0.4, 1.0),
+        "vessel_tree": (0.8, 0.55, 1.0), "nests": (0.6, 0.5, 1.0),
+        "leaves": (0.4, 0.5, 1.0), "crust": (0.3, 0.5, 1.0), "shine": (0.6, 0.3, 0.9),
+        "blotch": (0.1, 0.3, 0.7),
+    },
+    "AK": {
+        "melanin": (1, 0.05, 0.50), "blood": (1, 0.15, 0.50),
+        "asymmetry": (1, 0.1, 0.7), "irregularity": (1, 0.3, 0.9),
+        "sharpness": (1, 0.0, 0.35), "disorder": (1, 0.3, 0.9),
+        "strawberry": (0.8, 0.5, 1.0), "scale": (0.6, 0.4, 1.0),
+        "patchy": (0.8, 0.4, 1.0), "vessel_dots": (0.12, 0.3, 0.6),
+        "keratin": (0.08, 0.3, 0.6),
+    },
+    "BKL": {
+        "melanin": (1, 0.20, 1.05), "blood": (1, 0.02, 0.35),
+        "asymmetry": (1, 0.05, 0.6), "irregularity": (1, 0.1, 0.6),
+        "sharpness": (1, 0.55, 1.0), "disorder": (1, 0.1, 0.7),
+        "cysts": (0.65, 0.5, 1.0), "openings": (0.5, 0.5, 1.0),
+        "ridges": (0.55, 0.5, 1.0), "fingerprint": (0.25, 0.5, 1.0),
+        "bites": (0.5, 0.5, 1.0), "waxy": (0.5, 0.2, 0.8), "network": (0.10, 0.4, 0.8),
+        "veil": (0.08, 0.3, 0.6), "scale": (0.1, 0.3, 0.6),
+        "hairpins": (0.15, 0.4, 0.9),
+    },
+    "DF": {
+        "melanin": (1, 0.18, 0.65), "blood": (1, 0.05, 0.40),
+        "asymmetry": (1, 0.0, 0.3), "irregularity": (1, 0.0, 0.25),
+        "sharpness": (1, 0.0, 0.35), "disorder": (1, 0.0, 0.3),
+        "white_patch": (0.82, 0.5, 1.0), "rim_network": (0.75, 0.5, 1.0),
+        "globules": (0.08, 0.3, 0.6), "vessel_dots": (0.15, 0.3, 0.7),
+    },
+    "VASC": {
+        "melanin": (1, 0.0, 0.25), "blood": (1, 0.15, 0.60), "asymmetry": (1, 0.0, 0.5),
+        "irregularity": (1, 0.05, 0.5), "sharpness": (1, 0.5, 1.0),
+        "disorder": (1, 0.1, 0.7), "lacunae": (0.93, 0.5, 1.0),
+        "veil": (0.25, 0.3, 0.7), "crust": (0.12, 0.4, 0.9), "shine": (0.2, 0.2, 0.6),
+    },
+    "SCC": {
+        "melanin": (1, 0.02, 0.45), "blood": (1, 0.15, 0.55),
+        "asymmetry": (1, 0.1, 0.6), "irregularity": (1, 0.1, 0.6),
+        "sharpness": (1, 0.3, 0.85), "disorder": (1, 0.3, 0.9),
+        "vessel_coils": (0.75, 0.55, 1.0), "keratin": (0.55, 0.5, 1.0),
+        "scale": (0.4, 0.4, 0.9), "crust": (0.3, 0.4, 0.9), "hairpins": (0.3, 0.4, 0.9),
+        "shine": (0.2, 0.2, 0.6), "strawberry": (0.08, 0.3, 0.6),
+    },
 }
+# fmt: on
 
-# %% ../nbs/01_synthetic.ipynb #c2d4c278
+# %% ../nbs/01_synthetic.ipynb #440f9190
 SITES = (
-    "anterior torso", "head/neck", "lower extremity", "oral/genital",
-    "palms/soles", "posterior torso", "upper extremity",
+    "anterior torso",
+    "head/neck",
+    "lower extremity",
+    "oral/genital",
+    "palms/soles",
+    "posterior torso",
+    "upper extremity",
 )
 PEOPLE = {  # class: (mean age, its deviation, share of men, weights of SITES)
     "MEL": (61, 15, 0.55, (30, 20, 18, 1, 5, 11, 16)),
@@ -114,10 +133,13 @@ GAPS = {"age_approx": 0.03, "sex": 0.02, "anatom_site_general": 0.10}
 
 # %% ../nbs/01_synthetic.ipynb #578d8404
 # class: (the class it may resemble, probability); form and border come from that class
+# fmt: off
 RESEMBLES = {
     "MEL": ("NV", 0.16), "NV": ("MEL", 0.12), "BKL": ("MEL", 0.10), "AK": ("SCC", 0.12),
-    "SCC": ("AK", 0.15), "BCC": ("SCC", 0.10), "DF": ("NV", 0.12), "VASC": ("MEL", 0.06),
+    "SCC": ("AK", 0.15), "BCC": ("SCC", 0.10), "DF": ("NV", 0.12),
+    "VASC": ("MEL", 0.06),
 }
+# fmt: on
 _FORM = ("melanin", "blood", "asymmetry", "irregularity", "sharpness", "disorder")
 
 
@@ -166,14 +188,17 @@ def draw_lesion(
     for name, (share, low, high) in rows.items():
         present, strength = rng.random() < share, rng.uniform(low, high)
         if present:
-            looks[name] = float(strength)
+            looks[name] = strength
     mean, deviation, men, weights = PEOPLE[label]
     age = float(5 * round(np.clip(rng.normal(mean, deviation), 5, 85) / 5))
     sex = "male" if rng.random() < men else "female"
     site = SITES[rng.choice(len(SITES), p=np.array(weights) / sum(weights))]
     gap = rng.random(3) < list(GAPS.values())
     return Lesion(
-        seed, index, label, looks,
+        seed,
+        index,
+        label,
+        looks,
         images=1 + int(rng.choice(4, p=[0.58, 0.24, 0.12, 0.06])),
         size=float(rng.uniform(0.58, 0.92)),
         skin=(float(0.02 + 0.6 * rng.beta(1.1, 4)), float(rng.uniform(0.02, 0.26))),
@@ -213,7 +238,9 @@ def spots(
     dy = (axis[None] - np.asarray(y, np.float32)[:, None]) / s
     # the floor keeps denormal numbers out, which are many times slower
     gx, gy = (np.exp(np.maximum(-0.5 * d * d, -20)) for d in (dx, dy))
-    total = (gy * np.broadcast_to(np.asarray(weight, np.float32), len(s))[:, None]).T @ gx
+    total = (
+        gy * np.broadcast_to(np.asarray(weight, np.float32), len(s))[:, None]
+    ).T @ gx
     return np.clip(edge * (total - 0.5) + 0.5, 0, 1).astype(np.float32)
 
 
@@ -228,7 +255,11 @@ def strokes(
     draw = ImageDraw.Draw(image)
     for path, w in zip(paths, widths):
         points = [(2 * width * px, 2 * height * py) for px, py in path]
-        draw.line(points, fill=int(min(255, 255 * max(w, 0.3) * 2)), width=max(1, round(2 * w)))
+        draw.line(
+            points,
+            fill=int(min(255, 255 * max(w, 0.3) * 2)),
+            width=max(1, round(2 * w)),
+        )
     return np.asarray(image.reduce(2), np.float32) / 255
 
 # %% ../nbs/01_synthetic.ipynb #0fb501d9
@@ -259,13 +290,13 @@ class _Outline:
 
 
 def _outline(looks: dict, rng: np.random.Generator, side: int) -> _Outline:
-    axis, x, y, r, theta = _grid(side)
+    axis, _, _, r, theta = _grid(side)
     asymmetry, notched = looks["asymmetry"], looks["irregularity"]
     amplitude = np.zeros(11, np.float32)
     amplitude[:3] = rng.normal(0, 1, 3) * (0.02 + 0.085 * asymmetry)
     amplitude[1] += rng.choice([-1, 1]) * rng.uniform(0.03, 0.16)
     amplitude[3:] = rng.normal(0, 1, 8) * 0.045 * notched / np.sqrt(np.arange(1, 9))
-    out = _Outline(amplitude, rng.uniform(0, 2 * np.pi, 11).astype(np.float32), x, x)
+    out = _Outline(amplitude, rng.uniform(0, 2 * np.pi, 11).astype(np.float32), r, r)
     ring = out.radius(np.linspace(-np.pi, np.pi, 256)).astype(np.float32)
     radius = np.interp(theta, np.linspace(-np.pi, np.pi, 256), np.clip(ring, 0.45, 1.4))
     depth = radius - r + 0.07 * notched * smooth_noise(rng, 16, side)
@@ -273,7 +304,9 @@ def _outline(looks: dict, rng: np.random.Generator, side: int) -> _Outline:
         n = int(3 + 4 * looks["bites"])
         t = rng.uniform(-np.pi, np.pi, n)
         at = out.radius(t) * rng.uniform(0.95, 1.1, n)
-        bite = spots(at * np.cos(t), at * np.sin(t), rng.uniform(0.1, 0.22, n), axis, 0.8)
+        bite = spots(
+            at * np.cos(t), at * np.sin(t), rng.uniform(0.1, 0.22, n), axis, 0.8
+        )
         depth = depth - 0.32 * bite
     softness = 0.015 + 0.16 * (1 - looks["sharpness"]) ** 1.5
     if looks["disorder"] > 0.5:  # sharp on one side, fading on the other
@@ -286,18 +319,85 @@ def _outline(looks: dict, rng: np.random.Generator, side: int) -> _Outline:
 
 # %% ../nbs/01_synthetic.ipynb #6df9ee4a
 MAPS = ("melanin", "deep", "blood", "white", "keratin", "alpha")
-_ABSORB = np.array(  # density per unit of melanin, deep melanin, blood in red, green, blue
-    [[0.55, 1.05, 1.50], [1.15, 0.95, 0.62], [0.16, 0.95, 0.72]], np.float32
+_ABSORB = (
+    np.array(  # density per unit of melanin, deep melanin, blood in red, green, blue
+        [[0.55, 1.05, 1.50], [1.15, 0.95, 0.62], [0.16, 0.95, 0.72]], np.float32
+    )
 )
 
 
-def _inside(rng, outline, n, low=0.0, high=0.9):
-    "`n` random points between the shares `low` and `high` of the radius."
-    t = rng.uniform(-np.pi, np.pi, n)
-    r = np.sqrt(rng.uniform(low**2, high**2, n)) * np.clip(outline.radius(t), 0.45, 1.4)
-    return r * np.cos(t), r * np.sin(t)
+def pigment_colour(
+    melanin: np.ndarray,  # density, 0 or more; the other maps have the same shape
+    deep: np.ndarray,  # density of melanin deep in the skin
+    blood: np.ndarray,  # density
+    white: np.ndarray,  # opacity, 0..1
+    keratin: np.ndarray,  # opacity, 0..1
+) -> np.ndarray:
+    "Colour under white light, float32 (height, width, 3), 0..1."
+    density = np.stack([np.clip(m, 0, None) for m in (melanin, deep, blood)], -1)
+    rgb = np.exp(-(density @ _ABSORB)) * np.array([0.97, 0.93, 0.91], np.float32)
+    for opacity, colour in ((keratin, (0.86, 0.72, 0.46)), (white, (0.96, 0.90, 0.89))):
+        opacity = np.clip(opacity, 0, 1)[..., None]
+        rgb += (np.array(colour, np.float32) - rgb) * opacity
+    return rgb
 
+# %% ../nbs/01_synthetic.ipynb #9805da2a
+class Canvas:
+    "The maps of one lesion, its outline, and noise that the structures share."
 
+    def __init__(self, looks: dict, rng: np.random.Generator, side: int):
+        self.looks, self.rng, self.side = looks, rng, side
+        self.axis, self.x, self.y, self.r, _ = _grid(side)
+        self.shape = _outline(looks, rng, side)
+        self.alpha, self.disorder = self.shape.alpha, looks["disorder"]
+        self.broad = smooth_noise(rng, 4, side, 2)
+        self.fine = smooth_noise(rng, 22, side, 2)
+        if "patchy" in looks:
+            patches = 0.75 + 0.45 * looks["patchy"] * self.broad
+            self.alpha = self.alpha * np.clip(patches, 0.1, 1)
+        mottle = (0.10 + 0.22 * self.disorder) * self.broad + 0.13 * self.fine
+        centre = 1 + looks.get("centre", 0) * np.clip(0.6 - self.r, -0.4, 0.6)
+        self.melanin = (
+            looks["melanin"] * self.alpha * np.clip(1 + mottle, 0.1, 2) * centre
+        )
+        uneven = 1 + 0.25 * smooth_noise(rng, 5, side)
+        self.blood = looks["blood"] * self.alpha * uneven
+        self.deep, self.white, self.keratin = np.zeros((3, side, side), np.float32)
+        self.white += (
+            0.28
+            * looks.get("shine", 0)
+            * self.alpha
+            * np.clip(0.6 + 0.4 * self.broad, 0, 1)
+        )
+        self.keratin += 0.30 * looks.get("waxy", 0) * self.alpha
+
+    def points(self, n: int, low: float = 0.0, high: float = 0.9):
+        "`n` random points between the shares `low` and `high` of the radius."
+        t = self.rng.uniform(-np.pi, np.pi, n)
+        r = np.sqrt(self.rng.uniform(low**2, high**2, n))
+        r = r * np.clip(self.shape.radius(t), 0.45, 1.4)
+        return r * np.cos(t), r * np.sin(t)
+
+    def lines(self, paths: list, widths: list) -> np.ndarray:
+        "Strokes whose points and widths are in lesion radii."
+        unit = [
+            [((x / REACH + 1) / 2, (y / REACH + 1) / 2) for x, y in p] for p in paths
+        ]
+        widths = [w * self.side / (2 * REACH) for w in widths]
+        return strokes(unit, widths, (self.side, self.side))
+
+    def maps(self) -> np.ndarray:
+        "The maps in the order of `MAPS`, float32 (6, side, side)."
+        out = np.stack([getattr(self, name) for name in MAPS[:5]] + [self.shape.alpha])
+        out = out.astype(np.float32)
+        limit = np.array([2.6, 1.6, 2.4, 0.85, 0.85, 1], np.float32)[:, None, None]
+        np.clip(out, 0, limit, out=out)
+        out[out < 1e-4] = 0  # tails without effect, but slow to compute with
+        for edge in (0, -1):
+            out[:, edge] = out[:, :, edge] = 0
+        return out
+
+# %% ../nbs/01_synthetic.ipynb #0140fff5
 def _net(rng, side, spacing, disorder):
     "Honeycomb of dark lines, 0..1: three waves at 60 degrees, bent by noise."
     _, x, y, _, _ = _grid(side)
@@ -314,6 +414,105 @@ def _net(rng, side, spacing, disorder):
     return 1 / (1 + np.exp(np.clip((waves - width) * 2.2, -15, 15)))
 
 
+def _paint_network(c: Canvas) -> None:
+    "The pigment network, all over or in a rim."
+    has, rng, side = c.looks.get, c.rng, c.side
+    if has("network"):
+        lines = _net(rng, side, rng.uniform(0.14, 0.21), c.disorder)
+        patches = (0.35 + 1.0 * c.disorder) * smooth_noise(rng, 3, side) + 0.15 * c.fine
+        where = np.clip(0.85 + patches, 0.05, 1.4)
+        tone = has("network") * where * c.alpha
+        c.melanin = c.melanin * (1 - 0.30 * tone * (1 - lines)) + 0.34 * tone * lines
+    if has("rim_network"):
+        lines = _net(rng, side, rng.uniform(0.13, 0.17), 0.1)
+        rim = np.clip((c.r - 0.35) / 0.3, 0, 1) * c.alpha * has("rim_network")
+        c.melanin = c.melanin * (1 - 0.25 * rim * (1 - lines)) + 0.28 * rim * lines
+
+# %% ../nbs/01_synthetic.ipynb #a2d0e010
+def _paint_melanocytic(c: Canvas) -> None:
+    "Globules, streaks, blotches, blue-white veil, regression."
+    has, rng = c.looks.get, c.rng
+    if has("globules"):
+        n = int(rng.uniform(18, 42))
+        if c.disorder < 0.45:  # evenly spread, even in size
+            k = np.arange(n)
+            t = 2.39996 * k + rng.normal(0, 0.12, n)
+            at = np.sqrt((k + 0.5) / n) * 0.85 * c.shape.radius(t)
+            gx, gy = at * np.cos(t), at * np.sin(t)
+            size = np.full(n, rng.uniform(0.045, 0.065))
+        else:  # crowded on one side, uneven in size
+            gx, gy = c.points(n)
+            lean = rng.uniform(0, 2 * np.pi)
+            keep = (gx * np.cos(lean) + gy * np.sin(lean)) > rng.normal(0, 0.25, n)
+            gx, gy = gx[keep], gy[keep]
+            size = rng.uniform(0.025, 0.09, len(gx))
+        if len(gx):
+            c.melanin += 0.65 * has("globules") * spots(gx, gy, size, c.axis) * c.alpha
+    if has("streaks"):
+        n = int(rng.uniform(10, 24))
+        middle, spread = rng.uniform(-np.pi, np.pi), np.pi if c.disorder < 0.45 else 0.9
+        t = middle + rng.uniform(-spread, spread, n)
+        edge = np.clip(c.shape.radius(t), 0.45, 1.35)
+        tip = edge + rng.uniform(0.06, 0.24, n)
+        bent = t + rng.normal(0, 0.05, n)
+        paths = [
+            [
+                (a * 0.75 * np.cos(p), a * 0.75 * np.sin(p)),
+                (b * np.cos(q), b * np.sin(q)),
+            ]
+            for a, b, p, q in zip(edge, tip, t, bent)
+        ]
+        c.melanin += 0.75 * has("streaks") * c.lines(paths, [0.05] * n)
+        ends = spots(tip * np.cos(bent), tip * np.sin(bent), np.full(n, 0.04), c.axis)
+        c.melanin += 0.6 * has("streaks") * ends
+    if has("blotch"):
+        n = 1 + int(rng.integers(3))
+        bx, by = c.points(n, 0.15, 0.75)
+        mark = spots(bx, by, rng.uniform(0.16, 0.38, n), c.axis, 1.2)
+        c.melanin += (
+            0.9 * has("blotch") * mark * np.clip(1 + 0.4 * c.fine, 0, 2) * c.alpha
+        )
+    if has("veil"):
+        bx, by = c.points(2, 0.0, 0.6)
+        haze = spots(bx, by, rng.uniform(0.25, 0.5, 2), c.axis, 1.1) * c.alpha
+        c.deep += 0.75 * has("veil") * haze
+        c.melanin *= 1 - 0.45 * haze * has("veil")
+        c.white += 0.16 * has("veil") * haze
+    if has("regression"):
+        bx, by = c.points(2, 0.2, 0.8)
+        scar = spots(bx, by, rng.uniform(0.18, 0.36, 2), c.axis, 1.3) * c.alpha
+        c.melanin *= 1 - 0.8 * scar * has("regression")
+        c.white += 0.28 * scar * has("regression")
+        px, py = c.points(70)
+        pepper = spots(px, py, np.full(70, 0.022), c.axis)
+        c.deep += 0.7 * pepper * scar * has("regression")
+
+# %% ../nbs/01_synthetic.ipynb #6e3ed7fa
+def _paint_nests(c: Canvas) -> None:
+    "Blue-grey ovoid nests and leaf-like areas."
+    has, rng = c.looks.get, c.rng
+    if has("nests"):
+        n = int(rng.uniform(4, 11))
+        nx, ny = c.points(n, 0.1, 0.85)
+        jx, jy = nx + rng.normal(0, 0.07, n), ny + rng.normal(0, 0.07, n)
+        size = rng.uniform(0.06, 0.15, n)
+        ovoid = spots(np.r_[nx, jx], np.r_[ny, jy], np.r_[size, size], c.axis, 2.0)
+        ovoid *= np.clip(0.85 + 0.25 * c.fine + 0.3 * c.broad, 0.1, 1.3)
+        c.deep += 0.7 * has("nests") * ovoid * c.alpha
+        c.melanin += 0.25 * has("nests") * ovoid * c.alpha
+    if has("leaves"):  # fingers that fan out from a few points of the border
+        n = int(rng.uniform(2, 5))
+        t0 = rng.uniform(-np.pi, np.pi, n)
+        t = (t0[:, None] + rng.normal(0, 0.22, (n, 5))).ravel()
+        at = np.clip(c.shape.radius(t), 0.45, 1.4) * rng.uniform(0.78, 1.02, t.size)
+        leaf = spots(
+            at * np.cos(t), at * np.sin(t), rng.uniform(0.05, 0.1, t.size), c.axis, 2
+        )
+        leaf *= np.clip(0.9 + 0.3 * c.fine, 0.2, 1.3)
+        c.melanin += 0.55 * has("leaves") * leaf
+        c.deep += 0.3 * has("leaves") * leaf
+
+
 def _tree(rng, start, heading, width, length, paths, widths, depth=0):
     "A branching vessel that thins out, as paths in lesion radii."
     x, y = start
@@ -325,236 +524,162 @@ def _tree(rng, start, heading, width, length, paths, widths, depth=0):
         path.append((x, y))
         if depth < 3 and step and rng.random() < 0.34:
             turn = heading + rng.choice([-1, 1]) * rng.uniform(0.5, 1.1)
-            _tree(rng, (x, y), turn, width * 0.68, length * 0.55, paths, widths, depth + 1)
+            _tree(
+                rng, (x, y), turn, width * 0.68, length * 0.55, paths, widths, depth + 1
+            )
     paths.append(path)
     widths.append(width)
 
 
-def _draw(paths, widths, side):
-    "Strokes given in lesion radii; widths too."
-    unit = [[((x / REACH + 1) / 2, (y / REACH + 1) / 2) for x, y in p] for p in paths]
-    return strokes(unit, [w * side / (2 * REACH) for w in widths], (side, side))
-
-
-def lesion_maps(
-    lesion: Lesion,
-    side: int = 144,  # pixels along one side of the canvas, which spans 2 * REACH radii
-) -> np.ndarray:
-    "Pigment maps of a lesion, float32 (6, side, side), in the order of `MAPS`."
-    looks = lesion.looks
-    rng = np.random.default_rng([lesion.seed, 3, lesion.index])
-    axis, x, y, r, theta = _grid(side)
-    shape = _outline(looks, rng, side)
-    alpha, disorder = shape.alpha, looks["disorder"]
-    has = looks.get
-    broad = smooth_noise(rng, 4, side, 2)
-    fine = smooth_noise(rng, 22, side, 2)
-
-    if has("patchy"):
-        alpha = alpha * np.clip(0.75 + 0.45 * has("patchy") * broad, 0.1, 1)
-    melanin = looks["melanin"] * alpha * np.clip(
-        1 + (0.10 + 0.22 * disorder) * broad + 0.13 * fine, 0.1, 2
-    )
-    melanin *= 1 + has("centre", 0) * np.clip(0.6 - r, -0.4, 0.6)
-    blood = looks["blood"] * alpha * (1 + 0.25 * smooth_noise(rng, 5, side))
-    deep, white, keratin = np.zeros((3, side, side), np.float32)
-
-    if has("shine"):
-        white += 0.28 * has("shine") * alpha * np.clip(0.6 + 0.4 * broad, 0, 1)
-    if has("waxy"):
-        keratin += 0.30 * has("waxy") * alpha
-    if has("network"):
-        lines = _net(rng, side, rng.uniform(0.14, 0.21), disorder)
-        patches = (0.35 + 1.0 * disorder) * smooth_noise(rng, 3, side) + 0.15 * fine
-        where = np.clip(0.85 + patches, 0.05, 1.4)
-        tone = has("network") * where * alpha
-        melanin = melanin * (1 - 0.30 * tone * (1 - lines)) + 0.34 * tone * lines
-    if has("rim_network"):
-        lines = _net(rng, side, rng.uniform(0.13, 0.17), 0.1)
-        rim = np.clip((r - 0.35) / 0.3, 0, 1) * alpha * has("rim_network")
-        melanin = melanin * (1 - 0.25 * rim * (1 - lines)) + 0.28 * rim * lines
-    if has("globules"):
-        n = int(rng.uniform(18, 42))
-        if disorder < 0.45:  # evenly spread, even in size
-            k = np.arange(n)
-            t = 2.39996 * k + rng.normal(0, 0.12, n)
-            at = np.sqrt((k + 0.5) / n) * 0.85 * shape.radius(t)
-            gx, gy = at * np.cos(t), at * np.sin(t)
-            size = np.full(n, rng.uniform(0.045, 0.065))
-        else:  # crowded on one side, uneven in size
-            gx, gy = _inside(rng, shape, n)
-            lean = rng.uniform(0, 2 * np.pi)
-            keep = (gx * np.cos(lean) + gy * np.sin(lean)) > rng.normal(0, 0.25, n)
-            gx, gy = gx[keep], gy[keep]
-            size = rng.uniform(0.025, 0.09, len(gx))
-        if len(gx):
-            melanin += 0.65 * has("globules") * spots(gx, gy, size, axis) * alpha
-    if has("streaks"):
-        n = int(rng.uniform(10, 24))
-        middle, spread = rng.uniform(-np.pi, np.pi), np.pi if disorder < 0.45 else 0.9
-        t = middle + rng.uniform(-spread, spread, n)
-        edge = np.clip(shape.radius(t), 0.45, 1.35)
-        tip = edge + rng.uniform(0.06, 0.24, n)
-        bent = t + rng.normal(0, 0.05, n)
-        paths = [
-            [(a * 0.75 * np.cos(p), a * 0.75 * np.sin(p)), (b * np.cos(q), b * np.sin(q))]
-            for a, b, p, q in zip(edge, tip, t, bent)
-        ]
-        melanin += 0.75 * has("streaks") * _draw(paths, [0.05] * n, side)
-        ends = spots(tip * np.cos(bent), tip * np.sin(bent), np.full(n, 0.04), axis)
-        melanin += 0.6 * has("streaks") * ends
-    if has("blotch"):
-        n = 1 + int(rng.integers(3))
-        bx, by = _inside(rng, shape, n, 0.15, 0.75)
-        mark = spots(bx, by, rng.uniform(0.16, 0.38, n), axis, 1.2)
-        melanin += 0.9 * has("blotch") * mark * np.clip(1 + 0.4 * fine, 0, 2) * alpha
-    if has("veil"):
-        bx, by = _inside(rng, shape, 2, 0.0, 0.6)
-        haze = spots(bx, by, rng.uniform(0.25, 0.5, 2), axis, 1.1) * alpha
-        deep += 0.75 * has("veil") * haze
-        melanin *= 1 - 0.45 * haze * has("veil")
-        white += 0.16 * has("veil") * haze
-    if has("regression"):
-        bx, by = _inside(rng, shape, 2, 0.2, 0.8)
-        scar = spots(bx, by, rng.uniform(0.18, 0.36, 2), axis, 1.3) * alpha
-        melanin *= 1 - 0.8 * scar * has("regression")
-        white += 0.28 * scar * has("regression")
-        px, py = _inside(rng, shape, 70)
-        pepper = spots(px, py, np.full(70, 0.022), axis)
-        deep += 0.7 * pepper * scar * has("regression")
-
-    if has("nests"):
-        n = int(rng.uniform(4, 11))
-        nx, ny = _inside(rng, shape, n, 0.1, 0.85)
-        jx, jy = nx + rng.normal(0, 0.07, n), ny + rng.normal(0, 0.07, n)
-        size = rng.uniform(0.06, 0.15, n)
-        ovoid = spots(np.r_[nx, jx], np.r_[ny, jy], np.r_[size, size], axis, 2.0)
-        ovoid *= np.clip(0.85 + 0.25 * fine + 0.3 * broad, 0.1, 1.3)
-        deep += 0.7 * has("nests") * ovoid * alpha
-        melanin += 0.25 * has("nests") * ovoid * alpha
-    if has("leaves"):  # fingers that fan out from a few points of the border
-        n = int(rng.uniform(2, 5))
-        t0 = rng.uniform(-np.pi, np.pi, n)
-        t = (t0[:, None] + rng.normal(0, 0.22, (n, 5))).ravel()
-        at = np.clip(shape.radius(t), 0.45, 1.4) * rng.uniform(0.78, 1.02, t.size)
-        leaf = spots(at * np.cos(t), at * np.sin(t), rng.uniform(0.05, 0.1, t.size), axis, 2)
-        leaf *= np.clip(0.9 + 0.3 * fine, 0.2, 1.3)
-        melanin += 0.55 * has("leaves") * leaf
-        deep += 0.3 * has("leaves") * leaf
+def _paint_vessels(c: Canvas) -> None:
+    "Vessels: trees, dots, coils, hairpins; and lacunae."
+    has, rng, side = c.looks.get, c.rng, c.side
     if has("vessel_tree"):
         paths, widths = [], []
         for _ in range(int(rng.integers(2, 5))):
             t = rng.uniform(-np.pi, np.pi)
             start = (1.0 * np.cos(t), 1.0 * np.sin(t))
             heading = t + np.pi + rng.normal(0, 0.5)
-            _tree(rng, start, heading, rng.uniform(0.035, 0.065), rng.uniform(0.6, 1.2), paths, widths)
+            width, length = rng.uniform(0.035, 0.065), rng.uniform(0.6, 1.2)
+            _tree(rng, start, heading, width, length, paths, widths)
         focus = np.clip(0.75 + 0.5 * smooth_noise(rng, 3, side), 0.08, 1.2)
-        blood += 0.95 * has("vessel_tree") * _draw(paths, widths, side) * focus
+        c.blood += 0.95 * has("vessel_tree") * c.lines(paths, widths) * focus
     if has("vessel_dots"):
         n = int(rng.uniform(15, 40))
-        blood += 0.9 * has("vessel_dots") * alpha * spots(
-            *_inside(rng, shape, n), np.full(n, 0.028), axis
-        )
+        dots = spots(*c.points(n), np.full(n, 0.028), c.axis)
+        c.blood += 0.9 * has("vessel_dots") * c.alpha * dots
     if has("vessel_coils"):  # glomerular vessels: small coils in groups
         paths, widths = [], []
         turns = np.linspace(0, 4 * np.pi, 12)
-        for gx, gy in zip(*_inside(rng, shape, int(rng.uniform(3, 6)), 0.3, 0.85)):
+        for gx, gy in zip(*c.points(int(rng.uniform(3, 6)), 0.3, 0.85)):
             for _ in range(int(rng.uniform(6, 14))):
                 cx, cy = gx + rng.normal(0, 0.18), gy + rng.normal(0, 0.18)
                 coil = rng.uniform(0.035, 0.065) * (0.35 + turns / (4 * np.pi))
                 t = turns + rng.uniform(0, 6)
                 paths.append(list(zip(cx + coil * np.cos(t), cy + coil * np.sin(t))))
                 widths.append(0.022)
-        coils = ndimage.gaussian_filter(_draw(paths, widths, side), side / 200)
-        blood += 1.25 * has("vessel_coils") * coils * np.clip(0.8 + 0.5 * broad, 0.2, 1.2)
+        coils = ndimage.gaussian_filter(c.lines(paths, widths), side / 200)
+        c.blood += (
+            1.25 * has("vessel_coils") * coils * np.clip(0.8 + 0.5 * c.broad, 0.2, 1.2)
+        )
     if has("hairpins"):
         paths, widths = [], []
-        for hx, hy in zip(*_inside(rng, shape, int(rng.uniform(6, 14)), 0.5, 0.95)):
+        for hx, hy in zip(*c.points(int(rng.uniform(6, 14)), 0.5, 0.95)):
             t = np.arctan2(hy, hx) + rng.normal(0, 0.3)
             u, v = np.array([np.cos(t), np.sin(t)]), np.array([-np.sin(t), np.cos(t)])
             base = np.array([hx, hy])
-            loop = [(-0.08, 0.025), (0.05, 0.03), (0.08, 0), (0.05, -0.03), (-0.08, -0.025)]
+            loop = [
+                (-0.08, 0.025),
+                (0.05, 0.03),
+                (0.08, 0),
+                (0.05, -0.03),
+                (-0.08, -0.025),
+            ]
             paths.append([tuple(base + a * u + b * v) for a, b in loop])
             widths.append(0.022)
-        blood += 1.1 * has("hairpins") * _draw(paths, widths, side)
+        c.blood += 1.1 * has("hairpins") * c.lines(paths, widths)
     if has("lacunae"):
         n = int(rng.uniform(10, 34))
-        lx, ly = _inside(rng, shape, n, 0.0, 0.88)
+        lx, ly = c.points(n, 0.0, 0.88)
         size = rng.uniform(0.07, 0.12 + 1.2 / n, n)
-        lake = spots(lx, ly, size, axis, 3.0) * alpha
-        septa = alpha * (1 - lake)
-        dark = np.clip(rng.normal(0.25, 0.35) + 0.4 * broad, 0, 1.2)
+        lake = spots(lx, ly, size, c.axis, 3.0) * c.alpha
+        septa = c.alpha * (1 - lake)
+        dark = np.clip(rng.normal(0.25, 0.35) + 0.4 * c.broad, 0, 1.2)
         strength = has("lacunae")
-        blood += lake * strength * (0.6 + 0.6 * rng.random()) * (1 + 0.2 * fine)
-        deep += 0.8 * lake * strength * dark
-        white += 0.22 * septa * strength
+        c.blood += lake * strength * (0.6 + 0.6 * rng.random()) * (1 + 0.2 * c.fine)
+        c.deep += 0.8 * lake * strength * dark
+        c.white += 0.22 * septa * strength
 
+# %% ../nbs/01_synthetic.ipynb #dd952e59
+def _paint_keratosis(c: Canvas) -> None:
+    "Strawberry pattern, cysts, openings, ridges, fingerprint."
+    has, rng, side = c.looks.get, c.rng, c.side
     if has("strawberry"):  # red net around pale follicles, each with a yellow plug
         n = int(rng.uniform(35, 60))
         k = np.arange(n)
         t = 2.39996 * k + rng.uniform(0, 6)
         at = np.sqrt((k + 0.5) / n) * 1.05
-        fx, fy = at * np.cos(t) + rng.normal(0, 0.04, n), at * np.sin(t) + rng.normal(0, 0.04, n)
-        pale = spots(fx, fy, rng.uniform(0.05, 0.075, n), axis, 1.8)
-        plug = spots(fx, fy, np.full(n, 0.026), axis, 1.5)
+        fx = at * np.cos(t) + rng.normal(0, 0.04, n)
+        fy = at * np.sin(t) + rng.normal(0, 0.04, n)
+        pale = spots(fx, fy, rng.uniform(0.05, 0.075, n), c.axis, 1.8)
+        plug = spots(fx, fy, np.full(n, 0.026), c.axis, 1.5)
         s = has("strawberry")
-        blood = blood * (1 - 0.6 * s * pale) + 0.45 * s * alpha * (1 - pale)
-        melanin *= 1 - 0.5 * s * pale
-        white += 0.30 * s * pale * alpha
-        keratin += 0.45 * s * plug * alpha
+        c.blood = c.blood * (1 - 0.6 * s * pale) + 0.45 * s * c.alpha * (1 - pale)
+        c.melanin *= 1 - 0.5 * s * pale
+        c.white += 0.30 * s * pale * c.alpha
+        c.keratin += 0.45 * s * plug * c.alpha
     if has("cysts"):
         n = int(rng.uniform(6, 22))
-        star = spots(*_inside(rng, shape, n), rng.uniform(0.025, 0.06, n), axis, 1.2)
-        white += 0.62 * has("cysts") * star * alpha
-        melanin *= 1 - 0.4 * star
+        star = spots(*c.points(n), rng.uniform(0.025, 0.06, n), c.axis, 1.2)
+        c.white += 0.62 * has("cysts") * star * c.alpha
+        c.melanin *= 1 - 0.4 * star
     if has("openings"):
         n = int(rng.uniform(6, 18))
-        plug = spots(*_inside(rng, shape, n), rng.uniform(0.03, 0.075, n), axis, 3.0)
-        melanin += 1.1 * has("openings") * plug * alpha
-        keratin += 0.15 * plug * alpha
+        plug = spots(*c.points(n), rng.uniform(0.03, 0.075, n), c.axis, 3.0)
+        c.melanin += 1.1 * has("openings") * plug * c.alpha
+        c.keratin += 0.15 * plug * c.alpha
     if has("ridges"):  # brain-like folds: the zero lines of noise are the furrows
         bend = smooth_noise(rng, 11, side) + 0.5 * smooth_noise(rng, 18, side)
-        width = np.clip(0.4 + 0.12 * broad, 0.2, 0.7)
+        width = np.clip(0.4 + 0.12 * c.broad, 0.2, 0.7)
         furrow = np.exp(-((bend / width) ** 2))
-        melanin += 0.55 * has("ridges") * furrow * alpha
-        melanin *= 1 - 0.25 * has("ridges") * (1 - furrow)
+        c.melanin += 0.55 * has("ridges") * furrow * c.alpha
+        c.melanin *= 1 - 0.25 * has("ridges") * (1 - furrow)
     if has("fingerprint"):
         turn = rng.uniform(0, np.pi)
-        u = x * np.cos(turn) + y * np.sin(turn) + 0.14 * smooth_noise(rng, 5, side)
+        u = c.x * np.cos(turn) + c.y * np.sin(turn) + 0.14 * smooth_noise(rng, 5, side)
         stripe = 0.5 + 0.5 * np.cos(2 * np.pi * u / rng.uniform(0.14, 0.19))
-        melanin += 0.42 * has("fingerprint") * (stripe - 0.3) * alpha
+        c.melanin += 0.42 * has("fingerprint") * (stripe - 0.3) * c.alpha
+
+
+def _paint_surface(c: Canvas) -> None:
+    "White patch, scale, keratin and crust."
+    has, rng, side = c.looks.get, c.rng, c.side
     if has("white_patch"):
         off = rng.normal(0, 0.08, 2)
-        reach = np.hypot(x - off[0], y - off[1]) + 0.06 * fine + 0.08 * broad
-        scar = 1 / (1 + np.exp(np.clip((reach - rng.uniform(0.28, 0.48)) * 14, -15, 15)))
+        reach = np.hypot(c.x - off[0], c.y - off[1]) + 0.06 * c.fine + 0.08 * c.broad
+        scar = 1 / (
+            1 + np.exp(np.clip((reach - rng.uniform(0.28, 0.48)) * 14, -15, 15))
+        )
         s = has("white_patch")
-        melanin *= 1 - 0.85 * s * scar
-        blood *= 1 - 0.5 * s * scar
-        white += 0.55 * s * scar * alpha
+        c.melanin *= 1 - 0.85 * s * scar
+        c.blood *= 1 - 0.5 * s * scar
+        c.white += 0.55 * s * scar * c.alpha
     if has("scale"):
-        flakes = smooth_noise(rng, 26, side) + 0.8 * broad
+        flakes = smooth_noise(rng, 26, side) + 0.8 * c.broad
         flakes = np.clip((flakes - 1.1) * 1.6, 0, 1)
-        white += 0.6 * has("scale") * flakes * alpha
+        c.white += 0.6 * has("scale") * flakes * c.alpha
     if has("keratin"):
-        reach = np.hypot(x - rng.normal(0, 0.12), y - rng.normal(0, 0.12))
-        lump = np.clip((rng.uniform(0.3, 0.55) - reach + 0.12 * broad) * 6, 0, 1)
-        keratin += has("keratin") * lump * np.clip(0.6 + 0.25 * fine, 0, 1)
-        white += 0.25 * has("keratin") * lump * np.clip(fine, 0, 1)
+        reach = np.hypot(c.x - rng.normal(0, 0.12), c.y - rng.normal(0, 0.12))
+        lump = np.clip((rng.uniform(0.3, 0.55) - reach + 0.12 * c.broad) * 6, 0, 1)
+        c.keratin += has("keratin") * lump * np.clip(0.6 + 0.25 * c.fine, 0, 1)
+        c.white += 0.25 * has("keratin") * lump * np.clip(c.fine, 0, 1)
     if has("crust"):  # an erosion: dark red to orange, sharply bounded
-        cx, cy = _inside(rng, shape, 1, 0.0, 0.6)
-        reach = np.hypot(x - cx[0], y - cy[0]) + 0.07 * fine + 0.07 * broad
+        cx, cy = c.points(1, 0.0, 0.6)
+        reach = np.hypot(c.x - cx[0], c.y - cy[0]) + 0.07 * c.fine + 0.07 * c.broad
         sore = np.clip((rng.uniform(0.15, 0.32) - reach) * 12, 0, 1) * has("crust")
-        blood += 1.0 * sore * np.clip(1 + 0.4 * fine, 0, 2)
-        melanin += 0.5 * sore
-        keratin += 0.2 * sore
+        c.blood += 1.0 * sore * np.clip(1 + 0.4 * c.fine, 0, 2)
+        c.melanin += 0.5 * sore
+        c.keratin += 0.2 * sore
 
-    out = np.stack([melanin, deep, blood, white, keratin, shape.alpha])
-    np.clip(out, 0, [[[2.6]], [[1.6]], [[2.4]], [[0.85]], [[0.85]], [[1]]], out=out)
-    out[out < 1e-4] = 0  # tails without effect, but slow to compute with
-    return out.astype(np.float32)
+# %% ../nbs/01_synthetic.ipynb #77ae897a
+def lesion_maps(
+    lesion: Lesion,
+    side: int = 144,  # pixels along one side of the canvas, which spans 2 * REACH radii
+) -> np.ndarray:
+    "Pigment maps of a lesion, float32 (6, side, side), in the order of `MAPS`."
+    rng = np.random.default_rng([lesion.seed, 3, lesion.index])
+    canvas = Canvas(lesion.looks, rng, side)
+    _paint_network(canvas)
+    _paint_melanocytic(canvas)
+    _paint_nests(canvas)
+    _paint_vessels(canvas)
+    _paint_keratosis(canvas)
+    _paint_surface(canvas)
+    return canvas.maps()
 
-# %% ../nbs/01_synthetic.ipynb #945ffb6d
+# %% ../nbs/01_synthetic.ipynb #79a1fa2d
 def _add_hairs(rng, rgb, scale):
+    "Hairs over `rgb`, float (height, width, 3); `scale` is 1 at 96 pixels height."
     height, width, _ = rgb.shape
     many = rng.random() < 0.15
     n = int(rng.integers(12, 30)) if many else int(rng.integers(1, 9))
@@ -578,6 +703,7 @@ def _add_hairs(rng, rgb, scale):
 
 
 def _add_ruler(rng, rgb, scale):
+    "The marks of a ruler along one edge."
     height, width, _ = rgb.shape
     step, y = rng.uniform(0.03, 0.06), rng.uniform(0.02, 0.1)
     start, slope = rng.uniform(0, 0.3), rng.normal(0, 0.03)
@@ -594,6 +720,7 @@ def _add_ruler(rng, rgb, scale):
 
 
 def _add_bubbles(rng, rgb):
+    "Air bubbles in the immersion fluid."
     height, width, _ = rgb.shape
     y, x = np.mgrid[:height, :width].astype(np.float32)
     for _ in range(int(rng.integers(1, 6))):
@@ -605,7 +732,7 @@ def _add_bubbles(rng, rgb):
         rgb = rgb * (1 + 0.10 * (r < 1))[..., None] + 0.35 * rim[..., None]
     return rgb
 
-
+# %% ../nbs/01_synthetic.ipynb #f0a147c9
 def _sample(planes, x, y):
     "Bilinear values of `planes` at points given in lesion radii; 0 off the canvas."
     side = planes.shape[1]
@@ -625,7 +752,7 @@ def _sample(planes, x, y):
 
 def canvas_side(size: tuple[int, int]) -> int:
     "Side of the canvas of `lesion_maps` that suits images of `size` (width, height)."
-    return max(64, int(round(1.5 * size[1])))
+    return max(64, round(1.5 * size[1]))
 
 
 def render_view(
@@ -636,7 +763,7 @@ def render_view(
     nuisance: bool = True,  # False: no hair, ruler, bubbles, rim, blur and noise
 ) -> tuple[np.ndarray, np.ndarray]:
     "Image uint8 (height, width, 3) in RGB and mask uint8 (height, width), 0 or 255."
-    width, height = size
+    width, height = size = tuple(size)
     if maps is None:
         maps = lesion_maps(lesion, canvas_side(size))
     side = maps.shape[1]
@@ -644,7 +771,8 @@ def render_view(
     scale = height / 96
 
     # where each pixel of the view lies on the canvas; plain floats keep float32 arrays
-    pixels = float(np.clip(lesion.size * np.exp(rng.normal(0, 0.1)), 0.5, 1.0)) * height / 2
+    zoom = float(np.clip(lesion.size * np.exp(rng.normal(0, 0.1)), 0.5, 1.0))
+    pixels = zoom * height / 2
     turn, stretch = rng.uniform(0, 2 * np.pi), float(np.exp(rng.normal(0, 0.04)))
     cx = width / 2 + rng.normal(0, 0.05) * width
     cy = height / 2 + rng.normal(0, 0.05) * height
@@ -654,19 +782,20 @@ def render_view(
     def look_at(plane, reach):
         half = plane.shape[0] / 2 / reach
         m = np.array([a, b, -a * cx - b * cy + reach, c, d, -c * cx - d * cy + reach])
-        image = Image.fromarray(plane).transform(
-            (width, height), Image.Transform.AFFINE, tuple(m * half), Image.Resampling.BILINEAR
-        )
-        return np.asarray(image)
+        affine, smooth = Image.Transform.AFFINE, Image.Resampling.BILINEAR
+        image = Image.fromarray(plane)
+        return np.asarray(image.transform(size, affine, tuple(m * half), smooth))
 
     # canvas pixels finer than the view's would alias
     blur = 0.45 * (side / (2 * REACH) / pixels - 1)
-    planes = ndimage.gaussian_filter(maps, (0, blur, blur), truncate=2) if blur > 0.15 else maps
+    planes = maps
+    if blur > 0.15:
+        planes = ndimage.gaussian_filter(maps, (0, blur, blur), truncate=2)
     skin = np.random.default_rng([lesion.seed, 5, lesion.index])
     y, x = np.mgrid[:height, :width].astype(np.float32)
     px, py = (a * (x - cx) + b * (y - cy)), (c * (x - cx) + d * (y - cy))
-    for field, into in zip(range(2), (px, py)):  # tissue is uneven: bend everything a little
-        into += 0.02 * look_at(smooth_noise(skin, 26, 96), 2 * REACH)
+    for along in (px, py):  # tissue is uneven: bend everything a little
+        along += 0.02 * look_at(smooth_noise(skin, 26, 96), 2 * REACH)
     melanin, deep, blood, white, keratin, alpha = _sample(planes, px, py)
 
     # skin: tone and mottling belong to the lesion, the fine grain to the view
@@ -686,16 +815,14 @@ def render_view(
     melanin += 0.5 * look_at(freckle, 5.0)
     blood = blood + tone_h + sun * np.clip(look_at(mottle[1], 5.0), -0.7, 2) + grain
 
-    density = np.stack([np.clip(melanin, 0, None), deep, np.clip(blood, 0, None)], -1)
-    rgb = np.exp(-(density @ _ABSORB)) * np.array([0.97, 0.93, 0.91], np.float32)
-    for opacity, colour in ((keratin, (0.86, 0.72, 0.46)), (white, (0.96, 0.90, 0.89))):
-        opacity = np.clip(opacity * (1 + 2 * grain), 0, 1)[..., None]
-        rgb += (np.array(colour, np.float32) - rgb) * opacity
+    rough = 1 + 2 * grain
+    rgb = pigment_colour(melanin, deep, blood, white * rough, keratin * rough)
 
     # light: white balance, brightness, gradient, falloff from the centre
     u, v = (x - width / 2) / height, (y - height / 2) / height
     slope, t = rng.uniform(0, 0.22), rng.uniform(0, 2 * np.pi)
-    sx, sy, falloff = slope * float(np.cos(t)), slope * float(np.sin(t)), rng.uniform(0, 0.28)
+    sx, sy = slope * float(np.cos(t)), slope * float(np.sin(t))
+    falloff = rng.uniform(0, 0.28)
     lamp = 1 + u * sx + v * sy - falloff * (u * u + v * v)
     pink, violet, warm = rng.random(3) * (rng.random(3) < (0.35, 0.2, 0.3))
     balance = np.exp(
@@ -721,19 +848,22 @@ def render_view(
             rgb = ndimage.gaussian_filter(rgb, (s, s, 0), truncate=2)
         if chance[4] < 0.16:  # the round rim of the lens
             rim = rng.uniform(0.56, 0.74)
-            dark = np.clip((np.hypot(u - float(rng.normal(0, 0.02)), v) - rim) * height / 3, 0, 1)
+            dark = np.clip(
+                (np.hypot(u - float(rng.normal(0, 0.02)), v) - rim) * height / 3, 0, 1
+            )
             rgb = rgb * (1 - 0.97 * dark[..., None])
         noise = rng.standard_normal(rgb.shape, np.float32)
         rgb = rgb + rng.uniform(0.004, 0.018) * noise
     image = (np.clip(rgb, 0, 1) * 255 + 0.5).astype(np.uint8)
     return image, np.where(alpha > 0.5, 255, 0).astype(np.uint8)
 
-# %% ../nbs/01_synthetic.ipynb #ba78fc31
+# %% ../nbs/01_synthetic.ipynb #5b9c56d8
 VERSION = 1  # raise it whenever the same seed gives other pixels
 _MARKER = "demo.json"
 _NOTE = (
-    "Synthetic images made by dermnb.synthetic, in the format of ISIC 2019. They show no\n"
-    "patient and no disease; figures measured on them say nothing about real lesions.\n"
+    "Synthetic images made by dermnb.synthetic, in the format of ISIC 2019.\nThey show "
+    "no patient and no disease; figures measured on them say nothing about\nreal "
+    "lesions.\n"
 )
 
 
@@ -754,7 +884,9 @@ def _write_lesion(lesion: Lesion, names: list[str], folder: Path, size) -> None:
         if maps is None:
             maps = lesion_maps(lesion, canvas_side(size))
         image, mask = render_view(lesion, view, size, maps)
-        _write_image(mask, folder / "masks" / f"{name}.png", format="PNG", compress_level=3)
+        _write_image(
+            mask, folder / "masks" / f"{name}.png", format="PNG", compress_level=3
+        )
         quality = 80 + (lesion.index * 7 + view * 5) % 16
         _write_image(image, photo, format="JPEG", quality=quality)  # after its mask
 
@@ -809,16 +941,17 @@ def generate_demo(
     """Write a synthetic set in the format of ISIC 2019 and return its folder.
 
     `ISIC_2019_Training_GroundTruth.csv`, `ISIC_2019_Training_Metadata.csv`,
-    `ISIC_2019_Training_Input/*.jpg`, `masks/*.png` (0 or 255) and `demo.json`. A finished
-    folder with the same parameters is used again at once; an interrupted one is taken up
-    where it stopped. Raises `ConfigError` for impossible parameters and for a folder that
-    holds anything else."""
+    `ISIC_2019_Training_Input/*.jpg`, `masks/*.png` (0 or 255) and `demo.json`. A
+    finished folder with the same parameters is used again at once; an interrupted one
+    is taken up where it stopped. Raises `ConfigError` for impossible parameters and for
+    a folder that holds anything else.
+    """
     folder = Path(folder)
     width, height = (int(n) for n in size)
     if lesions < 1 or seed < 0 or min(width, height) < 32 or max(width, height) > 2048:
         raise ConfigError(
-            f"generate_demo got lesions {lesions}, seed {seed}, size {width} x {height}: "
-            "it needs 1 or more lesions, a seed of 0 or more and sides of 32 to 2048 "
+            f"generate_demo got lesions {lesions}, seed {seed}, size {width} x {height}"
+            ": it needs 1 or more lesions, a seed of 0 or more and sides of 32 to 2048 "
             "pixels."
         )
     size, version = [width, height], VERSION

@@ -13,7 +13,7 @@ import resource
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import keras
@@ -104,7 +104,14 @@ def prepare_data(config: ExperimentConfig) -> Data:
     )
     manifest = dataset.manifest
     # The store holds the whole dataset, so that every subset and split shares it.
-    store = build_store(manifest, config.image_size, config.resize, cache_dir())
+    store = build_store(
+        manifest,
+        config.image_size,
+        config.resize,
+        cache_dir(),
+        on_problem=config.on_problem,
+    )
+    dataset, manifest = _leave_out(dataset, store)
     if config.subset:
         manifest = take_subset(manifest, config.subset, config.split_seed)
     manifest = make_split(manifest, config)
@@ -113,6 +120,20 @@ def prepare_data(config: ExperimentConfig) -> Data:
     else:
         rows = np.flatnonzero(manifest["split"].to_numpy() == "train")
     return Data(dataset, manifest, store, np.asarray(rows))
+
+
+def _leave_out(dataset: Dataset, store: ImageStore) -> tuple[Dataset, pd.DataFrame]:
+    "The dataset and its rows without images that turned out to be unreadable."
+    manifest = dataset.manifest
+    broken = manifest["image_id"].isin(list(store.unreadable))
+    if not broken.any():
+        return dataset, manifest
+    found = manifest.loc[broken, ["image_id", "path"]].assign(
+        kind="unreadable", detail=list(map(store.unreadable.get, manifest["image_id"][broken]))
+    )
+    problems = pd.concat([dataset.problems, found], ignore_index=True)
+    manifest = manifest[~broken].reset_index(drop=True)
+    return replace(dataset, manifest=manifest, problems=problems), manifest
 
 
 def split_batches(

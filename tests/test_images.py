@@ -74,7 +74,7 @@ def test_killed_build_resumes(tmp_path, monkeypatch):
     stores = tmp_path / "stores"
     journal = stores / "crop-16px-v1" / "rows.txt"
     process = start_build(tmp_path / "m.csv", stores, delay=0.1)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not journal.exists() or journal.stat().st_size < 8 * 65:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
@@ -119,7 +119,7 @@ def test_two_builders_at_once(tmp_path):
     manifest.to_csv(tmp_path / "m.csv", index=False)
     stores = tmp_path / "stores"
     both = [start_build(tmp_path / "m.csv", stores, delay=0.02) for _ in range(2)]
-    decoded = [int(p.communicate(timeout=100)[0].split()[-1]) for p in both]
+    decoded = [int(p.communicate(timeout=200)[0].split()[-1]) for p in both]
     assert sorted(decoded) == [0, 40]
     store = images.build_store(manifest, 16, "crop", stores)
     assert (store.decoded, len(store.images)) == (0, 40)
@@ -318,24 +318,18 @@ def test_dermoscopy_under_mixed_precision_and_determinism():
         "import keras, numpy as np, tensorflow as tf\n"
         "from dermnb.images import augment_images, batch_generator\n"
         "keras.utils.set_random_seed(1)\n"
-        "if {exact}:\n"
-        "    tf.config.experimental.enable_op_determinism()\n"
-        "    keras.mixed_precision.set_global_policy('mixed_bfloat16')\n"
+        "tf.config.experimental.enable_op_determinism()\n"
+        "keras.mixed_precision.set_global_policy('mixed_bfloat16')\n"
         "x = np.random.default_rng(0).integers(0, 256, (9, 40, 40, 3), 'uint8')\n"
         "y = augment_images(x, 'dermoscopy', batch_generator(1, 2, 3))\n"
         "print(y.dtype, repr(float(y.astype('float64').sum())))\n"
     )
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", code.format(exact=exact)],
-            capture_output=True,
-            text=True,
-            check=True,
-            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
-        ).stdout
-        for exact in (True, False)
-    }
-    assert len(outputs) == 1 and "float32" in outputs.pop()
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    x = np.random.default_rng(0).integers(0, 256, (9, 40, 40, 3), "uint8")
+    y = images.augment_images(x, "dermoscopy", images.batch_generator(1, 2, 3))
+    assert output.split() == ["float32", repr(float(y.astype("float64").sum()))]
 
 
 def test_fit_takes_batches(store):

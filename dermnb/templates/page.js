@@ -15,7 +15,10 @@
     Plotly.newPlot(box, figure.data, figure.layout, {
       responsive: true,
       displaylogo: false,
-      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+      // Of plotly's own buttons, those that send nothing anywhere.
+      modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
+      showSendToCloud: false,
+      plotlyServerURL: "",
     });
   }
 

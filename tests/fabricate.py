@@ -1,0 +1,303 @@
+"""Run folders with made-up but plausible results, for tests of what reads them."""
+
+import base64
+import io
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from dermnb.core import ExperimentConfig, write_json
+from dermnb.evaluate import evaluate
+
+ISIC8 = {
+    "MEL": "Melanoma",
+    "NV": "Melanocytic naevus",
+    "BCC": "Basal cell carcinoma",
+    "AK": "Actinic keratosis",
+    "BKL": "Benign keratosis",
+    "DF": "Dermatofibroma",
+    "VASC": "Vascular lesion",
+    "SCC": "Squamous cell carcinoma",
+}
+SHARES = np.array([0.18, 0.45, 0.13, 0.06, 0.1, 0.02, 0.02, 0.04])
+
+
+def make_predictions(classes, lesions=600, skill=1.0, seed=0, shares=None):
+    """A predictions table (val and test): one to three images a lesion.
+
+    The truth depends on the number of lesions and classes only, so that tables of
+    different skill and seed are of the same images.
+    """
+    k = len(classes)
+    fixed = np.random.default_rng(20)
+    shares = np.full(k, 1 / k) if shares is None else np.asarray(shares, float)
+    truth = fixed.choice(k, lesions, p=shares / shares.sum())
+    lesion = np.repeat(np.arange(lesions), fixed.choice([1, 1, 1, 2, 3], lesions))
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(len(lesion), k)) + 0.7 * rng.normal(size=(lesions, k))[lesion]
+    logits[np.arange(len(lesion)), truth[lesion]] += skill
+    logits += 0.5 * np.log(shares + 1e-9)
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    table = pd.DataFrame(p / p.sum(axis=1, keepdims=True), columns=[f"p_{c}" for c in classes])
+    table.insert(0, "image_id", [f"DEMO_{i:07d}" for i in range(len(lesion))])
+    table.insert(1, "lesion_id", [f"DL_{i:07d}" for i in lesion])
+    table.insert(2, "split", np.where(lesion % 2, "val", "test"))
+    table.insert(3, "y_true", np.array(list(classes), dtype=object)[truth[lesion]])
+    return table
+
+
+def make_history(epochs=10, skill=1.0, stages=("all",), seed=0):
+    "Curves that fall and rise as curves do, with the epochs shared among the stages."
+    rng = np.random.default_rng(seed)
+    epoch = np.arange(1, epochs + 1)
+    fall = np.exp(-0.25 * skill * epoch)
+    bounds = np.array_split(epoch, len(stages))
+    noise = rng.normal(0, 0.02, (2, epochs))
+    return pd.DataFrame(
+        {
+            "epoch": epoch,
+            "stage": [s for s, part in zip(stages, bounds, strict=True) for _ in part],
+            "learning_rate": 1e-3 * 0.9**epoch,
+            "loss": 0.3 + 1.6 * fall,
+            "accuracy": 0.92 - 0.5 * fall,
+            "val_loss": 0.6 + 1.4 * fall + 0.01 * epoch + noise[0],
+            "val_accuracy": 0.78 - 0.35 * fall + noise[1] / 2,
+            "seconds": rng.uniform(3, 5, epochs),
+            "trainable_parameters": 20_000,
+        }
+    )
+
+
+def _png():
+    from PIL import Image
+
+    data = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(120, 200, (90, 320, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(data, "PNG")
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def make_notebook(path, extra_cells=()):
+    "An executed notebook with each kind of output that a run's notebook has."
+    table = pd.DataFrame({"MEL": [120, 25], "NV": [300, 61]}, index=["train", "val"])
+    chart = {
+        "data": [{"type": "scatter", "x": [1, 2, 3], "y": [3, 1, 2]}],
+        "layout": {"title": {"text": "A chart"}, "height": 300},
+    }
+    cells = [
+        new_markdown_cell("# One training run\n\n**Question.** How *well* does it do?\n\n- a\n- b"),
+        new_code_cell(
+            "import pandas as pd\n\n# what was drawn\ndata.groupby(['split', 'label']).size()",
+            outputs=[
+                new_output(
+                    "execute_result",
+                    {"text/html": table.to_html(), "text/plain": str(table)},
+                    execution_count=1,
+                )
+            ],
+        ),
+        new_markdown_cell("## Training"),
+        new_code_cell(
+            "history = train_model(config, data, model)",
+            outputs=[
+                new_output("stream", name="stdout", text="".join(f"epoch {i}\r" for i in range(300)))
+            ],
+        ),
+        new_code_cell(
+            "figure.show()",
+            outputs=[
+                new_output(
+                    "display_data",
+                    {
+                        "application/vnd.plotly.v1+json": chart,
+                        "text/html": "<script src='https://cdn.plot.ly/x.js'></script>",
+                    },
+                )
+            ],
+        ),
+        new_markdown_cell("The first batch, as the network sees it."),
+        new_code_cell(
+            "show_images(images)",
+            outputs=[
+                new_output("display_data", {"image/png": _png(), "text/plain": "<Figure>"})
+            ],
+        ),
+        new_code_cell(
+            "1 / 0",
+            outputs=[
+                new_output(
+                    "error",
+                    ename="ZeroDivisionError",
+                    evalue="division by zero",
+                    traceback=["\x1b[31mZeroDivisionError\x1b[0m: division <by> zero"],
+                )
+            ],
+        ),
+        *extra_cells,
+    ]
+    notebook = new_notebook(cells=cells)
+    nbformat.write(notebook, path)
+
+
+def make_run(
+    folder,
+    skill=1.0,
+    seed=0,
+    classes=None,
+    lesions=600,
+    synthetic=True,
+    stages=("scratch",),
+    epochs=10,
+    parameters=25_000,
+    train_s=40.0,
+    predictions=None,
+    resamples=200,
+    notebook=True,
+    shares=None,
+    **config,
+):
+    "A finished run folder, but for its model."
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    titles = dict(ISIC8 if classes is None else classes)
+    codes = list(titles)
+    if predictions is None:
+        if shares is None:
+            shares = SHARES if classes is None else None
+        predictions = make_predictions(codes, lesions, skill, seed, shares)
+    metrics = evaluate(predictions, codes, resamples=resamples)
+    write_json(folder / "metrics.json", metrics)
+    predictions.to_parquet(folder / "predictions.parquet", index=False)
+    make_history(epochs, skill, stages, seed).to_csv(folder / "history.csv", index=False)
+    split = predictions.rename(columns={"y_true": "label"})
+    train = split.assign(
+        image_id="T" + split["image_id"], lesion_id="T" + split["lesion_id"], split="train"
+    )
+    split = pd.concat([train, split])[["image_id", "lesion_id", "label", "split"]]
+    split.to_parquet(folder / "split.parquet", index=False)
+    summary = {
+        name: {
+            "images": len(part),
+            "lesions": int(part["lesion_id"].nunique()),
+            "per_class": {c: int((part["label"] == c).sum()) for c in codes},
+        }
+        for name, part in split.groupby("split")
+    }
+    # As a run could have them: names that are no folder names reach only the page.
+    known = {k: v for k, v in config.items() if k in ExperimentConfig.model_fields}
+    settings = ExperimentConfig(seed=seed, epochs=epochs, **known).model_dump(exclude={"data_dir"})
+    write_json(
+        folder / "run.json",
+        {
+            "schema": 1,
+            "suite": folder.parent.name,
+            "run": folder.name,
+            "config": settings | {"suite": folder.parent.name, "run": folder.name},
+            "classes": codes,
+            "class_titles": titles,
+            "dataset": {
+                "name": "demo",
+                "title": "Generated dermoscopy-like images" if synthetic else "HAM10000",
+                "synthetic": synthetic,
+                "license": "MIT" if synthetic else "CC BY-NC 4.0",
+                "citation": "Generated by this project."
+                if synthetic
+                else "Tschandl et al., Scientific Data 5, 180161 (2018)",
+                "images": len(split),
+                "lesions": int(split["lesion_id"].nunique()),
+                "manifest_hash": "5f0c3a9d2b7e4c61",
+                "problems": {"file unreadable": 2},
+            },
+            "split": summary,
+            "model": {
+                "backbone": settings["backbone"],
+                "title": settings["backbone"].capitalize(),
+                "weights": settings["weights"],
+                "parameters": parameters,
+                "trainable_parameters": parameters // 2,
+                "size_mb": round(parameters * 4 / 2**20, 1),
+            },
+            "stages": [{"name": s, "epochs": epochs // len(stages)} for s in stages],
+            "timing": {
+                "data_s": 3.2,
+                "build_s": 1.5,
+                "train_s": train_s,
+                "predict_s": train_s / 30,
+                "total_s": train_s * 1.1 + 5,
+            },
+            "peak_memory_mb": 1200 + parameters // 40_000,
+            "provenance": {
+                "git_commit": "736125f9d0c1a2b3",
+                "git_dirty": False,
+                "python": "3.11.9",
+                "packages": {"keras": "3.15.1", "tensorflow": "2.21.0", "numpy": "2.4.6"},
+                "hardware": {
+                    "cpu": "Example CPU @ 2.5 GHz",
+                    "cores": 2,
+                    "memory_gb": 16.0,
+                    "gpus": [],
+                    "platform": "Linux",
+                },
+                "backend": "tensorflow",
+                "started": f"2026-11-21T01:{seed:02d}:00+00:00",
+                "finished": f"2026-11-21T02:{seed:02d}:00+00:00",
+            },
+        },
+    )
+    if notebook:
+        make_notebook(folder / "notebook.ipynb")
+    return folder
+
+
+def make_suite(folder, synthetic=True):
+    "Four networks, one run that failed and one that is missing."
+    folder = Path(folder)
+    rows = [
+        ("cnn", 1.0, 25_640, 42.0, ("scratch",)),
+        ("xception", 1.7, 20_877_872, 610.0, ("scratch",)),
+        ("efficientnetb5", 1.9, 28_529_911, 1450.0, ("head", "top")),
+        ("efficientnetb7", 1.85, 64_117_831, 2980.0, ("head", "top")),
+    ]
+    for i, (name, skill, parameters, seconds, stages) in enumerate(rows):
+        make_run(
+            folder / name,
+            skill,
+            seed=i,
+            synthetic=synthetic,
+            stages=stages,
+            parameters=parameters,
+            train_s=seconds,
+            backbone=name,
+            **(
+                {"weights": "imagenet", "schedule": "head_then_top"}
+                if len(stages) > 1
+                else {"learning_rate": 3e-3 if i else 1e-3}
+            ),
+        )
+    states = [{"run": name, "status": "done", "error": ""} for name, *_ in rows]
+    states += [
+        {
+            "run": "densenet121",
+            "status": "failed",
+            "error": "ConfigError: /home/x/densenet121.weights.h5 is no weights file.",
+        },
+        {"run": "resnet50", "status": "missing", "error": ""},
+    ]
+    write_json(
+        folder / "suite.json",
+        {
+            "schema": 1,
+            "suite": folder.name,
+            "title": "CNN, Xception, EfficientNetB5 and EfficientNetB7 under one recipe",
+            "question": "Which of the four networks tells the diagnoses apart best, when data, "
+            "split, image size, loss and schedule are the same?",
+            "expected": "All do better than guessing, and the two-layer CNN stays behind.",
+            "caveats": ["A few epochs at a small size are a test of the chain."],
+            "profile": "cpu",
+            "runs": states,
+        },
+    )
+    return folder

@@ -1,0 +1,80 @@
+"Generated data: what needs other processes, or would slow the notebook down."
+
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from dermnb import synthetic
+from dermnb.synthetic import CLASSES, draw_lesion, generate_demo, render_view
+
+SIZE = (64, 48)
+
+
+def test_module_loads_no_framework():
+    code = (
+        "import sys, dermnb.synthetic; "
+        "sys.exit(any(m in sys.modules for m in ('tensorflow', 'keras', 'matplotlib')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_another_process_makes_the_same_files(tmp_path):
+    here = generate_demo(tmp_path / "here", lesions=4, size=SIZE, workers=2)
+    code = (
+        "import sys; from dermnb.synthetic import generate_demo; "
+        f"generate_demo(sys.argv[1], lesions=4, size={SIZE})"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "there")], check=True)
+    files = [p.relative_to(here) for p in here.rglob("*") if p.is_file()]
+    assert len(files) > 8
+    for name in files:
+        assert (here / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
+
+
+def test_interrupted_work_is_taken_up(tmp_path, monkeypatch):
+    calls = []
+
+    def counted(lesion, *args):
+        calls.append(lesion.index)
+        if len(calls) == 3:
+            raise OSError("disk full")
+        return render_view(lesion, *args)
+
+    monkeypatch.setattr(synthetic, "render_view", counted)
+    with pytest.raises(OSError, match="disk full"):
+        generate_demo(tmp_path / "demo", lesions=5, size=SIZE)
+    assert not (tmp_path / "demo").exists()
+    before = len(calls)
+    generate_demo(tmp_path / "demo", lesions=5, size=SIZE)
+    images = list((tmp_path / "demo" / "ISIC_2019_Training_Input").iterdir())
+    assert len(calls) - before < len(images)  # what was there is not painted again
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["demo"]
+
+
+def test_files_agree(tmp_path):
+    demo = generate_demo(tmp_path / "demo", lesions=40, size=SIZE)
+    truth = pd.read_csv(demo / "ISIC_2019_Training_GroundTruth.csv")
+    people = pd.read_csv(demo / "ISIC_2019_Training_Metadata.csv")
+    assert list(truth.columns) == ["image", *CLASSES, "UNK"]
+    assert (truth.drop(columns="image").sum(axis=1) == 1).all()
+    assert truth["image"].equals(people["image"])
+    assert people["lesion_id"].nunique() == 40
+    assert (truth[list(CLASSES)].sum() > 0).all()
+    for name in truth["image"].head(10):
+        photo = Image.open(demo / "ISIC_2019_Training_Input" / f"{name}.jpg")
+        mask = np.asarray(Image.open(demo / "masks" / f"{name}.png"))
+        assert photo.size == SIZE and photo.mode == "RGB"
+        assert set(np.unique(mask)) == {0, 255}
+
+
+@pytest.mark.parametrize("label", CLASSES)
+@pytest.mark.parametrize("size", [(64, 64), (96, 128), (200, 150)])
+def test_any_class_at_any_size(label, size):
+    image, mask = render_view(draw_lesion(3, 5, label), 0, size)
+    assert image.shape == (size[1], size[0], 3) and image.dtype == np.uint8
+    assert 0.02 < (mask > 0).mean() < 0.95
+    assert image.std() > 5
