@@ -35,7 +35,7 @@ def run(
     ] = "",
     parameter: Annotated[
         list[str], typer.Option("-p", metavar="KEY=VALUE", help="Override a parameter.")
-    ] = [],
+    ] = (),
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
     reports: Annotated[str, typer.Option(help="Folder of the reports.")] = "reports",
     scheduler: Annotated[str, typer.Option(help="Address of a dask scheduler.")] = "",

@@ -110,12 +110,12 @@ class ExperimentConfig(BaseModel):
                 f"head_epochs {self.head_epochs} leaves none of {self.epochs} epochs "
                 "for the top layers"
             )
-        if self.schedule in ("head", "head_then_top", "gradual"):
-            if self.weights == "none":
-                raise ValueError(
-                    f"schedule {self.schedule!r} freezes the backbone, which needs "
-                    "pretrained weights: give weights, or schedule 'scratch'"
-                )
+        freezes = self.schedule in ("head", "head_then_top", "gradual")
+        if freezes and self.weights == "none":
+            raise ValueError(
+                f"schedule {self.schedule!r} freezes the backbone, which needs "
+                "pretrained weights: give weights, or schedule 'scratch'"
+            )
         for field in ("suite", "run"):
             name = getattr(self, field)
             if name.startswith(".") or any(c in name for c in '/\\:*?"<>|\0'):
@@ -214,7 +214,9 @@ def _first_line(path: str, key: str) -> str:
 
 def _command(*args: str, cwd: Path | None = None) -> str:
     try:
-        done = subprocess.run(args, capture_output=True, text=True, timeout=10, cwd=cwd)
+        done = subprocess.run(
+            args, capture_output=True, text=True, timeout=10, cwd=cwd, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -1019,7 +1019,7 @@ def image_fault(
             image.load()
     except Image.UnidentifiedImageError:
         return "not an image"
-    except Exception as error:  # noqa: BLE001, a damaged file raises nearly anything
+    except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
 

@@ -39,9 +39,9 @@ def check_config(
             raise ConfigError(
                 f"weights {config.weights!r} is neither 'imagenet' nor 'none' nor a file."
             )
-        if config.data_dir and not Path(config.data_dir).exists():
-            if config.dataset != "demo":
-                raise ConfigError(f"data_dir {config.data_dir!r} does not exist.")
+        made = config.dataset == "demo"  # generates itself where it is wanted
+        if config.data_dir and not made and not Path(config.data_dir).exists():
+            raise ConfigError(f"data_dir {config.data_dir!r} does not exist.")
         if config.taxonomy:
             load_taxonomy(config.taxonomy)
     except ConfigError as error:

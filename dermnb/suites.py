@@ -27,7 +27,7 @@ from dermnb.core import (
     unknown_name,
     write_json,
 )
-from .runs import check_config, finish_run, is_done, validate_run
+from .runs import check_config, finish_run, is_done
 
 # %% ../nbs/17_suites.ipynb #5be42cdb
 class Suite(BaseModel):
@@ -160,6 +160,7 @@ def execute_run(
 ) -> dict:
     "Execute one run; returns its name, status, error sentence and seconds."
     import papermill
+    from traitlets.config import Config
 
     os.environ.update(env)
     logging.getLogger("papermill").setLevel(logging.WARNING)
@@ -180,6 +181,8 @@ def execute_run(
             parameters=config.model_dump(exclude={"data_dir"}) | {"folder": str(part)},
             progress_bar=False,
             coalesce_streams=True,
+            # Other users of the machine could listen to a kernel that does not encrypt.
+            config=Config(AsyncKernelManager={"transport_encryption": "auto"}),
             cwd=str(Path.cwd()),
         )
         (part / "progress.json").unlink(missing_ok=True)

@@ -1,0 +1,334 @@
+"""Suite and run pages: complete, escaped, offline, quick, and honest about what is not there."""
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+
+import pytest
+from fabricate import ISIC8, make_predictions, make_run, make_suite
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
+
+from dermnb.core import ConfigError, read_json, write_json
+from dermnb.report import (
+    build_report,
+    build_run_page,
+    build_suite_page,
+    clean_html,
+    load_run,
+    load_suite_runs,
+    notebook_html,
+)
+
+VOID = {"meta", "link", "br", "img", "hr", "input", "col"}
+
+
+class Page(HTMLParser):
+    "Tags that open and close in order, ids, links, and whatever a browser would fetch."
+
+    def __init__(self, path):
+        super().__init__()
+        self.open, self.ids, self.links, self.fetched, self.scripts = [], [], [], [], 0
+        self.headings, self.words, self.tags = [], [], {}
+        self.text = path.read_text(encoding="utf-8")
+        self.feed(self.text)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags[tag] = self.tags.get(tag, 0) + 1
+        if tag not in VOID:
+            self.open.append(tag)
+        if "id" in attributes:
+            self.ids.append(attributes["id"])
+        for name in ("src", "href"):
+            if name in attributes:
+                (self.links if tag == "a" else self.fetched).append(attributes[name])
+        if re.fullmatch(r"h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        assert not [a for a in attributes if a.startswith("on")], attributes
+
+    def handle_startendtag(self, tag, attributes):
+        assert tag in VOID, tag
+        self.handle_starttag(tag, attributes)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, (tag, self.open[-3:])
+        self.open.pop()
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] not in ("script", "style"):
+            self.words.append(data)
+
+    @property
+    def prose(self):
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    folder = make_suite(tmp_path_factory.mktemp("reports") / "demo")
+    build_report(folder)
+    return folder
+
+
+def test_suite_page_is_complete(suite):
+    page = Page(suite / "index.html")
+    assert len(page.ids) == len(set(page.ids))
+    for link in page.links:
+        if link.startswith("#"):
+            assert link[1:] in page.ids
+        else:
+            assert (suite / link).is_file(), link
+    for section in (
+        "Summary", "Leaderboard", "Confusion matrices", "Learning curves", "Parameters and time",
+        "Settings", "Data", "What this does not show", "Provenance",
+    ):  # fmt: skip
+        assert section in page.prose
+    assert "These figures come from generated images" in page.prose
+    assert "4 of 6 runs finished" in page.prose
+    assert "densenet121 failed: ConfigError: densenet121.weights.h5 is no" in page.prose
+    assert "resnet50 missing: It has not been run" in page.prose
+    for name in ("cnn", "xception", "efficientnetb5", "efficientnetb7"):
+        assert f"{name}/report.html" in page.links
+    best = read_json(suite / "efficientnetb5" / "metrics.json")["splits"]["test"]["metrics"]
+    assert f"{best['balanced_accuracy']['value']:.3f}" in page.prose
+    assert "736125f9d0c1a2b3" in page.prose and "5f0c3a9d2b7e4c61" in page.prose
+    assert page.tags["caption"] == page.tags["table"]
+    # Every chart has a name, and a table of its own or with its pair.
+    charts = page.text.count('role="img" aria-label="')
+    assert charts == page.text.count("data-figure=") >= 16
+    assert page.text.count(">Table behind th") >= charts - 4
+    assert page.headings.count(1) == 1
+
+
+def test_pages_ask_the_network_for_nothing_and_are_small(suite):
+    pages = [suite / "index.html", *suite.glob("*/report.html")]
+    assert len(pages) == 5
+    for path in pages:
+        page = Page(path)
+        scripts = {f for f in page.fetched if not f.startswith("data:")}
+        assert scripts == {"plotly.min.js" if path.name == "index.html" else "../plotly.min.js"}
+        assert path.stat().st_size < 1_000_000
+        for url in re.findall(r"url\(|@import|mathjax|mermaid|require\.js|jquery", page.text, re.I):
+            pytest.fail(f"{path}: {url}")
+    assert len(list(suite.rglob("plotly*.js"))) == 1
+
+
+def test_single_file_needs_no_other(suite):
+    page = build_suite_page(suite, single_file=True)
+    assert page.parent == suite and page.name == "demo.html"
+    text = page.read_text(encoding="utf-8")
+    head = text[: text.index("<script>")] + text[text.index("</script>") :]
+    assert not re.search(r'<script src|href="[^#d]', head)
+    assert "single-file edition" in text
+    assert page.stat().st_size < 6_000_000
+
+
+def test_run_page_shows_the_notebook(suite):
+    page = Page(suite / "cnn" / "report.html")
+    assert len(page.ids) == len(set(page.ids))
+    assert "../index.html" in page.links
+    assert '<details class="code">' in page.text and "train_model" in page.text
+    assert '<pre class="out">epoch 299' in page.text and "epoch 298" not in page.text
+    assert "division &lt;by&gt; zero" in page.text
+    assert "cdn.plot.ly" not in page.text
+    assert 'src="data:image/png' in page.text  # generated images may be shown
+    assert page.prose.count("These figures come from generated images") == 1
+
+
+def test_pages_about_photographs_show_none(tmp_path):
+    folder = make_suite(tmp_path / "real", synthetic=False)
+    build_report(folder)
+    for path in [folder / "index.html", *folder.glob("*/report.html")]:
+        page = Page(path)
+        assert "data:image" not in page.text
+        assert "generated images" not in page.prose
+    run = Page(folder / "cnn" / "report.html")
+    assert "A picture is left out here" in run.prose
+    assert "data-figure" in run.text  # charts are no pictures
+    # A record that does not say so is not taken for generated.
+    record = read_json(folder / "cnn" / "run.json")
+    del record["dataset"]["synthetic"]
+    write_json(folder / "cnn" / "run.json", record)
+    assert "data:image" not in build_run_page(folder / "cnn").read_text()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"image/jpeg": "AAAA"},
+        {"image/svg+xml": "<svg></svg>", "text/plain": "x"},
+        {"text/html": "<p>a<IMG src='data:image/png;base64,AAAA'></p>"},
+        {"application/vnd.plotly.v1+json": {"data": [{"type": "image", "source": "data:x"}]}},
+        {"application/vnd.plotly.v1+json": {"data": [{"type": "heatmap", "z": [[1] * 99] * 99}]}},
+        {
+            "application/vnd.plotly.v1+json": {
+                "data": [{"type": "heatmap", "z": {"dtype": "u1", "shape": "99, 99", "bdata": "A"}}]
+            }
+        },
+        {
+            "application/vnd.plotly.v1+json": {
+                "data": [],
+                "layout": {"images": [{"source": "data:image/png;base64,AAAA"}]},
+            }
+        },
+    ],
+)
+def test_pictures_in_disguise(tmp_path, data):
+    import nbformat
+
+    cell = new_code_cell("show()", outputs=[new_output("display_data", data)])
+    text = new_markdown_cell("![x](data:image/png;base64,AAAA) <img src='data:image/png,A'>")
+    path = tmp_path / "notebook.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell, text]), path)
+    page = notebook_html(path, pictures=False)
+    assert "A picture is left out" in page
+    assert "<img" not in page.lower() and "data:image" not in page and "data-figure" not in page
+
+
+def test_notebook_html_is_cleaned():
+    hostile = (
+        "<script>x()</script><style>p{}</style><table onclick='x()' id='main'><tr><td>1</td></tr>"
+        "</table><a href='javascript:x()'>a</a><img src='https://x/y.png'><iframe src='//x'></iframe>"
+    )
+    text = clean_html(hostile, pictures=True)
+    for bad in ("script", "style>", "onclick", "id=", "<img", "iframe", "https"):
+        assert bad not in text, (bad, text)
+    assert "<td>1</td>" in text
+
+
+HOSTILE = {
+    "<script>alert(1)</script>": "<img src=x onerror=alert(1)>",
+    "</script><b>": "a & b",
+    "x" * 300: "y" * 300,
+    "\u202eNV \u0645\u0631\u0636": "\u05d0\u05d1",
+    "{{ 7*7 }}": "{% raw %}",
+    "__proto__": "<br>",
+}
+
+
+def test_hostile_names_are_text(tmp_path):
+    folder = tmp_path / "s"
+    names = ["<img src=x onerror=alert(1)>", "a'b\"c&d", "r" * 200]
+    for i, name in enumerate(names):
+        make_run(folder / name, seed=i, classes=HOSTILE, notebook=not i)
+    states = [{"run": n, "status": "done"} for n in names]
+    states += [
+        {"run": "../etc", "status": "done"},
+        {"run": "<b>", "status": "failed", "error": "<script>alert(2)</script>"},
+    ]
+    title = "</title><script>alert(3)</script>"
+    write_json(
+        folder / "suite.json",
+        {"title": title, "question": title, "caveats": [title], "runs": states},
+    )
+    build_report(folder)
+    for path in [folder / "index.html", *folder.glob("*/report.html")]:
+        page = Page(path)
+        assert not re.search(r"<script>alert|<img src=x|<b>", page.text)
+        assert "{{ 7*7 }}" in page.text
+    page = Page(folder / "index.html")
+    assert "../etc missing" in page.prose and not [x for x in page.links if ".." in x]
+    assert "<script>alert(2)</script>" in page.prose  # shown as it was written
+
+
+def test_odd_suites(tmp_path):
+    with pytest.raises(ConfigError, match="not a folder"):
+        build_report(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="neither suite.json nor"):
+        build_report(tmp_path)
+    # Nothing finished: a page all the same.
+    (tmp_path / "a").mkdir()
+    state = {"run": "x", "status": "missing", "error": ""}
+    write_json(tmp_path / "a" / "suite.json", {"title": "A", "question": "?", "runs": [state]})
+    page = Page(build_report(tmp_path / "a"))
+    assert "None of the 1 runs has results yet" in page.prose
+    assert "Confusion" not in page.prose
+    # One run, without suite.json, history, notebook and test split.
+    table = make_predictions(list(ISIC8), 80)
+    run = make_run(
+        tmp_path / "b" / "only", predictions=table[table["split"] == "val"], notebook=False
+    )
+    (run / "history.csv").unlink()
+    page = Page(build_report(tmp_path / "b"))
+    assert "on the validation split" in page.prose
+    assert "holds no notebook" in Page(run / "report.html").prose
+    # Records that cannot be read count as failed.
+    (run / "metrics.json").write_text("{}")
+    _, runs = load_suite_runs(tmp_path / "b")
+    assert [r.status for r in runs] == ["failed"] and "do not fit" in runs[0].error
+    with pytest.raises(ConfigError, match="do not fit"):
+        load_run(run)
+
+
+def test_absent_classes_and_different_test_sets_are_said(tmp_path):
+    folder = tmp_path / "s"
+    table = make_predictions(list(ISIC8), 200)
+    make_run(folder / "a", predictions=table[table["y_true"] != "DF"])
+    make_run(folder / "b", seed=1)
+    page = Page(build_report(folder))
+    assert "No image of DF is in the validation split" in page.prose
+    assert "not all measured on the same images" in page.prose
+    assert "Used by a" in page.prose and "Used by b" in page.prose
+
+
+def test_summary_does_not_name_a_winner_the_data_cannot_tell(tmp_path):
+    folder = tmp_path / "s"
+    make_run(folder / "a", skill=1.5, seed=0)
+    make_run(folder / "b", skill=1.5, seed=1)
+    assert "their order may be chance" in Page(build_report(folder)).prose
+    make_run(folder / "c", skill=9.0, seed=2)
+    assert "No other run's interval reaches" in Page(build_report(folder)).prose
+
+
+def test_loads_no_deep_learning_framework():
+    code = (
+        "import sys, dermnb.report;"
+        "heavy = {'tensorflow', 'keras', 'keras_cv', 'jax', 'torch'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_twenty_runs_in_seconds(tmp_path):
+    folder = tmp_path / "big"
+    first = make_run(folder / "run00", lesions=300, resamples=20, epochs=60)
+    for i in range(1, 20):
+        shutil.copytree(first, folder / f"run{i:02d}")
+    start = time.perf_counter()
+    build_report(folder)
+    assert time.perf_counter() - start < 30  # under 10 s when nothing else runs
+    assert (folder / "index.html").stat().st_size < 1_000_000
+    before = (first / "report.html").stat().st_mtime_ns
+    start = time.perf_counter()
+    build_report(folder)
+    assert time.perf_counter() - start < 10
+    assert (first / "report.html").stat().st_mtime_ns == before
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(not BROWSER, reason="needs Chromium, which is not installed")
+@pytest.mark.parametrize("name", ["index.html", "cnn/report.html", "demo.html"])
+def test_opens_in_a_browser_without_network(suite, tmp_path, name):
+    if name == "demo.html":
+        build_suite_page(suite, single_file=True)
+    done = subprocess.run(
+        [
+            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr",
+            f"--user-data-dir={tmp_path}", "--window-size=1400,9000",
+            "--virtual-time-budget=10000", "--dump-dom", (suite / name).as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr, done.stderr
+    drawn = len(re.findall(r'data-drawn="1"', done.stdout))
+    assert drawn >= 4
+    assert done.stdout.count('class="main-svg"') >= drawn
