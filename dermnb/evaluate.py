@@ -13,12 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import (
-    accuracy_score,
-    confusion_matrix,
-    precision_recall_fscore_support,
-    roc_auc_score,
-)
 
 from .core import ConfigError, unknown_name
 
@@ -43,14 +37,18 @@ METRICS = {
         MetricSpec("accuracy", "Accuracy", "share of all images that were recognised"),
         MetricSpec("macro_f1", "Macro F1", "mean over classes of F1"),
         MetricSpec("weighted_f1", "Weighted F1", "mean of F1 weighted by class size"),
-        MetricSpec("macro_precision", "Macro precision", "mean over classes of precision"),
+        MetricSpec(
+            "macro_precision", "Macro precision", "mean over classes of precision"
+        ),
         MetricSpec(
             "weighted_precision",
             "Weighted precision",
             "mean of precision weighted by class size",
         ),
         MetricSpec(
-            "macro_recall", "Macro recall", "mean over classes of recall: balanced accuracy"
+            "macro_recall",
+            "Macro recall",
+            "mean over classes of recall: balanced accuracy",
         ),
         MetricSpec(
             "weighted_recall",
@@ -69,13 +67,19 @@ CLASS_METRICS = {
     m.name: m
     for m in (
         MetricSpec(
-            "recall", "Recall", "share of the class's images that were recognised (sensitivity)"
+            "recall",
+            "Recall",
+            "share of the class's images that were recognised (sensitivity)",
         ),
         MetricSpec(
-            "precision", "Precision", "share of the images called this class that are of it"
+            "precision",
+            "Precision",
+            "share of the images called this class that are of it",
         ),
         MetricSpec("f1", "F1", "harmonic mean of precision and recall"),
-        MetricSpec("auc", "AUC", "area under the ROC curve of the class against the others"),
+        MetricSpec(
+            "auc", "AUC", "area under the ROC curve of the class against the others"
+        ),
     )
 }
 
@@ -168,6 +172,14 @@ def point_scores(
     The predicted class is the most probable one, the first of equals. Rows of the
     counts are true classes, columns predicted ones.
     """
+    # Here, because it takes seconds to load and a report needs only METRICS of this module.
+    from sklearn.metrics import (
+        accuracy_score,
+        confusion_matrix,
+        precision_recall_fscore_support,
+        roc_auc_score,
+    )
+
     k = p.shape[1]
     called = p.argmax(axis=1)
     present = np.unique(y)
@@ -220,7 +232,9 @@ def scores_from_counts(
     for metric, values in per_class.items():
         values = np.where(present, values, 0.0)
         overall[f"macro_{metric}"] = _ratio(values.sum(-1), present.sum(-1), np.nan)
-        overall[f"weighted_{metric}"] = _ratio((values * support).sum(-1), total, np.nan)
+        overall[f"weighted_{metric}"] = _ratio(
+            (values * support).sum(-1), total, np.nan
+        )
     overall["balanced_accuracy"] = overall["macro_recall"]
     return overall, per_class
 

@@ -33,7 +33,9 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross")
 DASHES = ("solid", "dash", "dashdot", "longdash")
 SHADES = ((0.0, "#F4F8FB"), (0.25, "#B9D7EA"), (0.6, "#4A97C9"), (1.0, "#00456E"))
 INK, GRID = "#767676", "rgba(128,128,128,0.3)"
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+FONT = (
+    "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+)
 
 _axis = {
     "gridcolor": GRID,
@@ -84,7 +86,9 @@ def label(
 
 
 def _lines(text: str, width: int) -> list[str]:
-    return [html.escape(part, quote=False) for part in textwrap.wrap(text, width)] or [""]
+    return [html.escape(part, quote=False) for part in textwrap.wrap(text, width)] or [
+        ""
+    ]
 
 # %% ../nbs/15_figures.ipynb #385bcc14
 LEGEND = {
@@ -98,24 +102,26 @@ LEGEND = {
 }
 
 
-def _finish(
-    figure: go.Figure,
+def _frame(
     title: str,
     subtitle: str,
     height: int,
     legend: int = 0,  # entries that need room below
-) -> go.Figure:
-    "Title, size and template; the text is wrapped so that it fits a page 400 px wide."
+) -> dict:
+    "Layout of every figure: title, size, template; text wrapped to fit a page 400 px wide."
     head, sub = _lines(title, 40), _lines(subtitle, 56)
     top = 20 * len(head) + 16 * len(sub) + 22
     rows = (legend + 1) // 2
     bottom = 52 + 22 * rows
-    return figure.update_layout(
-        template=TEMPLATE,
-        title={
+    return {
+        "template": TEMPLATE,
+        "title": {
             "text": "<br>".join(head),
             "font": {"size": 16},
-            "subtitle": {"text": "<br>".join(sub), "font": {"size": 12.5, "color": INK}},
+            "subtitle": {
+                "text": "<br>".join(sub),
+                "font": {"size": 12.5, "color": INK},
+            },
             "x": 0,
             "xref": "container",
             "xanchor": "left",
@@ -124,11 +130,11 @@ def _finish(
             "yanchor": "top",
             "pad": {"t": 8, "l": 0},
         },
-        height=height + top + bottom,
-        margin={"l": 8, "r": 12, "t": top, "b": bottom},
-        legend=LEGEND,
-        showlegend=legend > 0,
-    )
+        "height": height + top + bottom,
+        "margin": {"l": 8, "r": 12, "t": top, "b": bottom},
+        "legend": LEGEND,
+        "showlegend": legend > 0,
+    }
 
 
 def _note(*parts: str) -> str:
@@ -178,14 +184,19 @@ def learning_curves(
         sizes = [10 if e in first else 4 for e in epoch]
         stages = history["stage"].astype(str).map(label).tolist()
         for y, axis in (("loss", "y"), ("accuracy", "y2")):
-            common = {"x": epoch, "yaxis": axis, "legendgroup": str(i), "customdata": stages}
+            common = {
+                "x": epoch,
+                "yaxis": axis,
+                "legendgroup": str(i),
+                "customdata": stages,
+            }
             figure.add_scatter(
                 **common,
                 y=history[y].tolist(),
                 name=f"{label(name)}, training",
-                line={"color": style["color"], "width": 1.2, "dash": "dot"},
+                line={"color": style["color"], "width": 1.4, "dash": "dot"},
                 mode="lines",
-                opacity=0.75,
+                opacity=0.9,
                 showlegend=False,
                 hovertemplate="training %{y:.4f}",
             )
@@ -201,7 +212,15 @@ def learning_curves(
             )
     if shared:
         for epoch, stage in next(iter(drawn.values())):
-            figure.add_vline(epoch - 0.5, line={"color": INK, "width": 1, "dash": "dot"})
+            figure.add_shape(
+                type="line",
+                x0=epoch - 0.5,
+                x1=epoch - 0.5,
+                y0=0,
+                y1=1,
+                yref="paper",
+                line={"color": INK, "width": 1, "dash": "dot"},
+            )
             figure.add_annotation(
                 x=epoch - 0.5,
                 y=1,
@@ -215,8 +234,7 @@ def learning_curves(
     last = max(int(histories[name]["epoch"].max()) for name in drawn)
     images = f"{n[0]:,} training and {n[1]:,} validation images" if n else ""
     staged = any(starts.values())
-    _finish(
-        figure,
+    frame = _frame(
         "Loss and accuracy by epoch",
         _note(
             "solid: validation, dotted: training",
@@ -228,15 +246,20 @@ def learning_curves(
         legend=len(drawn),
     )
     if staged and shared:
-        figure.layout.margin.t += 14
+        frame["margin"]["t"] += 14
     return figure.update_layout(
+        **frame,
         xaxis={
             "title": {"text": "Epoch"},
             "anchor": "y2",
             "dtick": max(1, -(-last // 10)),
             "range": [0.5, last + 0.5],
         },
-        yaxis={"title": {"text": "Loss (nats)"}, "domain": [0.54, 1], "rangemode": "tozero"},
+        yaxis={
+            "title": {"text": "Loss (nats)"},
+            "domain": [0.54, 1],
+            "rangemode": "tozero",
+        },
         yaxis2={
             "title": {"text": "Accuracy (share)"},
             "domain": [0, 0.46],
@@ -265,7 +288,9 @@ def confusion_figure(
     support = counts.sum(axis=1, keepdims=True)
     shares = np.divide(counts, support, out=np.full((k, k), np.nan), where=support > 0)
     names = [label(c, 14) for c in classes]
-    rows = [f"{name} ({int(s):,})" for name, s in zip(names, support[:, 0], strict=True)]
+    rows = [
+        f"{name} ({int(s):,})" for name, s in zip(names, support[:, 0], strict=True)
+    ]
     values = 100 * shares if normalise else counts
     shown = [[None if np.isnan(v) else float(v) for v in row] for row in values]
     # Many classes leave no room for text in a cell: colour and hovering tell instead.
@@ -285,8 +310,10 @@ def confusion_figure(
             xgap=1,
             ygap=1,
             customdata=[
-                [[long[i], long[j], f"{counts[i, j]:,.0f}", f"{support[i, 0]:,.0f}"]
-                 for j in range(k)]
+                [
+                    [long[i], long[j], f"{counts[i, j]:,.0f}", f"{support[i, 0]:,.0f}"]
+                    for j in range(k)
+                ]
                 for i in range(k)
             ],
             hovertemplate="true %{customdata[0]}<br>predicted %{customdata[1]}"
@@ -301,16 +328,16 @@ def confusion_figure(
         )
     )
     what = "% of each true class" if normalise else "images"
-    # `_finish` escapes, so the name is cut here and left as it is.
+    # `_frame` escapes, so the name is cut here and left as it is.
     of = f" of {html.unescape(label(run))}" if run else ""
-    _finish(
-        figure,
+    frame = _frame(
         f"Confusion matrix{of}: {what}",
         _note(f"{split} split, n = {int(counts.sum()):,} images", note),
         height=120 + 32 * max(k, 4),
     )
     ticks = {"tickvals": list(range(k)), "showgrid": False, "ticks": ""}
     return figure.update_layout(
+        **frame,
         xaxis={**ticks, "ticktext": names, "title": {"text": "Predicted class"}},
         yaxis={
             **ticks,
@@ -344,7 +371,9 @@ def _spell(row: Mapping) -> str:
     if row["value"] is None:
         return "not defined"
     interval = (
-        f" ({row['low']:.3f} to {row['high']:.3f})" if row.get("low") is not None else ""
+        f" ({row['low']:.3f} to {row['high']:.3f})"
+        if row.get("low") is not None
+        else ""
     )
     return f"{row['value']:.3f}{interval}, n = {row['n']:,}"
 
@@ -385,8 +414,7 @@ def per_class_figure(
         )
     spec = CLASS_METRICS[metric]
     thick = 15 if len(per_class) <= 6 else 9
-    _finish(
-        figure,
+    frame = _frame(
         f"{spec.title} by class",
         _note(
             f"{split} split; {spec.definition}",
@@ -403,9 +431,9 @@ def per_class_figure(
         return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
     return figure.update_layout(
+        **frame,
         barmode="group",
         bargap=0.22,
-        legend_traceorder="normal",
         xaxis={"title": {"text": f"{spec.title} (share)"}, "range": [0, 1.02]},
         yaxis={
             "title": {"text": "Class (n)"},
@@ -474,8 +502,7 @@ def leaderboard_figure(
         return f"n = {images:,} images of {lesions:,} lesions"
 
     spec = METRICS[metric]
-    _finish(
-        figure,
+    frame = _frame(
         f"{spec.title} of each run",
         _note(
             f"filled: test split, {n_of('test')}".rstrip(", "),
@@ -487,6 +514,7 @@ def leaderboard_figure(
         height=30 + 44 * len(order),
     )
     return figure.update_layout(
+        **frame,
         xaxis={"title": {"text": f"{spec.title} (share)"}, "rangemode": "tozero"},
         yaxis={
             "title": {"text": "Run"},
@@ -508,7 +536,9 @@ COSTS = {
 
 
 def cost_figure(
-    points: Mapping[str, Mapping],  # run -> {"parameters", "train_s", value, low, high, n}
+    points: Mapping[
+        str, Mapping
+    ],  # run -> {"parameters", "train_s", value, low, high, n}
     cost: str = "parameters",  # a name in COSTS
     metric: str = "balanced_accuracy",  # what value stands for
     split: str = "test",
@@ -541,8 +571,7 @@ def cost_figure(
     spec = METRICS[metric]
     sizes = sorted({p["n"] for p in points.values() if p["value"] is not None})
     n = f"n = {sizes[0]:,} images" if len(sizes) == 1 else ""
-    _finish(
-        figure,
+    frame = _frame(
         f"{spec.title} against {name_of_cost.lower()}",
         _note(f"{split} split", n, f"lines: {level:.0%} intervals", note),
         height=300,
@@ -554,6 +583,7 @@ def cost_figure(
         pad = max(0.12 * (high - low), 0.3)
         ends = {"range": [low - pad, high + pad]}
     return figure.update_layout(
+        **frame,
         xaxis={"title": {"text": axis}, "type": "log", "dtick": 1, **ends},
         yaxis={"title": {"text": f"{spec.title} (share)"}, "rangemode": "tozero"},
     )

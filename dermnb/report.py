@@ -21,12 +21,11 @@ from importlib.resources import files
 from pathlib import Path
 from urllib.parse import quote
 
-import bleach
 import jinja2
-import nbformat
 import pandas as pd
 import plotly.graph_objects as go
 from markupsafe import Markup
+from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
 
 from . import __version__
@@ -35,6 +34,7 @@ from .evaluate import CLASS_METRICS, METRICS
 from dermnb.figures import (
     HISTORY_COLUMNS,
     SPLIT_TITLES,
+    TEMPLATE,
     confusion_figure,
     cost_figure,
     leaderboard_figure,
@@ -126,9 +126,14 @@ def load_suite_runs(
         suite = read_json(suite_dir / "suite.json")
     else:
         found = sorted(
-            p.parent.name for p in suite_dir.glob("*/run.json") if p.parent.name[0] != "."
+            p.parent.name
+            for p in suite_dir.glob("*/run.json")
+            if p.parent.name[0] != "."
         )
-        suite = {"title": suite_dir.name, "runs": [{"run": r, "status": "done"} for r in found]}
+        suite = {
+            "title": suite_dir.name,
+            "runs": [{"run": r, "status": "done"} for r in found],
+        }
     if not suite.get("runs"):
         raise ConfigError(f"{suite_dir} holds neither suite.json nor finished runs.")
     return suite, [_suite_run(suite_dir, state) for state in suite["runs"]]
@@ -185,7 +190,11 @@ def duration(
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return (
+        f"{minutes} min"
+        if minutes < 90
+        else f"{minutes // 60} h {minutes % 60:02d} min"
+    )
 
 
 def count(
@@ -205,7 +214,10 @@ def listing(
         names = [*names[:limit], f"{len(names) - limit} more"]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
-# %% ../nbs/16_report.ipynb #49fb75f6
+# %% ../nbs/16_report.ipynb #1afaf7d0
+FEW_LESIONS = 20  # below, figures rest on too little to compare runs
+
+
 def ranked(
     runs: Sequence[RunResult],  # done
 ) -> list[RunResult]:
@@ -220,7 +232,9 @@ def _same_test(runs: Sequence[RunResult]) -> bool:
 
 def _data_key(run: RunResult) -> str:
     "Equal for runs on the same images in the same split."
-    sizes = [(s, m["n"], [r["n"] for r in m["per_class"]]) for s, m in run.splits.items()]
+    sizes = [
+        (s, m["n"], [r["n"] for r in m["per_class"]]) for s, m in run.splits.items()
+    ]
     return json.dumps([run.get("dataset"), run.get("split"), sizes], sort_keys=True)
 
 
@@ -257,15 +271,22 @@ def summary_sentences(
         if top["low"] is not None
         else ""
     )
-    verb = "had the highest balanced accuracy" if rest else "reached a balanced accuracy"
+    verb = (
+        "had the highest balanced accuracy" if rest else "reached a balanced accuracy"
+    )
     sentences.append(
         f"{best.name} {verb} {'on' if rest else 'of'} "
-        + (f"the {where} split, {top['value']:.3f}{spread}." if rest
-           else f"{top['value']:.3f}{spread} on the {where} split.")
+        + (
+            f"the {where} split, {top['value']:.3f}{spread}."
+            if rest
+            else f"{top['value']:.3f}{spread} on the {where} split."
+        )
     )
     if rest:
         close = [r.name for r in rest if _overlap(top, r.score())]
-        if close:
+        if best.test["lesions"] < FEW_LESIONS:
+            sentences.append("So few lesions tell no two runs apart.")
+        elif close:
             sentences.append(
                 f"The interval of {listing(close)} overlaps with it, so their order may be "
                 "chance."
@@ -281,7 +302,9 @@ def summary_sentences(
         f"Calling every image {common} would give an accuracy of "
         f"{max(support) / sum(support):.3f} and a balanced accuracy of {_chance(best):.3f}."
     )
-    present = [row for row in best.test["per_class"] if row["recall"]["value"] is not None]
+    present = [
+        row for row in best.test["per_class"] if row["recall"]["value"] is not None
+    ]
     worst = min(present, key=lambda row: row["recall"]["value"])
     if len(present) > 1:
         sentences.append(
@@ -301,15 +324,14 @@ def summary_sentences(
 
 
 def _overlap(a: Mapping, b: Mapping) -> bool:
-    "Whether two intervals share a value; a missing interval tells nothing apart."
-    if a.get("low") is None or b.get("low") is None:
-        return True
-    return a["low"] <= b["high"] and b["low"] <= a["high"]
+    "Whether two intervals share a value; without an interval it is the value alone."
+    ends = [
+        (e["value"] or 0.0,) * 2 if e["low"] is None else (e["low"], e["high"])
+        for e in (a, b)
+    ]
+    return ends[0][0] <= ends[1][1] and ends[1][0] <= ends[0][1]
 
-# %% ../nbs/16_report.ipynb #50d46508
-FEW_LESIONS = 20  # below, a class's figures rest on too little to compare runs
-
-
+# %% ../nbs/16_report.ipynb #6270b24d
 def limit_sentences(
     runs: Sequence[RunResult],  # all of the suite
     caveats: Sequence[str] = (),  # of the suite's author
@@ -363,31 +385,49 @@ def _estimate_cell(estimate: Mapping) -> dict:
 def _table(caption, columns, rows, sortable=True, **more) -> dict:
     "columns: (text, is a number) or (text, is a number, explanation)"
     heads = [
-        {"text": c[0], "num": c[1], "about": c[2] if len(c) > 2 else ""} for c in columns
+        {"text": c[0], "num": c[1], "about": c[2] if len(c) > 2 else ""}
+        for c in columns
     ]
     sortable = sortable and len(rows) > 1
     label = (more.get("title") or caption).split(".")[0]
-    return {"caption": caption, "label": label, "columns": heads, "rows": rows,
-            "sortable": sortable, **more}
+    return {
+        "caption": caption,
+        "label": label,
+        "columns": heads,
+        "rows": rows,
+        "sortable": sortable,
+        **more,
+    }
 
 
 def _plot(figure: go.Figure, id: str, alt: str, table: dict | None = None) -> dict:
     "The title moves from the chart into HTML, where it wraps and can be read aloud."
-    title, about = figure.layout.title.text, figure.layout.title.subtitle.text
-    top = 44 if figure.layout.annotations else 30  # room for the tool bar
-    height = figure.layout.height - figure.layout.margin.t + top
-    figure = go.Figure(figure).update_layout(title=None, height=height, margin={"t": top})
-    text = figure.to_json().replace("<", "\\u003c").replace(">", "\\u003e")
+    chart = figure.to_plotly_json()
+    layout = {
+        k: v for k, v in chart["layout"].items() if k not in ("title", "template")
+    }
+    title, about = (figure.layout.title.text, figure.layout.title.subtitle.text)
+    top = 44 if "annotations" in layout else 30  # room for the tool bar
+    layout["height"] += top - layout["margin"]["t"]
+    layout["margin"] = layout["margin"] | {"t": top}
     plain = Markup(title.replace("<br>", " "))  # escaped by the figure
     return {
         "id": id,
         "title": plain,
         "about": Markup(about.replace("<br>", " ")),
         "alt": f"{html.unescape(plain)}. {alt}",
-        "height": height,
-        "json": Markup(text.replace("&", "\\u0026")),
+        "height": layout["height"],
+        "json": _script_json({"data": chart["data"], "layout": layout}),
         "table": table,
     }
+
+
+def _script_json(value: object) -> Markup:
+    "JSON that cannot end the script element that holds it."
+    text = to_json_plotly(value)
+    for char in "<>&":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return Markup(text)
 
 
 def _note(synthetic: bool) -> str:
@@ -400,7 +440,10 @@ def _confusion_table(scored: Mapping, classes: Sequence[str], caption: str) -> d
         total = sum(counts)
         rows.append(
             [_cell(name, num=False)]
-            + [_cell(count(c), c, f"{c / total:.2f}" if total else EN_DASH) for c in counts]
+            + [
+                _cell(count(c), c, f"{c / total:.2f}" if total else EN_DASH)
+                for c in counts
+            ]
             + [_cell(count(total), total)]
         )
     columns = [("True class", False), *((c, True) for c in classes), ("Images", True)]
@@ -412,7 +455,11 @@ def _confusion_plots(run: RunResult, id: str, synthetic: bool) -> dict:
     split = "test" if "test" in run.splits else "val"
     right = sum(row[i] for i, row in enumerate(scored["confusion"]))
     alt = f"{right:,} of {scored['n']:,} images lie on the diagonal."
-    common = {"run": run.name, "split": SPLIT_TITLES[split].lower(), "note": _note(synthetic)}
+    common = {
+        "run": run.name,
+        "split": SPLIT_TITLES[split].lower(),
+        "note": _note(synthetic),
+    }
     counts = confusion_figure(scored["confusion"], classes, False, **common)
     shares = confusion_figure(scored["confusion"], classes, True, **common)
     caption = (
@@ -434,7 +481,8 @@ def _curves_plot(runs: Sequence[RunResult], synthetic: bool) -> dict | None:
     if all(run.history.empty for run in runs):
         return None
     sizes = {
-        (run.get("split", "train", "images"), run.get("split", "val", "images")) for run in runs
+        (run.get("split", "train", "images"), run.get("split", "val", "images"))
+        for run in runs
     }
     n = sizes.pop() if len(sizes) == 1 else None
     figure = learning_curves(
@@ -461,25 +509,41 @@ def _curves_plot(runs: Sequence[RunResult], synthetic: bool) -> dict | None:
                     _cell(count(row["epoch"]), row["epoch"]),
                     _cell(row["stage"], num=False),
                     *(
-                        _cell(f"{row[c]:.4f}", row[c]) if pd.notna(row[c]) else _cell(EN_DASH, "")
+                        (
+                            _cell(f"{row[c]:.4f}", row[c])
+                            if pd.notna(row[c])
+                            else _cell(EN_DASH, "")
+                        )
                         for c in ("loss", "val_loss", "accuracy", "val_accuracy")
                     ),
                 ]
             )
     caption = "Loss (nats) and accuracy (share) of each epoch."
     if short:
-        caption += " Of each run the best and the last epoch; the rest is in its history.csv."
-    columns = [("Run", False), ("Epoch", True), ("Stage", False), ("Training loss", True),
-               ("Validation loss", True), ("Training accuracy", True),
-               ("Validation accuracy", True)]
-    return _plot(figure, "learning-curves", "; ".join(ends) + ".", _table(caption, columns, rows))
+        caption += (
+            " Of each run the best and the last epoch; the rest is in its history.csv."
+        )
+    columns = [
+        ("Run", False),
+        ("Epoch", True),
+        ("Stage", False),
+        ("Training loss", True),
+        ("Validation loss", True),
+        ("Training accuracy", True),
+        ("Validation accuracy", True),
+    ]
+    return _plot(
+        figure, "learning-curves", "; ".join(ends) + ".", _table(caption, columns, rows)
+    )
 
 
 def _class_rows(run: RunResult, link: bool = False) -> list[list[dict]]:
     rows = []
     for row in run.test["per_class"]:
         title = run.get("class_titles", row["class"], default=row["class"])
-        name = _cell(row["class"], num=False, sub=title if title != row["class"] else "")
+        name = _cell(
+            row["class"], num=False, sub=title if title != row["class"] else ""
+        )
         sizes = [_cell(count(row[c]), row[c]) for c in ("n", "lesions")]
         rows.append([name, *sizes, *(_estimate_cell(row[m]) for m in CLASS_METRICS)])
     return rows
@@ -496,7 +560,9 @@ def _absent_sentence(runs: Sequence[RunResult]) -> str:
     parts = []
     for split in dict.fromkeys(s for s, _ in found):
         names = [name for s, name in found if s == split]
-        parts.append(f"no image of {listing(names, 20)} is in the {SPLIT_TITLES[split].lower()} split")
+        parts.append(
+            f"no image of {listing(names, 20)} is in the {SPLIT_TITLES[split].lower()} split"
+        )
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}: these have no figures, and averages are over the other classes."
 
@@ -516,9 +582,7 @@ TAGS = frozenset(
     "a abbr b blockquote br caption code dd div dl dt em h1 h2 h3 h4 h5 h6 hr i li ol p pre s "
     "small span strong sub sup table tbody td tfoot th thead tr u ul".split()
 )
-PICTURE_LEFT_OUT = (
-    '<p class="muted">A picture is left out here: pages about real images show none.</p>'
-)
+PICTURE_LEFT_OUT = '<p class="muted">A picture is left out here: pages about real images show none.</p>'
 MANY_CELLS = 4096  # a heat map of more cells may be a picture
 
 
@@ -528,10 +592,15 @@ def clean_html(
 ) -> str:
     "Tables and text of `text`, without scripts, styles, ids and anything to be fetched."
 
+    import bleach
+
     def allowed(tag: str, name: str, value: str) -> bool:
         if tag == "img":
             return name == "alt" or (name == "src" and value.startswith("data:image/"))
-        return name in ("colspan", "rowspan", "scope", "title") or (tag, name) == ("a", "href")
+        return name in ("colspan", "rowspan", "scope", "title") or (tag, name) == (
+            "a",
+            "href",
+        )
 
     text = re.sub(r"(?is)<(script|style|svg)\b.*?</\1\s*>", "", text)
     text = bleach.clean(
@@ -569,13 +638,12 @@ def _output_html(data: Mapping, pictures: bool, id: str) -> Mapping:
         if _is_picture(figure) and not pictures:
             return {"text/html": PICTURE_LEFT_OUT}
         kept = {"data": figure.get("data", []), "layout": figure.get("layout", {})}
-        text = json.dumps(kept).replace("<", "\\u003c").replace(">", "\\u003e")
         height = int(kept["layout"].get("height") or 450)
         return {
             "text/html": f'<div class="plot" role="img" aria-label="Chart made by the code above" '
             f'data-figure="{id}" style="min-height:{height}px"><p class="fallback" hidden>This '
             "chart needs plotly.min.js beside the page.</p></div>"
-            f'<script type="application/json" id="{id}">{text}</script>'
+            f'<script type="application/json" id="{id}">{_script_json(kept)}</script>'
         }
     if any(kind.startswith("image/") for kind in data):
         if not pictures:
@@ -583,7 +651,9 @@ def _output_html(data: Mapping, pictures: bool, id: str) -> Mapping:
         if "image/png" in data:
             return {"image/png": data["image/png"]}
     if "text/html" in data:
-        if not pictures and re.search(r"(?i)<(img|svg|canvas|video)\b", data["text/html"]):
+        if not pictures and re.search(
+            r"(?i)<(img|svg|canvas|video)\b", data["text/html"]
+        ):
             return {"text/html": PICTURE_LEFT_OUT}
         return {"text/html": clean_html(data["text/html"], pictures)}
     if "text/markdown" in data:
@@ -596,7 +666,11 @@ def _stream_text(text: str, most: int = 200) -> str:
     lines = [line.rstrip("\r").split("\r")[-1] for line in text.split("\n")]
     if len(lines) > most:
         left = len(lines) - most
-        lines = [*lines[: most // 2], f"... {left} lines left out ...", *lines[-most // 2 :]]
+        lines = [
+            *lines[: most // 2],
+            f"... {left} lines left out ...",
+            *lines[-most // 2 :],
+        ]
     return "\n".join(lines).rstrip()
 
 
@@ -621,6 +695,8 @@ def notebook_html(
     pictures: bool = False,  # keep the pictures in its outputs
 ) -> str:
     "The notebook as a fragment of HTML with its code folded."
+    import nbformat  # takes seconds to load, and most rebuilds touch no notebook
+
     notebook = nbformat.read(path, as_version=4)
     for i, cell in enumerate(notebook.cells):
         cell.pop("attachments", None)
@@ -631,9 +707,8 @@ def notebook_html(
             if output.output_type == "stream":
                 output.text = _stream_text(output.text)
             elif "data" in output:
-                output.data = nbformat.from_dict(
-                    _output_html(output.data, pictures, f"out-{i}-{j}")
-                )
+                shown = _output_html(output.data, pictures, f"out-{i}-{j}")
+                output.data = nbformat.from_dict(shown)
             outputs.append(output)
         cell.outputs = outputs
     return _forget_paths_in_text(_exporter(pictures).from_notebook_node(notebook)[0])
@@ -666,7 +741,9 @@ def _code_css() -> str:
     from pygments.formatters import HtmlFormatter
 
     def rules(style):
-        text = HtmlFormatter(style=style, nobackground=True).get_style_defs(".highlight")
+        text = HtmlFormatter(style=style, nobackground=True).get_style_defs(
+            ".highlight"
+        )
         lines = text.splitlines()
         return "\n".join(s for s in lines if s.startswith(".highlight"))
 
@@ -679,12 +756,17 @@ def _render(template: str, sections, **values) -> str:
     if values.pop("code_css", False):
         css += _code_css()
     plain = {"fingerprint": "", "plotly_js": "", "plotly_src": ""} | values
-    return _environment().get_template(template).render(
-        css=Markup(css),
-        js=Markup((_templates() / "page.js").read_text(encoding="utf-8")),
-        version=__version__,
-        sections=sections,
-        **plain,
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            css=Markup(css),
+            js=Markup((_templates() / "page.js").read_text(encoding="utf-8")),
+            template=_script_json(TEMPLATE.to_plotly_json()),
+            version=__version__,
+            sections=sections,
+            **plain,
+        )
     )
 
 
@@ -727,7 +809,11 @@ PROVENANCE = {
 
 def _settings(run: RunResult) -> dict[str, str]:
     config = run.get("config", default={})
-    return {k: _setting(v) for k, v in config.items() if k not in ("suite", "run", "data_dir")}
+    return {
+        k: _setting(v)
+        for k, v in config.items()
+        if k not in ("suite", "run", "data_dir")
+    }
 
 
 def _setting(value) -> str:
@@ -777,7 +863,9 @@ def split_shared(
     return shared, differing
 
 
-def _differing_table(caption: str, values: Mapping, names: Sequence[str]) -> dict | None:
+def _differing_table(
+    caption: str, values: Mapping, names: Sequence[str]
+) -> dict | None:
     if not names:
         return None
     rows = [
@@ -821,12 +909,12 @@ def build_run_page(
     page = folder / "report.html"
     linked = (folder.parent / "suite.json").is_file()
     fingerprint = _run_fingerprint(folder, linked)
-    run = load_run(folder)
-    write_plotly_js(folder.parent)
     if not force and page.is_file():
         with page.open(encoding="utf-8") as file:
             if f'content="{fingerprint}"' in file.read(2000):
                 return page
+    run = load_run(folder)
+    write_plotly_js(folder.parent)
     scored = [(s, run.splits[s]) for s in ("test", "val") if s in run.splits]
     rows = [
         [
@@ -835,8 +923,10 @@ def build_run_page(
         ]
         for m, spec in METRICS.items()
     ]
-    columns = [(f"{SPLIT_TITLES[s]} (n = {m['n']:,} images, {m['lesions']:,} lesions)", True)
-               for s, m in scored]
+    columns = [
+        (f"{SPLIT_TITLES[s]} (n = {m['n']:,} images, {m['lesions']:,} lesions)", True)
+        for s, m in scored
+    ]
     where = SPLIT_TITLES[scored[0][0]].lower()
     class_columns = [("Class", False), ("Images", True), ("Lesions", True)]
     class_columns += [(m.title, True, m.definition) for m in CLASS_METRICS.values()]
@@ -849,7 +939,9 @@ def build_run_page(
             provenance[f"{name} (time)"] = duration(timing[key])
     if run.get("model", "parameters"):
         provenance["Parameters"] = count(run.get("model", "parameters"))
-    network = run.get("model", "title") or run.get("model", "backbone", default="A network")
+    network = run.get("model", "title") or run.get(
+        "model", "backbone", default="A network"
+    )
     text = _render(
         "run.html.j2",
         RUN_SECTIONS,
@@ -863,9 +955,14 @@ def build_run_page(
         lead=f"{network} on {run.get('dataset', 'title', default='an unnamed dataset')}.",
         synthetic=run.synthetic,
         metrics_table=_table(
-            "Metrics with intervals.", [("Metric", False), *columns], rows, sortable=False
+            "Values between 0 and 1, with intervals below.",
+            [("Metric", False), *columns],
+            rows,
+            sortable=False,
         ),
-        class_table=_table(f"By class, {where} split.", class_columns, _class_rows(run)),
+        class_table=_table(
+            f"By class, {where} split.", class_columns, _class_rows(run)
+        ),
         absent=_absent_sentence([run]),
         interval_note=interval_note(run.metrics),
         counts=confusion["counts"],
@@ -875,7 +972,9 @@ def build_run_page(
         settings=list(_settings(run).items()),
         provenance=list(provenance.items()),
         packages=list(run.get("provenance", "packages", default={}).items()),
-        notebook=Markup(notebook_html(notebook, run.synthetic)) if notebook.is_file() else "",
+        notebook=(
+            Markup(notebook_html(notebook, run.synthetic)) if notebook.is_file() else ""
+        ),
     )
     return _write(page, text)
 
@@ -908,21 +1007,34 @@ def _leaderboard_tables(
         rows = []
         for run in here:
             scored = run.splits[split]
-            network = run.get("model", "title") or run.get("model", "backbone", default="")
-            name = _cell(run.name, num=False, sub="" if network == run.name else network)
+            network = run.get("model", "title") or run.get(
+                "model", "backbone", default=""
+            )
+            name = _cell(
+                run.name, num=False, sub="" if network == run.name else network
+            )
             if links.get(run.name):
                 name["href"] = links[run.name]
             rows.append(
                 [name]
                 + [_estimate_cell(scored["metrics"][m]) for m in metrics]
-                + [_cell(count(scored["n"]), scored["n"], f"{scored['lesions']:,} lesions")]
+                + [
+                    _cell(
+                        count(scored["n"]),
+                        scored["n"],
+                        f"{scored['lesions']:,} lesions",
+                    )
+                ]
             )
         for run in runs:
             if run.status != "done" and split == "test":
                 reason = f"{run.status}: {run.error}"
                 span = len(metrics) + 1
                 rows.append(
-                    [_cell(run.name, num=False), _cell(reason, "", num=False, bad=True, span=span)]
+                    [
+                        _cell(run.name, num=False),
+                        _cell(reason, "", num=False, bad=True, span=span),
+                    ]
                 )
         columns = [("Run", False)]
         columns += [(METRICS[m].title, True, METRICS[m].definition) for m in metrics]
@@ -943,7 +1055,11 @@ def _class_plots(done: Sequence[RunResult], synthetic: bool) -> list[dict]:
     level = done[0].metrics.get("level", 0.95)
     for metric, spec in CLASS_METRICS.items():
         figure = per_class_figure(
-            {r.name: r.test["per_class"] for r in done}, metric, "test", level, _note(synthetic)
+            {r.name: r.test["per_class"] for r in done},
+            metric,
+            "test",
+            level,
+            _note(synthetic),
         )
         classes = list(dict.fromkeys(c for r in done for c in r.record["classes"]))
         rows = []
@@ -952,15 +1068,23 @@ def _class_plots(done: Sequence[RunResult], synthetic: bool) -> list[dict]:
             rows.append(
                 [_cell(run.name, num=False)]
                 + [
-                    _estimate_cell(cells[c][metric]) if c in cells else _cell(EN_DASH, "")
+                    (
+                        _estimate_cell(cells[c][metric])
+                        if c in cells
+                        else _cell(EN_DASH, "")
+                    )
                     for c in classes
                 ]
             )
         sizes = {row["class"]: row["n"] for r in done for row in r.test["per_class"]}
-        columns = [("Run", False), *((f"{c} (n = {sizes[c]:,})", True) for c in classes)]
+        columns = [
+            ("Run", False),
+            *((f"{c} (n = {sizes[c]:,})", True) for c in classes),
+        ]
         best = ranked(done)[0]
         alt = f"{best.name}: " + ", ".join(
-            f"{row['class']} {number(row[metric]['value'])}" for row in best.test["per_class"]
+            f"{row['class']} {number(row[metric]['value'])}"
+            for row in best.test["per_class"]
         )
         table = _table(f"{spec.title} by class and run, test split.", columns, rows)
         plots.append(_plot(figure, f"class-{metric}", alt + ".", table))
@@ -976,12 +1100,19 @@ def _cost_table(done: Sequence[RunResult]) -> dict:
         each = seconds.get("train_s", 0) / epochs if epochs else None
         rows.append(
             [_cell(run.name, num=False)]
-            + [_cell(count(model.get(k)), model.get(k, ""))
-               for k in ("parameters", "trainable_parameters")]
+            + [
+                _cell(count(model.get(k)), model.get(k, ""))
+                for k in ("parameters", "trainable_parameters")
+            ]
             + [_cell(_decimal(model.get("size_mb")), model.get("size_mb", ""))]
             + [_cell(count(epochs or None), epochs), _cell(duration(each), each or "")]
             + [_cell(duration(seconds.get(t)), seconds.get(t, "")) for t in times]
-            + [_cell(count(run.get("peak_memory_mb")), run.get("peak_memory_mb", default=""))]
+            + [
+                _cell(
+                    count(run.get("peak_memory_mb")),
+                    run.get("peak_memory_mb", default=""),
+                )
+            ]
         )
     columns = ["Parameters", "Trainable at the end", "File (MB)", "Epochs", "An epoch"]
     columns += ["Training", "Whole run", "Peak memory (MB)"]
@@ -999,7 +1130,10 @@ def _decimal(value: float | None) -> str:
 def _cost_plots(done: Sequence[RunResult], synthetic: bool) -> list[dict]:
     points = {
         r.name: dict(r.score())
-        | {"parameters": r.get("model", "parameters"), "train_s": r.get("timing", "train_s")}
+        | {
+            "parameters": r.get("model", "parameters"),
+            "train_s": r.get("timing", "train_s"),
+        }
         for r in done
     }
     plots = []
@@ -1008,7 +1142,9 @@ def _cost_plots(done: Sequence[RunResult], synthetic: bool) -> list[dict]:
         if not known:
             continue
         say = duration if key == "train_s" else count
-        alt = ", ".join(f"{n}: {number(p['value'])} at {say(p[key])}" for n, p in known.items())
+        alt = ", ".join(
+            f"{n}: {number(p['value'])} at {say(p[key])}" for n, p in known.items()
+        )
         figure = cost_figure(points, key, note=_note(synthetic))
         rows = [
             [_cell(n, num=False), _cell(say(p[key]), p[key]), _estimate_cell(p)]
@@ -1047,7 +1183,10 @@ def _data_block(runs: Sequence[RunResult]) -> dict:
     facts.append(("Images", "generated" if run.synthetic else "photographs"))
     if dataset.get("images"):
         facts.append(
-            ("Size", f"{dataset['images']:,} images of {dataset.get('lesions', 0):,} lesions")
+            (
+                "Size",
+                f"{dataset['images']:,} images of {dataset.get('lesions', 0):,} lesions",
+            )
         )
     config = run.get("config", default={})
     kind = {
@@ -1056,10 +1195,19 @@ def _data_block(runs: Sequence[RunResult]) -> dict:
         "kfold": f"fold {config.get('fold')} of {config.get('folds')}, by lesion",
     }.get(config.get("split"))
     if kind:
-        facts.append(("Split", f"{kind}, seed {config.get('split_seed', config.get('seed'))}"))
+        facts.append(
+            ("Split", f"{kind}, seed {config.get('split_seed', config.get('seed'))}")
+        )
     problems = {k: n for k, n in dataset.get("problems", {}).items() if n}
     facts.append(
-        ("Left out", listing([f"{k}: {n:,}" for k, n in problems.items()]) if problems else "none")
+        (
+            "Left out",
+            (
+                listing([f"{k}: {n:,}" for k, n in problems.items()])
+                if problems
+                else "none"
+            ),
+        )
     )
     if dataset.get("manifest_hash"):
         facts.append(("Manifest hash", dataset["manifest_hash"]))
@@ -1089,7 +1237,12 @@ def _data_block(runs: Sequence[RunResult]) -> dict:
         if config.get("balance")
         else ""
     )
-    return {"runs": [r.name for r in runs], "facts": facts, "table": table, "note": note}
+    return {
+        "runs": [r.name for r in runs],
+        "facts": facts,
+        "table": table,
+        "note": note,
+    }
 
 
 def _lesions_per_class(run: RunResult) -> dict[tuple[str, str], int]:
@@ -1182,7 +1335,9 @@ def _run_table(runs: Sequence[RunResult], links: Mapping[str, str]) -> dict:
         name = _cell(run.name, num=False)
         if links.get(run.name):
             name["href"] = links[run.name]
-        network = run.get("model", "title") or run.get("model", "backbone", default=EN_DASH)
+        network = run.get("model", "title") or run.get(
+            "model", "backbone", default=EN_DASH
+        )
         reason = run.error if run.status != "done" else ""
         rows.append(
             [
@@ -1193,7 +1348,9 @@ def _run_table(runs: Sequence[RunResult], links: Mapping[str, str]) -> dict:
             ]
         )
     columns = [("Run", False), ("Status", False), ("Network", False), ("Reason", False)]
-    return _table("Runs of the suite; a name leads to the page of its run.", columns, rows)
+    return _table(
+        "Runs of the suite; a name leads to the page of its run.", columns, rows
+    )
 
 
 def _results(done: Sequence[RunResult], synthetic: bool) -> dict:
@@ -1222,15 +1379,19 @@ def _results(done: Sequence[RunResult], synthetic: bool) -> dict:
     rows = [
         [_cell(r.name, num=False)]
         + [
-            _estimate_cell(r.splits[s]["metrics"]["balanced_accuracy"])
-            if s in r.splits
-            else _cell(EN_DASH, "")
+            (
+                _estimate_cell(r.splits[s]["metrics"]["balanced_accuracy"])
+                if s in r.splits
+                else _cell(EN_DASH, "")
+            )
             for s in ("test", "val")
         ]
         for r in ranked(done)
     ]
     table = _table(
-        "Balanced accuracy by run.", [("Run", False), ("Test", True), ("Validation", True)], rows
+        "Balanced accuracy by run.",
+        [("Run", False), ("Test", True), ("Validation", True)],
+        rows,
     )
     confusions = []
     for i, run in enumerate(done):
@@ -1254,7 +1415,9 @@ def _results(done: Sequence[RunResult], synthetic: bool) -> dict:
         "differing": _differing_table("Settings that differ.", settings, differing),
         "data": _data_blocks(done),
         "provenance": common,
-        "provenance_table": _differing_table("What differs between runs.", provenance, other),
+        "provenance_table": _differing_table(
+            "What differs between runs.", provenance, other
+        ),
         "packages": versions,
     }
 
@@ -1266,6 +1429,7 @@ def build_report(
     "The page of every finished run that has changed, and the page of the suite; its path."
     _, runs = load_suite_runs(suite_dir)
     if not single_file:
+        write_plotly_js(suite_dir)
         for run in runs:
             if run.status == "done":
                 build_run_page(run.folder)

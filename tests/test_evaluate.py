@@ -60,13 +60,17 @@ def test_agrees_with_scikit_learn(seed):
         }
         for average in ("macro", "weighted"):
             expected |= {
-                f"{average}_precision": sk.precision_score(y, called, average=average, **kw),
+                f"{average}_precision": sk.precision_score(
+                    y, called, average=average, **kw
+                ),
                 f"{average}_recall": sk.recall_score(y, called, average=average, **kw),
                 f"{average}_f1": sk.f1_score(y, called, average=average, **kw),
             }
         assert set(expected) == set(scored["metrics"]) == set(METRICS)
         for name, value in expected.items():
-            assert scored["metrics"][name]["value"] == pytest.approx(value, abs=1e-9), name
+            assert scored["metrics"][name]["value"] == pytest.approx(
+                value, abs=1e-9
+            ), name
             assert scored["metrics"][name]["n"] == len(part)
         rows = {row["class"]: row for row in scored["per_class"]}
         each = {
@@ -78,7 +82,10 @@ def test_agrees_with_scikit_learn(seed):
         for metric, values in each.items():
             for c, value in zip(present, values, strict=True):
                 assert rows[c][metric]["value"] == pytest.approx(value, abs=1e-9)
-        assert scored["confusion"] == sk.confusion_matrix(y, called, labels=CLASSES).tolist()
+        assert (
+            scored["confusion"]
+            == sk.confusion_matrix(y, called, labels=CLASSES).tolist()
+        )
 
 
 def test_macro_auc_is_scikit_learns_when_all_classes_are_there():
@@ -88,7 +95,9 @@ def test_macro_auc_is_scikit_learns_when_all_classes_are_there():
     p = p / p.sum(axis=1, keepdims=True)
     y = part["y_true"].to_numpy(dtype=object)
     expected = sk.roc_auc_score(y, p, multi_class="ovr", labels=CLASSES)
-    value = evaluate(table, CLASSES, resamples=10)["splits"]["test"]["metrics"]["macro_auc"]
+    value = evaluate(table, CLASSES, resamples=10)["splits"]["test"]["metrics"][
+        "macro_auc"
+    ]
     assert value["value"] == pytest.approx(expected, abs=1e-9)
 
 
@@ -123,9 +132,13 @@ def test_bootstrap_draws_whole_lesions():
     rng, values = np.random.default_rng(1), []
     members = [np.flatnonzero(group == g) for g in range(group.max() + 1)]
     for _ in range(600):
-        rows = np.concatenate([members[g] for g in rng.integers(0, len(members), len(members))])
+        rows = np.concatenate(
+            [members[g] for g in rng.integers(0, len(members), len(members))]
+        )
         values.append(sk.recall_score(y[rows], p[rows].argmax(1), average="macro"))
-    assert overall["balanced_accuracy"].mean() == pytest.approx(np.mean(values), abs=0.005)
+    assert overall["balanced_accuracy"].mean() == pytest.approx(
+        np.mean(values), abs=0.005
+    )
     assert overall["balanced_accuracy"].std() == pytest.approx(np.std(values), rel=0.12)
     assert per_class["auc"].shape == (3000, 4)
 
@@ -147,7 +160,9 @@ def test_intervals_cover():
                 "p_b": 1 - p,
             }
         )
-        cell = evaluate(table, ["a", "b"], resamples=300)["splits"]["test"]["metrics"]["accuracy"]
+        cell = evaluate(table, ["a", "b"], resamples=300)["splits"]["test"]["metrics"][
+            "accuracy"
+        ]
         hits += cell["low"] <= truth <= cell["high"]
     assert 88 <= hits <= 100
 
@@ -155,7 +170,9 @@ def test_intervals_cover():
 def test_does_not_depend_on_row_order_or_other_splits():
     table = make_predictions(CLASSES, 200, 1.0, 2)
     whole = evaluate(table, CLASSES, resamples=50, seed=4)
-    shuffled = evaluate(table.sample(frac=1, random_state=0), CLASSES, resamples=50, seed=4)
+    shuffled = evaluate(
+        table.sample(frac=1, random_state=0), CLASSES, resamples=50, seed=4
+    )
     assert whole == shuffled
     alone = evaluate(table[table["split"] == "test"], CLASSES, resamples=50, seed=4)
     assert alone["splits"] == {"test": whole["splits"]["test"]}
@@ -174,9 +191,18 @@ def test_images_without_lesion_stand_for_themselves():
 
 def test_where_the_bootstrap_knows_nothing():
     "One image only, one class only, and all right: values without an interval."
-    row = {"image_id": "i", "lesion_id": "l", "split": "test", "y_true": "a", "p_a": 0.9, "p_b": 0.1}
+    row = {
+        "image_id": "i",
+        "lesion_id": "l",
+        "split": "test",
+        "y_true": "a",
+        "p_a": 0.9,
+        "p_b": 0.1,
+    }
     for n in (1, 5):
-        table = pd.DataFrame([row | {"image_id": f"i{i}", "lesion_id": f"l{i}"} for i in range(n)])
+        table = pd.DataFrame(
+            [row | {"image_id": f"i{i}", "lesion_id": f"l{i}"} for i in range(n)]
+        )
         scored = evaluate(table, ["a", "b"], resamples=20)["splits"]["test"]
         accuracy = scored["metrics"]["accuracy"]
         assert accuracy == {"value": 1.0, "low": None, "high": None, "n": n}

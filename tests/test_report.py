@@ -93,7 +93,9 @@ def test_suite_page_is_complete(suite):
     assert "resnet50 missing: It has not been run" in page.prose
     for name in ("cnn", "xception", "efficientnetb5", "efficientnetb7"):
         assert f"{name}/report.html" in page.links
-    best = read_json(suite / "efficientnetb5" / "metrics.json")["splits"]["test"]["metrics"]
+    best = read_json(suite / "efficientnetb5" / "metrics.json")["splits"]["test"][
+        "metrics"
+    ]
     assert f"{best['balanced_accuracy']['value']:.3f}" in page.prose
     assert "736125f9d0c1a2b3" in page.prose and "5f0c3a9d2b7e4c61" in page.prose
     assert page.tags["caption"] == page.tags["table"]
@@ -110,9 +112,13 @@ def test_pages_ask_the_network_for_nothing_and_are_small(suite):
     for path in pages:
         page = Page(path)
         scripts = {f for f in page.fetched if not f.startswith("data:")}
-        assert scripts == {"plotly.min.js" if path.name == "index.html" else "../plotly.min.js"}
+        assert scripts == {
+            "plotly.min.js" if path.name == "index.html" else "../plotly.min.js"
+        }
         assert path.stat().st_size < 1_000_000
-        for url in re.findall(r"url\(|@import|mathjax|mermaid|require\.js|jquery", page.text, re.I):
+        for url in re.findall(
+            r"url\(|@import|mathjax|mermaid|require\.js|jquery", page.text, re.I
+        ):
             pytest.fail(f"{path}: {url}")
     assert len(list(suite.rglob("plotly*.js"))) == 1
 
@@ -162,11 +168,24 @@ def test_pages_about_photographs_show_none(tmp_path):
         {"image/jpeg": "AAAA"},
         {"image/svg+xml": "<svg></svg>", "text/plain": "x"},
         {"text/html": "<p>a<IMG src='data:image/png;base64,AAAA'></p>"},
-        {"application/vnd.plotly.v1+json": {"data": [{"type": "image", "source": "data:x"}]}},
-        {"application/vnd.plotly.v1+json": {"data": [{"type": "heatmap", "z": [[1] * 99] * 99}]}},
         {
             "application/vnd.plotly.v1+json": {
-                "data": [{"type": "heatmap", "z": {"dtype": "u1", "shape": "99, 99", "bdata": "A"}}]
+                "data": [{"type": "image", "source": "data:x"}]
+            }
+        },
+        {
+            "application/vnd.plotly.v1+json": {
+                "data": [{"type": "heatmap", "z": [[1] * 99] * 99}]
+            }
+        },
+        {
+            "application/vnd.plotly.v1+json": {
+                "data": [
+                    {
+                        "type": "heatmap",
+                        "z": {"dtype": "u1", "shape": "99, 99", "bdata": "A"},
+                    }
+                ]
             }
         },
         {
@@ -181,12 +200,18 @@ def test_pictures_in_disguise(tmp_path, data):
     import nbformat
 
     cell = new_code_cell("show()", outputs=[new_output("display_data", data)])
-    text = new_markdown_cell("![x](data:image/png;base64,AAAA) <img src='data:image/png,A'>")
+    text = new_markdown_cell(
+        "![x](data:image/png;base64,AAAA) <img src='data:image/png,A'>"
+    )
     path = tmp_path / "notebook.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=[cell, text]), path)
     page = notebook_html(path, pictures=False)
     assert "A picture is left out" in page
-    assert "<img" not in page.lower() and "data:image" not in page and "data-figure" not in page
+    assert (
+        "<img" not in page.lower()
+        and "data:image" not in page
+        and "data-figure" not in page
+    )
 
 
 def test_notebook_html_is_cleaned():
@@ -243,14 +268,18 @@ def test_odd_suites(tmp_path):
     # Nothing finished: a page all the same.
     (tmp_path / "a").mkdir()
     state = {"run": "x", "status": "missing", "error": ""}
-    write_json(tmp_path / "a" / "suite.json", {"title": "A", "question": "?", "runs": [state]})
+    write_json(
+        tmp_path / "a" / "suite.json", {"title": "A", "question": "?", "runs": [state]}
+    )
     page = Page(build_report(tmp_path / "a"))
     assert "None of the 1 runs has results yet" in page.prose
     assert "Confusion" not in page.prose
     # One run, without suite.json, history, notebook and test split.
     table = make_predictions(list(ISIC8), 80)
     run = make_run(
-        tmp_path / "b" / "only", predictions=table[table["split"] == "val"], notebook=False
+        tmp_path / "b" / "only",
+        predictions=table[table["split"] == "val"],
+        notebook=False,
     )
     (run / "history.csv").unlink()
     page = Page(build_report(tmp_path / "b"))
@@ -280,7 +309,7 @@ def test_summary_does_not_name_a_winner_the_data_cannot_tell(tmp_path):
     make_run(folder / "a", skill=1.5, seed=0)
     make_run(folder / "b", skill=1.5, seed=1)
     assert "their order may be chance" in Page(build_report(folder)).prose
-    make_run(folder / "c", skill=9.0, seed=2)
+    make_run(folder / "c", skill=4.0, seed=2)
     assert "No other run's interval reaches" in Page(build_report(folder)).prose
 
 
@@ -318,17 +347,15 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 def test_opens_in_a_browser_without_network(suite, tmp_path, name):
     if name == "demo.html":
         build_suite_page(suite, single_file=True)
-    done = subprocess.run(
-        [
-            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr",
-            f"--user-data-dir={tmp_path}", "--window-size=1400,9000",
-            "--virtual-time-budget=10000", "--dump-dom", (suite / name).as_uri(),
-        ],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    command = [
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path}", "--window-size=1400,9000",
+        "--virtual-time-budget=20000", "--dump-dom", (suite / name).as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in done.stderr, done.stderr
-    drawn = len(re.findall(r'data-drawn="1"', done.stdout))
+    drawn = done.stdout.count('data-drawn="1"')
     assert drawn >= 4
     assert done.stdout.count('class="main-svg"') >= drawn

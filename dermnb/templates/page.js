@@ -12,6 +12,9 @@
     var source = document.getElementById(box.dataset.figure);
     var figure = JSON.parse(source.textContent);
     fallback.remove();
+    if (!figure.layout.template) {
+      figure.layout.template = JSON.parse(document.getElementById("figure-template").textContent);
+    }
     Plotly.newPlot(box, figure.data, figure.layout, {
       responsive: true,
       displaylogo: false,
@@ -69,7 +72,11 @@
         },
         { rootMargin: "600px" }
       );
-      boxes.forEach(function (box) { near.observe(box); });
+      boxes.forEach(function (box) {
+        var seen = box.getClientRects().length > 0; // not inside a closed fold
+        if (seen && box.getBoundingClientRect().top < window.innerHeight) draw(box);
+        else near.observe(box);
+      });
     } else {
       boxes.forEach(draw);
     }
