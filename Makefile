@@ -15,12 +15,12 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	touch $@
 
 report: install  ## run the demo suite and print the path of its report
-	$(BIN)/dermnb run nbs/suites/demo.yaml
+	$(BIN)/dermnb run nbs/suites/demo.yaml --workers 2
 
 test: install  ## notebooks clean, export in step, every notebook and test passes
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/in_step.py
 	$(BIN)/nbdev_test --n_workers 2 --do_print --timing
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lab: install  ## open the notebooks
 	$(BIN)/jupyter lab nbs
