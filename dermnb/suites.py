@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEMORY', 'Suite', 'suites_dir', 'load_suite', 'parse_overrides', 'default_profile', 'resolve_suite',
-           'experiment_notebook', 'execute_run', 'run_suite']
+           'experiment_notebook', 'execute_run', 'make_publishable', 'run_suite']
 
 # %% ../nbs/17_suites.ipynb #9d751d03
 import logging
@@ -186,7 +186,8 @@ def execute_run(
             cwd=str(Path.cwd()),
         )
         (part / "progress.json").unlink(missing_ok=True)
-        _forget_paths(notebook, part)
+        synthetic = read_json(part / "run.json")["dataset"]["synthetic"]
+        make_publishable(notebook, pictures=synthetic)
         finish_run(part, folder)
     except Exception as problem:  # a run may fail in any way; the others go on
         error = _one_sentence(problem)
@@ -204,8 +205,11 @@ def _one_sentence(problem: Exception) -> str:
     return f"{name}: {lines[0] if lines else 'no message'}"
 
 
-def _forget_paths(notebook: Path, part: Path) -> None:
-    "Take out of an executed notebook what only says where on this machine it ran."
+def make_publishable(
+    notebook: str | Path,  # an executed notebook, rewritten in place
+    pictures: bool,  # keep them: only where they show generated images
+) -> None:
+    "Take out of a notebook the paths of this machine and, unless asked, its pictures."
     nb = nbformat.read(notebook, as_version=4)
     record = nb.metadata.get("papermill", {})
     for key in ("input_path", "output_path", "parameters", "environment_variables"):
@@ -214,9 +218,13 @@ def _forget_paths(notebook: Path, part: Path) -> None:
         if "injected-parameters" in cell.metadata.get("tags", []):
             kept = [l for l in cell.source.splitlines() if not l.startswith("folder = ")]
             cell.source = "\n".join(kept)
+        for output in cell.get("outputs", []) if not pictures else []:
+            for kind in [k for k in output.get("data", {}) if k.startswith("image/")]:
+                del output["data"][kind]
+                output["data"]["text/plain"] = "Picture left out: it shows photographs."
     nbformat.write(nb, notebook)
 
-# %% ../nbs/17_suites.ipynb #e3d022d2
+# %% ../nbs/17_suites.ipynb #6aaea656
 # A training step asks for and gives back the same large pieces of memory each time. Told to
 # keep them, the C library saves the system from clearing their pages anew: a quarter of a
 # step of MobileNetV2 at 96 px on two cores. Ignored where the C library is another.
@@ -370,7 +378,7 @@ class _Watch:
 def _describe(state: dict) -> str:
     parts = [state["step"]]
     if "epoch" in state:
-        parts.append(f"epoch {state['epoch']}/{state.get('epochs', '?')}")
+        parts.append(f"epoch {state['epoch']}/{state['total']:.0f}")
     elif state.get("total"):
         parts.append(f"{state['done']:.0f} of {state['total']:.0f}")
     for key, title in (("loss", "loss"), ("val_loss", "val loss"), ("accuracy", "accuracy")):
