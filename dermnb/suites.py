@@ -17,6 +17,7 @@ import nbformat
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .backbones import BACKBONES
 from dermnb.core import (
     ConfigError,
     ExperimentConfig,
@@ -298,6 +299,8 @@ def _execute_all(todo, configs, reports, workers, scheduler, say):
 
     logging.getLogger("distributed").setLevel(logging.ERROR)
     workers = min(workers, len(todo))
+    # The largest network first, so that it does not run alone at the end.
+    todo = sorted(todo, key=lambda c: BACKBONES[c.backbone].parameters, reverse=True)
     # Runs at the same time share the cores; each alone may use them all.
     threads = str(max(1, (os.cpu_count() or 1) // workers))
     env = {"TF_NUM_INTRAOP_THREADS": threads, "TF_CPP_MIN_LOG_LEVEL": "2"} | MEMORY
