@@ -341,6 +341,8 @@ class _Watch(keras.callbacks.Callback):
         self.began = time.perf_counter()
 
     def on_train_batch_end(self, batch, logs=None):
+        if batch == 0:
+            self.first_step_over = time.perf_counter()
         now = time.monotonic()
         if now - self.checked < 0.5:
             return  # reading the loss waits for the device: not at every batch
@@ -355,7 +357,7 @@ class _Watch(keras.callbacks.Callback):
             stage=self.stage.name,
             epoch=len(self.rows) + 1,
             loss=round(loss, 4),
-            seconds_left=self._seconds_left((batch + 1) / self.steps),
+            seconds_left=self._seconds_left(batch + 1),
         )
 
     def on_epoch_end(self, epoch, logs=None):
@@ -397,16 +399,18 @@ class _Watch(keras.callbacks.Callback):
         in_stage = self.stage.epochs - (len(self.rows) - self.stage_first)
         return in_stage + sum(self.planned[self.stage_number + 1 :])
 
-    def _seconds_left(self, part_of_epoch: float) -> int | None:
-        # The first epoch of a stage also builds the graph; later ones say more.
+    def _seconds_left(self, batches: int) -> int | None:
+        # The first step of a stage also builds the graph, which can take a minute, and the
+        # first epoch the one for validation; what follows says more.
         seconds = [row["seconds"] for row in self.rows[self.stage_first :]]
         if seconds:
             each = float(np.mean(seconds[1:] or seconds))
-        elif part_of_epoch:
-            each = (time.perf_counter() - self.began) / part_of_epoch
+        elif batches > 1:
+            since = time.perf_counter() - self.first_step_over
+            each = since / (batches - 1) * self.steps
         else:
             return None
-        return round(each * (self._epochs_left() - part_of_epoch))
+        return round(each * (self._epochs_left() - batches / self.steps))
 
     def _say(self, row: dict) -> None:
         left = self._epochs_left()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .backbones import BACKBONES
+from .backbones import BACKBONES, find_weights
 from .core import ConfigError, ExperimentConfig, read_json, unknown_name
 from .datasets import DATASETS, load_taxonomy
 from .evaluate import check_predictions
@@ -35,10 +35,7 @@ def check_config(
                 f"image_size {config.image_size} is too small for {config.backbone}, "
                 f"which needs at least {spec.min_size}."
             )
-        if config.weights not in ("none", "imagenet") and not Path(config.weights).is_file():
-            raise ConfigError(
-                f"weights {config.weights!r} is neither 'imagenet' nor 'none' nor a file."
-            )
+        find_weights(spec, config.weights)
         made = config.dataset == "demo"  # generates itself where it is wanted
         if config.data_dir and not made and not Path(config.data_dir).exists():
             raise ConfigError(f"data_dir {config.data_dir!r} does not exist.")

@@ -6,7 +6,8 @@
 __all__ = ['MEMORY', 'Suite', 'suites_dir', 'load_suite', 'parse_overrides', 'default_profile', 'resolve_suite',
            'experiment_notebook', 'execute_run', 'make_publishable', 'run_suite']
 
-# %% ../nbs/17_suites.ipynb #9d751d03
+# %% ../nbs/17_suites.ipynb #f4a1e91d
+import contextlib
 import logging
 import os
 import shutil
@@ -176,17 +177,20 @@ def execute_run(
     notebook = part / "notebook.ipynb"
     error = ""
     try:
-        papermill.execute_notebook(
-            str(experiment_notebook()),
-            str(notebook),
-            parameters=config.model_dump(exclude={"data_dir"}) | {"folder": str(part)},
-            progress_bar=False,
-            coalesce_streams=True,
-            # Other users of the machine could listen to a kernel that does not encrypt.
-            config=Config(AsyncKernelManager={"transport_encryption": "auto"}),
-            cwd=str(Path.cwd()),
-        )
-        (part / "progress.json").unlink(missing_ok=True)
+        with _stderr_to(part / "stderr.log"):
+            papermill.execute_notebook(
+                str(experiment_notebook()),
+                str(notebook),
+                parameters=config.model_dump(exclude={"data_dir"})
+                | {"folder": str(part)},
+                progress_bar=False,
+                coalesce_streams=True,
+                # Others on the machine could listen to a kernel that does not encrypt.
+                config=Config(AsyncKernelManager={"transport_encryption": "auto"}),
+                cwd=str(Path.cwd()),
+            )
+        for name in ("progress.json", "stderr.log"):
+            (part / name).unlink(missing_ok=True)
         synthetic = read_json(part / "run.json")["dataset"]["synthetic"]
         make_publishable(notebook, pictures=synthetic)
         finish_run(part, folder)
@@ -198,6 +202,19 @@ def execute_run(
     status = "failed" if error else "done"
     seconds = round(time.monotonic() - start, 1)
     return {"run": config.run, "status": status, "error": error, "seconds": seconds}
+
+
+@contextlib.contextmanager
+def _stderr_to(path: Path):
+    "Send what the kernel's process says to a file: TensorFlow's greetings help nobody."
+    saved = os.dup(2)
+    with path.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def _one_sentence(problem: Exception) -> str:

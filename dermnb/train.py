@@ -179,6 +179,7 @@ def train_model(
     config: ExperimentConfig, data: Data, model: keras.Model
 ) -> pd.DataFrame:
     "Fine-tune `model` in the stages of `config`; one history row an epoch."
+    progress("first training step, which builds the graph")
     return fit_stages(
         model,
         BACKBONES[config.backbone],
