@@ -326,7 +326,7 @@ def _execute_all(todo, configs, reports, workers, scheduler, say):
     cluster = None
     if not scheduler:
         cluster = LocalCluster(
-            n_workers=workers, threads_per_worker=1, dashboard_address=None
+            n_workers=workers, threads_per_worker=1, dashboard_address="127.0.0.1:0"
         )
     client = Client(scheduler or cluster)
     try:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
@@ -931,6 +932,31 @@ def _is_whole(folder: Path, wanted: dict) -> bool:
     return True
 
 
+def _write_set(work: Path, lesions, seed, size, wanted, workers) -> None:
+    for name in ("ISIC_2019_Training_Input", "masks"):
+        (work / name).mkdir(parents=True, exist_ok=True)
+    drawn = [draw_lesion(seed, i) for i in range(lesions)]
+    truth, people = _tables(drawn)
+    names = people.groupby("lesion_id", sort=False)["image"].agg(list)
+    done = 0
+
+    def write(lesion):
+        _write_lesion(lesion, names[lesion.lesion_id], work, size)
+        return lesion.images
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for count in pool.map(write, drawn):
+            done += count
+            progress("generating images", done, len(people))
+
+    truth.to_csv(work / "ISIC_2019_Training_GroundTruth.csv", index=False)
+    people.to_csv(work / "ISIC_2019_Training_Metadata.csv", index=False)
+    (work / "README.txt").write_text(_NOTE, encoding="utf-8")
+    write_json(work / _MARKER, {"synthetic": True, **wanted, "images": len(people)})
+    for part in work.rglob("*.part"):  # left by an interruption in mid-file
+        part.unlink()
+
+
 def generate_demo(
     folder: str | Path,  # where the set goes; made if absent
     lesions: int = 900,  # how many lesions; about 1.66 images each
@@ -962,32 +988,11 @@ def generate_demo(
     # unfinished work lies beside the folder, under a name that tells the parameters
     key = hashlib.sha256(repr(sorted(wanted.items())).encode()).hexdigest()[:10]
     work = folder.parent / f".{folder.name}.{key}.partial"
-    for name in ("ISIC_2019_Training_Input", "masks"):
-        (work / name).mkdir(parents=True, exist_ok=True)
-    drawn = [draw_lesion(seed, i) for i in range(lesions)]
-    truth, people = _tables(drawn)
-    names = people.groupby("lesion_id", sort=False)["image"].agg(list)
-    done = 0
-
-    def write(lesion):
-        _write_lesion(lesion, names[lesion.lesion_id], work, (width, height))
-        return lesion.images
-
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        for count in pool.map(write, drawn):
-            done += count
-            progress("generate", done, len(people), folder=str(folder))
-
-    truth.to_csv(work / "ISIC_2019_Training_GroundTruth.csv", index=False)
-    people.to_csv(work / "ISIC_2019_Training_Metadata.csv", index=False)
-    (work / "README.txt").write_text(_NOTE, encoding="utf-8")
-    write_json(work / _MARKER, {"synthetic": True, **wanted, "images": len(people)})
-    for part in work.rglob("*.part"):  # left by an interruption in mid-file
-        part.unlink()
-    try:
-        os.replace(work, folder)
-    except OSError:  # another process has finished the same set meanwhile
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{work}.lock")
+    with lock:  # runs that start together wait for one of them to make the set
         if not _is_whole(folder, wanted):
-            raise
-        shutil.rmtree(work)
+            _write_set(work, lesions, seed, (width, height), wanted, workers)
+            os.replace(work, folder)
+        Path(lock.lock_file).unlink(missing_ok=True)
     return folder

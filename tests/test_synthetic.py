@@ -78,3 +78,21 @@ def test_any_class_at_any_size(label, size):
     assert image.shape == (size[1], size[0], 3) and image.dtype == np.uint8
     assert 0.02 < (mask > 0).mean() < 0.95
     assert image.std() > 5
+
+
+def test_runs_that_start_together_make_one_set(tmp_path):
+    "Several processes ask for the same set at once; all get it, and nothing is left beside it."
+    code = (
+        "import sys; from dermnb.synthetic import generate_demo; "
+        "print(generate_demo(sys.argv[1], lesions=30, seed=5))"
+    )
+    folder = tmp_path / "demo"
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, str(folder)], stderr=subprocess.PIPE)
+        for _ in range(4)
+    ]
+    for process in started:
+        _, problem = process.communicate(timeout=120)
+        assert process.returncode == 0, problem.decode()
+    assert [p.name for p in tmp_path.iterdir()] == ["demo"]
+    assert (folder / "demo.json").is_file()
