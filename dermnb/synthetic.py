@@ -7,10 +7,9 @@ __all__ = ['TITLES', 'CLASSES', 'PRIOR', 'LOOKS', 'SITES', 'PEOPLE', 'GAPS', 'RE
            'lesion_label', 'draw_lesion', 'smooth_noise', 'spots', 'strokes', 'pigment_colour', 'Canvas', 'lesion_maps',
            'canvas_side', 'render_view', 'generate_demo']
 
-# %% ../nbs/01_synthetic.ipynb #905c363a
+# %% ../nbs/01_synthetic.ipynb #a56ac3b6
 import hashlib
 import os
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
