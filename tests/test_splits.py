@@ -10,13 +10,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from dermnb import splits
 from dermnb.core import ConfigError, ExperimentConfig
 from dermnb.splits import (
     PARTS,
     balance_training,
+    balance_validation,
     check_split,
     group_numbers,
+    inherit_split,
     kfold,
+    leak_counts,
     make_split,
     official_problems,
     share_out,
@@ -216,6 +220,212 @@ def test_balanced_draw_is_exact_from_training_and_free_of_row_order():
     assert (
         balance_training(manifest, 0) == np.flatnonzero(manifest.split == "train")
     ).all()
+
+
+CLEAN = {"lesions": 0, "val_images": 0, "test_images": 0}
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_image_split_leaks_and_keeps_every_class_in_proportion(seed):
+    rng = np.random.default_rng(seed)
+    lesion = np.repeat(np.arange(300), rng.choice([1, 2, 3], 300))
+    manifest = pd.DataFrame(
+        {
+            "image_id": [f"{i:04d}" for i in rng.permutation(len(lesion))],
+            "lesion_id": [f"L{i}" for i in lesion],
+            "label": rng.choice(["a", "b", "c"], 300, p=[0.7, 0.2, 0.1])[lesion],
+        }
+    )
+    config = ExperimentConfig(split="image", split_seed=seed)
+    split = make_split(manifest, config)
+    shares = pd.crosstab(split["label"], split["split"])
+    expected = shares.sum(axis=1)
+    assert ((shares["test"] - 0.15 * expected).abs() <= 1).all()
+    assert ((shares["val"] - 0.15 * expected).abs() <= 1).all()
+    with pytest.raises(ConfigError, match="more than one part"):
+        check_split(split)
+
+    trained = set(split.loc[split["split"] == "train", "lesion_id"])
+    counts = leak_counts(split)
+    for part in ("val", "test"):
+        of_part = split.loc[split["split"] == part, "lesion_id"]
+        assert counts[f"{part}_images"] == of_part.isin(trained).sum() > 0
+    held_out = split.loc[split["split"] != "train", "lesion_id"]
+    assert counts["lesions"] == held_out[held_out.isin(trained)].nunique()
+    by_lesion = config.model_copy(update={"split": "lesion"})
+    assert leak_counts(make_split(manifest, by_lesion)) == CLEAN
+
+    moved = make_split(manifest.sample(frac=1, random_state=seed), config)
+    of = [t.set_index("image_id")["split"].sort_index() for t in (split, moved)]
+    assert of[0].equals(of[1])
+
+
+def test_image_split_still_refuses_a_part_without_images():
+    manifest = pd.DataFrame({"image_id": ["a", "b"], "label": ["x", "x"]})
+    with pytest.raises(ConfigError, match="leaves no"):
+        make_split(manifest, ExperimentConfig(split="image"))
+
+
+def test_leak_between_validation_and_test_is_none_to_training():
+    manifest = pd.DataFrame(
+        {
+            "image_id": list("abcd"),
+            "lesion_id": ["1", "2", "2", None],
+            "split": ["train", "val", "test", "train"],
+        }
+    )
+    assert leak_counts(manifest) == CLEAN
+    by_patient = manifest.assign(patient_id=["p", "p", None, None])
+    assert leak_counts(by_patient) == {"lesions": 1, "val_images": 1, "test_images": 1}
+
+
+@pytest.mark.parametrize("column", ["image_id", "image", "isic_id"])
+def test_listed_images_are_the_test_and_their_siblings_are_left_out(tmp_path, column):
+    manifest = random_manifest(4)
+    groups = pd.Series(group_numbers(manifest))
+    chosen = manifest["image_id"].sample(12, random_state=1).tolist()
+    path = tmp_path / "part3.csv"
+    pd.DataFrame({column: [*chosen, "X1", "X2"], "melanoma": "0.0"}).to_csv(path)
+    config = ExperimentConfig(test_list=str(path), val_fraction=0.2)
+    split = make_split(manifest, config)
+    check_split(split)
+    tests = split.loc[split["split"] == "test", "image_id"]
+    assert sorted(tests) == sorted(chosen)
+
+    siblings = groups.isin(groups[manifest["image_id"].isin(chosen)])
+    siblings &= ~manifest["image_id"].isin(chosen)
+    problems = splits.test_list_problems(manifest, path)
+    assert list(problems) == list(official_problems(split))
+    beside = problems.loc[problems["kind"] == "shared lesion", "image_id"]
+    assert set(beside) == set(manifest["image_id"][siblings])
+    assert set(beside).isdisjoint(split["image_id"])
+    assert len(split) + len(beside) == len(manifest)
+    absent = problems.loc[problems["kind"] == "listed but absent", "image_id"]
+    assert absent.tolist() == ["X1", "X2"]
+    rest = split[split["split"] != "test"]
+    assert abs((rest["split"] == "val").mean() - 0.2) < 0.05
+
+
+def test_list_that_leaves_nothing_in_the_way_has_an_empty_table(tmp_path):
+    manifest = random_manifest(4)
+    path = tmp_path / "all.csv"
+    manifest[["image_id"]].to_csv(path, index=False)
+    problems = splits.test_list_problems(manifest, path)
+    assert problems.empty and list(problems) == ["kind", "image_id", "path", "detail"]
+    with pytest.raises(ConfigError, match="leaves no train images"):
+        make_split(manifest, ExperimentConfig(test_list=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("text", "values", "says"),
+    [
+        ("image\nX1\nX2\n", {}, "none of the 2 images"),
+        ("file\nX1\n", {}, "must have a column image_id, image or isic_id"),
+        ("image\nI1\n", {"split": "kfold"}, "needs split 'lesion'"),
+        ("image\nI1\n", {"split": "image"}, "needs split 'lesion'"),
+        ("image\n", {}, "no rows"),
+        (None, {}, "there is no file"),
+    ],
+)
+def test_list_errors(tmp_path, text, values, says):
+    path = tmp_path / "t.csv"
+    if text is not None:
+        path.write_text(text)
+    config = ExperimentConfig(test_list=str(path), **values)
+    with pytest.raises(ConfigError, match=says):
+        make_split(random_manifest(1), config)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_balanced_validation_draws_images_once_and_touches_nothing_else(seed):
+    manifest = make_split(random_manifest(seed), ExperimentConfig())
+    even = balance_validation(manifest, seed)
+    before = manifest.loc[manifest["split"] == "val", "label"].value_counts()
+    after = even.loc[even["split"] == "val", "label"].value_counts()
+    assert (after == before.min()).all() and set(after.index) == set(before.index)
+    assert not even["image_id"].duplicated().any()
+    kept = manifest[manifest["image_id"].isin(even["image_id"])]
+    assert kept.reset_index(drop=True).equals(even)
+    assert (manifest["split"] != "val").sum() == (even["split"] != "val").sum()
+    moved = balance_validation(manifest.sample(frac=1, random_state=seed), seed)
+    assert set(moved["image_id"]) == set(even["image_id"])
+    if before.max() > before.min() + 5:
+        other = balance_validation(manifest, seed + 1)
+        assert set(other["image_id"]) != set(even["image_id"])
+
+
+def inheritance(seed):
+    "A base's split, and a specialist's images: some classes, some of them new."
+    rng = np.random.default_rng(seed)
+    lesion = np.repeat(np.arange(400), rng.choice([1, 2, 3], 400))
+    manifest = pd.DataFrame(
+        {
+            "image_id": [f"{i:04d}" for i in range(len(lesion))],
+            "path": "",
+            "label": np.array(["a", "b", "c"])[lesion % 3],
+            "lesion_id": [f"L{i}" for i in lesion],
+            "patient_id": [f"P{i // 2}" if i % 3 else pd.NA for i in lesion],
+        }
+    )
+    known = rng.random(len(manifest)) < 0.7
+    base = make_split(manifest[known], ExperimentConfig(split_seed=seed))
+    some = manifest[manifest["label"].isin(["a", "b"])]
+    return base, some.reset_index(drop=True)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("split", ["lesion", "kfold"])
+def test_a_specialist_tests_on_nothing_that_its_base_trained_on(tmp_path, seed, split):
+    base, manifest = inheritance(seed)
+    columns = ["image_id", "lesion_id", "patient_id", "label", "split"]
+    base[columns].to_parquet(tmp_path / "split.parquet", index=False)
+    base = pd.read_parquet(tmp_path / "split.parquet")  # as a run keeps it
+    config = ExperimentConfig(split=split, split_seed=seed + 1)
+    result = inherit_split(manifest, base, config)
+    assert result["image_id"].tolist() == manifest["image_id"].tolist()
+    check_split(result)
+    kept = result.merge(base, on="image_id", suffixes=("", "_base"))
+    assert len(kept) < len(result)
+    assert (kept["split"] == kept["split_base"]).all()
+    for column in ("lesion_id", "patient_id"):
+        trained = set(base.loc[base["split"] == "train", column].dropna())
+        assert not result.loc[result["split"] != "train", column].isin(trained).any()
+    fresh = result[~result["lesion_id"].isin(base["lesion_id"])]
+    assert set(fresh["split"]) == set(PARTS)
+    moved = inherit_split(manifest.sample(frac=1, random_state=seed), base, config)
+    again = moved.set_index("image_id")["split"].sort_index()
+    assert again.equals(result.set_index("image_id")["split"].sort_index())
+
+
+def test_an_image_level_base_hands_on_images_only():
+    base, manifest = inheritance(1)
+    config = ExperimentConfig(split="image")
+    base = make_split(base.drop(columns="split"), config)
+    result = inherit_split(manifest, base, ExperimentConfig(split="lesion"))
+    kept = result.merge(base, on="image_id", suffixes=("", "_base"))
+    assert (kept["split"] == kept["split_base"]).all()
+    assert leak_counts(result)["test_images"] > 0
+    assert len(result) == len(manifest)
+
+
+def test_inheritance_without_patients_or_without_anything_in_common():
+    base, manifest = inheritance(2)
+    bare = inherit_split(manifest, base.drop(columns="patient_id"), ExperimentConfig())
+    kept = bare.merge(base, on="image_id", suffixes=("", "_base"))
+    assert (kept["split"] == kept["split_base"]).all()
+    strangers = base.assign(image_id="X" + base["image_id"], lesion_id=None)
+    strangers["patient_id"] = None
+    own = make_split(manifest, ExperimentConfig())
+    assert inherit_split(manifest, strangers, ExperimentConfig()).equals(own)
+
+
+def test_inheriting_a_part_that_has_no_test_images_is_an_error():
+    base, manifest = inheritance(3)
+    tests = base.loc[base["split"] == "test", "image_id"]
+    known = manifest[manifest["image_id"].isin(base["image_id"])]
+    known = known[~known["image_id"].isin(tests)]
+    with pytest.raises(ConfigError, match="no test images"):
+        inherit_split(known, base, ExperimentConfig())
 
 
 def test_import_loads_no_framework():
