@@ -11,10 +11,12 @@ from sklearn import metrics as sk
 
 from dermnb.core import ConfigError
 from dermnb.evaluate import (
+    BINARY_METRICS,
     CLASS_METRICS,
     METRICS,
     RankedScores,
     bootstrap_scores,
+    choose_threshold,
     evaluate,
     scores_from_counts,
 )
@@ -209,6 +211,84 @@ def test_where_the_bootstrap_knows_nothing():
         assert scored["metrics"]["macro_auc"]["value"] is None
         assert scored["absent"] == ["b"]
         assert all(scored["per_class"][1][m]["value"] is None for m in CLASS_METRICS)
+
+
+def partial_auc(y, scores):
+    "scikit-learn's, with the curve turned round and unscaled: area above 80 % sensitivity."
+    scaled = sk.roc_auc_score(~y, -scores, max_fpr=0.2)
+    return 0.02 + (0.2 - 0.02) * (scaled - 0.5) / 0.5
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_two_classes_agree_with_scikit_learn(seed):
+    shares = [0.5 + 0.03 * seed, 0.5 - 0.03 * seed]
+    table = make_predictions(["b", "m"], 150, seed % 5 * 0.5, seed, shares)
+    if seed % 2:
+        table["p_m"] = table["p_m"].round(1 + seed % 3)  # ties, also at the threshold
+        table["p_b"] = 1 - table["p_m"]
+    name = "m" if seed % 3 else "b"
+    result = evaluate(table, ["b", "m"], resamples=20, positive=name)
+    val = table[table["split"] == "val"]
+    y, s = (val["y_true"] == name).to_numpy(), val[f"p_{name}"].to_numpy()
+    reach = [t for t in np.unique(s) if (s[y] >= t).mean() >= 0.95]
+    for split, scored in result["splits"].items():
+        part = table[table["split"] == split]
+        y = (part["y_true"] == name).to_numpy()
+        s = part[f"p_{name}"].to_numpy()
+        columns = part[["p_b", "p_m"]].to_numpy()
+        called = np.array(["b", "m"])[columns.argmax(axis=1)] == name
+        binary = scored["binary"]
+        assert binary["positive"] == name and set(binary["metrics"]) == set(
+            BINARY_METRICS
+        )
+        assert binary["threshold"] == max(reach)
+        expected = {
+            "sensitivity": sk.recall_score(y, called),
+            "specificity": sk.recall_score(~y, ~called),
+            "auc": sk.roc_auc_score(y, s),
+            "partial_auc": partial_auc(y, s),
+            "specificity_at_95_sensitivity": np.mean(s[~y] < max(reach)),
+            "sensitivity_at_threshold": np.mean(s[y] >= max(reach)),
+        }
+        for metric, value in expected.items():
+            cell = binary["metrics"][metric]
+            assert cell["value"] == pytest.approx(value, abs=1e-9), metric
+            n = {"sen": y.sum(), "spe": (~y).sum()}.get(metric[:3], len(y))
+            assert cell["n"] == n
+        if split == "val":
+            assert binary["metrics"]["sensitivity_at_threshold"]["value"] >= 0.95
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_weighted_partial_auc_equals_repeated_images(seed):
+    rng = np.random.default_rng(seed)
+    y, group = rng.random(200) < 0.3, rng.integers(0, 60, 200)
+    s = (rng.random(200) + 0.3 * y).round(1 + seed % 3)
+    times = rng.integers(0, 4, (60, 5)).astype(np.int32)
+    fast = RankedScores(s, y).partial_auc(times, group)
+    for r in range(5):
+        rows = np.repeat(np.arange(200), times[group, r])
+        assert fast[r] == pytest.approx(partial_auc(y[rows], s[rows]), abs=1e-12)
+
+
+def test_two_classes_only_and_without_validation():
+    table = make_predictions(["b", "m"], 80, 1.0, 1)
+    alone = evaluate(table[table["split"] == "test"], ["b", "m"], resamples=20)
+    binary = alone["splits"]["test"]["binary"]
+    assert binary["positive"] == "m" and binary["threshold"] is None
+    for name in ("specificity_at_95_sensitivity", "sensitivity_at_threshold"):
+        assert binary["metrics"][name]["value"] is None
+    assert binary["metrics"]["partial_auc"]["low"] < binary["metrics"]["partial_auc"]["high"]
+    assert "binary" not in evaluate(GOOD, CLASSES, resamples=10)["splits"]["test"]
+    json.dumps(alone, allow_nan=False)
+    one = evaluate(table[table["y_true"] == "b"], ["b", "m"], resamples=20)
+    values = one["splits"]["test"]["binary"]["metrics"]
+    assert values["sensitivity"]["value"] is None and values["auc"]["value"] is None
+    assert choose_threshold(np.arange(20.0), np.ones(20, bool)) == 1.0
+    with pytest.raises(ConfigError, match="unknown positive class 'n'"):
+        evaluate(table, ["b", "m"], positive="n")
+    with pytest.raises(ConfigError, match="for two classes"):
+        evaluate(GOOD, CLASSES, positive="a")
 
 
 GOOD = make_predictions(CLASSES, 40, 1.0, 0)
