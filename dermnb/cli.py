@@ -38,6 +38,8 @@ def run(
     ] = (),
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
     reports: Annotated[str, typer.Option(help="Folder of the reports.")] = "reports",
+    seeds: Annotated[int, typer.Option(min=0, help="Repeat every run with so many.")] = 0,
+    folds: Annotated[int, typer.Option(min=0, help="Run every fold of so many.")] = 0,
     scheduler: Annotated[str, typer.Option(help="Address of a dask scheduler.")] = "",
     force: Annotated[bool, typer.Option(help="Repeat runs that are done.")] = False,
 ):
@@ -53,6 +55,7 @@ def run(
         reports,
         scheduler,
         force,
+        {k: n for k, n in (("seeds", seeds), ("folds", folds)) if n},
         say=lambda line: print(line, flush=True),
     )
     failed = [state for state in states if state["status"] != "done"]

@@ -143,6 +143,8 @@ def backbone_layers(
     spec,  # its BackboneSpec; `blocks` names the block outputs, bottom to top
 ) -> list[keras.layers.Layer]:  # bottom to top, in Keras' own order
     "Every layer of the backbone, also those without weights."
+    if [x.name for x in model.inputs] == ["metadata"]:
+        return []  # a network without images has no backbone
     return _ancestors(model, spec.blocks[-1])
 
 
@@ -152,7 +154,8 @@ def _ancestors(model: keras.Model, name: str) -> list[keras.layers.Layer]:
     except ValueError:
         names = [layer.name for layer in model.layers]
         raise unknown_name("layer", name, names[-12:]) from None
-    return keras.Model(model.inputs, output).layers
+    inputs = [x for x in model.inputs if x.name != "metadata"]
+    return keras.Model(inputs, output).layers
 
 
 def open_layers(

@@ -715,9 +715,10 @@ def _batches_class() -> type:
     class Batches(keras.utils.PyDataset):
         "Batches (images float32 0..255 (B, S, S, 3), labels float32 (B, K))."
 
-        def __init__(self, store, rows, labels, options, **kwargs):
+        def __init__(self, store, rows, labels, options, metadata, **kwargs):
             super().__init__(**kwargs)
             self.store, self.rows, self.labels = store, rows, labels
+            self.metadata = metadata
             self.options = options
             self.set_epoch(0)
 
@@ -757,17 +758,22 @@ def _batches_class() -> type:
             chosen = self._positions(index, order)
             options = self.options
             rng = batch_generator(options["seed"], epoch, index)
-            images = self.store.read(self.rows[chosen])
-            images = augment_images(images, options["augment"], rng)
             labels = np.zeros((len(chosen), options["num_classes"]), np.float32)
             labels[np.arange(len(chosen)), self.labels[chosen]] = 1
-            return mix_batch(images, labels, options["mix"], rng)
+            if self.store is None:
+                return {"metadata": self.metadata[chosen]}, labels
+            images = self.store.read(self.rows[chosen])
+            images = augment_images(images, options["augment"], rng)
+            images, labels = mix_batch(images, labels, options["mix"], rng)
+            if self.metadata is None:
+                return images, labels
+            return {"image": images, "metadata": self.metadata[chosen]}, labels
 
     return Batches
 
 
 def make_batches(
-    store: ImageStore,
+    store: ImageStore | None,  # None: batches of metadata alone
     rows: np.ndarray,  # rows of the store, repeats allowed
     labels: np.ndarray,  # class numbers, one for each of `rows`
     num_classes: int,
@@ -776,9 +782,12 @@ def make_batches(
     augment: str = "none",  # a name in AUGMENTATIONS
     mix: str = "none",  # one of MIXES
     seed: int = 0,
+    metadata: np.ndarray | None = None,  # float32 (len(rows), M), goes beside the images
     **workers,  # of PyDataset: workers, use_multiprocessing, max_queue_size
 ):  # a keras.utils.PyDataset
     """Batches of (images float32 0..255, labels one-hot float32). Loads Keras.
+
+    With `metadata` the first of the two is a dict of `image` and `metadata`.
 
     The same arguments and epoch give the same batches bit for bit. Raises ConfigError
     for unknown names, labels out of range and training on fewer than two images.
@@ -790,6 +799,10 @@ def make_batches(
         raise unknown_name("mix", mix, MIXES)
     if len(rows) != len(labels):
         raise ConfigError(f"{len(rows)} rows but {len(labels)} labels: give one a row.")
+    if metadata is not None and len(metadata) != len(rows):
+        raise ConfigError(f"{len(metadata)} rows of metadata for {len(rows)} images.")
+    if metadata is not None and mix != "none":
+        raise ConfigError(f"mix {mix!r} mixes images but cannot mix two patients.")
     if len(rows) and not 0 <= labels.min() <= labels.max() < num_classes:
         raise ConfigError(
             f"labels run from {labels.min()} to {labels.max()}: "
@@ -808,4 +821,4 @@ def make_batches(
         "mix": mix,
         "seed": seed,
     }
-    return _batches_class()(store, rows, labels, options, **workers)
+    return _batches_class()(store, rows, labels, options, metadata, **workers)
