@@ -56,6 +56,7 @@ MANIFEST_COLUMNS = [
 def normalise_label(label: str) -> str:
     "The form in which two spellings of a diagnosis or folder name are compared."
     text = unicodedata.normalize("NFKC", str(label)).casefold()
+    text = text.replace("i\u0307", "i").replace("ı", "i")  # İ folds to i and a dot
     return re.sub(r"[\s_\-]+", " ", re.sub(r"['’`]", "", text)).strip()
 
 # %% ../nbs/02_datasets.ipynb #eb73cd15
@@ -68,6 +69,7 @@ class Taxonomy:
     titles: dict[str, str]  # code -> name for people
     mapping: dict[str, str]  # source label -> code
     ignored: tuple[str, ...] = ()  # source labels whose images are left out
+    positive: str = ""  # code of the class that a test is for; empty: none
 
     def __post_init__(self):
         lookup = {}
@@ -82,6 +84,9 @@ class Taxonomy:
                 )
         for code, title in self.titles.items():
             lookup.setdefault(normalise_label(title), code)
+        if self.positive and self.positive not in self.classes:
+            error = unknown_name("positive class", self.positive, self.classes)
+            raise ConfigError(f"taxonomy {self.name}: {error}")
         object.__setattr__(self, "_lookup", lookup)
 
     def code(
@@ -100,7 +105,31 @@ class Taxonomy:
         close = difflib.get_close_matches(normalise_label(label), self._lookup, 1, 0.7)
         return close[0] if close else ""
 
-# %% ../nbs/02_datasets.ipynb #bee1efc8
+    def select(
+        self,
+        codes: Sequence[str],  # two or more of the classes, in the order wanted
+    ) -> "Taxonomy":
+        "These classes only; the labels of the others become ignored ones."
+        for code in codes:
+            if code not in self.classes:
+                error = unknown_name("class", code, self.classes)
+                raise ConfigError(f"taxonomy {self.name}: {error}")
+        if len(set(codes)) < max(len(codes), 2):
+            raise ConfigError(
+                f"taxonomy {self.name}: the selection {','.join(codes)!r} must name two "
+                "different classes or more."
+            )
+        others = (k for k, c in self._lookup.items() if c is not None and c not in codes)
+        return Taxonomy(
+            f"{self.name}:{','.join(codes)}",
+            tuple(codes),
+            {code: title for code, title in self.titles.items() if code in codes},
+            {label: code for label, code in self.mapping.items() if code in codes},
+            (*self.ignored, *others),
+            self.positive if self.positive in codes else "",
+        )
+
+# %% ../nbs/02_datasets.ipynb #653213d5
 def _read_yaml(path: Path) -> dict:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
@@ -115,9 +144,9 @@ def _read_yaml(path: Path) -> dict:
 
 
 def _parse_taxonomy(content: dict, where: str) -> Taxonomy:
+    known = ("name", "title", "classes", "ignore", "positive")
     for key in content:
-        if key not in ("name", "title", "classes", "ignore"):
-            known = ("name", "title", "classes", "ignore")
+        if key not in known:
             raise ConfigError(f"{where}: {unknown_name('key', key, known)}")
     classes = content.get("classes")
     if not isinstance(classes, dict) or len(classes) < 2:
@@ -144,29 +173,45 @@ def _parse_taxonomy(content: dict, where: str) -> Taxonomy:
     ignored = content.get("ignore") or []
     if not isinstance(ignored, list):
         raise ConfigError(f"{where}: 'ignore' must be a list of labels.")
+    positive = content.get("positive") or ""
+    if not isinstance(positive, str):
+        raise ConfigError(f"{where}: 'positive' must be the code of one class.")
     name = content.get("name") or Path(where).stem
-    return Taxonomy(name, tuple(classes), titles, mapping, tuple(ignored))
+    return Taxonomy(name, tuple(classes), titles, mapping, tuple(ignored), positive)
 
-# %% ../nbs/02_datasets.ipynb #d70b56cd
+# %% ../nbs/02_datasets.ipynb #843fa716
 def taxonomy_names() -> list[str]:
     "The taxonomies that come with the package."
     folder = package_files("dermnb") / "taxonomies"
     return sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
+def _selection(name: str | Path) -> tuple[str, list[str]]:
+    # "dx7:mel, nv" -> "dx7", ["mel", "nv"]; a path may have colons of its own
+    if str(name).lower().endswith((".yaml", ".yml")):
+        return str(name), []
+    found = re.fullmatch(r"(.+\.ya?ml|[^:]*):(.*)", str(name), re.IGNORECASE)
+    if not found:
+        return str(name), []
+    return found[1].strip(), [code.strip() for code in found[2].split(",")]
+
+
 def load_taxonomy(
-    name: str | Path,  # a built-in name, or the path of a YAML file
+    name: str | Path,  # built-in name or path of a YAML file, and perhaps :CLASS,CLASS
 ) -> Taxonomy:
     "A taxonomy by name or from a file; `ConfigError` if there is none or it is broken."
+    name, codes = _selection(name)
+    if codes:
+        return load_taxonomy(name).select(codes)
     if Path(name).suffix.lower() in (".yaml", ".yml"):
         return _parse_taxonomy(_read_yaml(Path(name)), str(name))
-    if str(name) not in taxonomy_names():
+    if name not in taxonomy_names():
         error = unknown_name("taxonomy", name, taxonomy_names())
         raise ConfigError(f"{str(error)[:-1]}, or the path of a YAML file.")
     path = Path(str(package_files("dermnb") / "taxonomies" / f"{name}.yaml"))
     return _parse_taxonomy(_read_yaml(path), path.name)
 
-# %% ../nbs/02_datasets.ipynb #2fce17a3
+# %% ../nbs/02_datasets.ipynb #b673c8a2
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 _MASK_SUFFIX = re.compile(r"_(segmentation|mask)$")
 
@@ -259,7 +304,7 @@ def list_images(
         (masks if is_mask else images).append(found)
     return images, masks
 
-# %% ../nbs/02_datasets.ipynb #6821b157
+# %% ../nbs/02_datasets.ipynb #8eac3f27
 _archives: dict = {}
 _archives_lock = threading.Lock()
 
@@ -302,7 +347,7 @@ def read_image_bytes(
     except (OSError, zipfile.BadZipFile, zipfile.zlib.error, EOFError) as error:
         raise ConfigError(f"the image {path} cannot be read: {error}.") from None
 
-# %% ../nbs/02_datasets.ipynb #b474b368
+# %% ../nbs/02_datasets.ipynb #f189a14a
 def read_table(
     path: str | Path,  # a CSV or tab-separated file
     required: Iterable[str] = (),  # columns that it must have
@@ -382,7 +427,7 @@ def _found_instead(folder: Path) -> str:
         else "; the folder is empty"
     )
 
-# %% ../nbs/02_datasets.ipynb #b088e3d4
+# %% ../nbs/02_datasets.ipynb #65444693
 @dataclass(frozen=True)
 class Source:
     "What a reader found, before classes are assigned and problems looked for."
@@ -425,7 +470,7 @@ def _find_table(folder: Path, *names: str) -> Path:
                 return place / name
     raise ConfigError(f"there is no {names[0]} in {folder}{_found_instead(folder)}.")
 
-# %% ../nbs/02_datasets.ipynb #918f9509
+# %% ../nbs/02_datasets.ipynb #4ad11534
 def _onehot_labels(table: pd.DataFrame, where: Path) -> list[tuple]:
     names = [
         c for c in table if c not in ("image", "score_weight", "validation_weight")
@@ -497,7 +542,7 @@ def _isic2019_source(table: pd.DataFrame) -> pd.Series:
     made = table["image_id"].astype("string").str.startswith("DEMO_").fillna(False)
     return source.mask(made.astype(bool), "synthetic")
 
-# %% ../nbs/02_datasets.ipynb #5a5c1fc6
+# %% ../nbs/02_datasets.ipynb #36a39858
 def _ham_table(path: Path) -> pd.DataFrame:
     raw = read_table(path, ["image_id", "lesion_id", "dx"])
     return pd.DataFrame(
@@ -532,7 +577,7 @@ def read_ham10000(
             break
     return Source(table, *list_images(folder))
 
-# %% ../nbs/02_datasets.ipynb #09ec1afa
+# %% ../nbs/02_datasets.ipynb #4ad65064
 def read_isic_archive(
     folder: Path,  # with metadata.csv, and images in folders or archives if any
 ) -> Source:
@@ -559,7 +604,7 @@ def read_isic_archive(
         table["age"] = _years(raw["age_approx"], str(path))
     return Source(table, *list_images(folder))
 
-# %% ../nbs/02_datasets.ipynb #8fb47155
+# %% ../nbs/02_datasets.ipynb #05dcdcdb
 _SPLIT_FOLDERS = {
     "train": "train", "training": "train", "val": "val", "valid": "val",
     "validation": "val", "test": "test", "testing": "test",
@@ -580,7 +625,12 @@ def _own_taxonomy(folder: Path, labels: Sequence[str]) -> Taxonomy:
     for name in ("taxonomy.yaml", "taxonomy.yml"):
         if (folder / name).is_file():
             return load_taxonomy(folder / name)
-    classes = tuple(sorted(set(labels)))
+    # One class for all spellings, written as the first of them; in one Unicode form, so
+    # that a tree copied from macOS has the same classes elsewhere.
+    spelt = {}
+    for label in sorted({unicodedata.normalize("NFC", c) for c in labels}):
+        spelt.setdefault(normalise_label(label), label)
+    classes = tuple(spelt.values())
     return Taxonomy("own", classes, {c: c for c in classes}, {})
 
 
@@ -639,7 +689,7 @@ def _add_metadata(table: pd.DataFrame, stems: pd.Series, path: Path) -> tuple:
             table[column] = values
     return table, problems
 
-# %% ../nbs/02_datasets.ipynb #d00d47d2
+# %% ../nbs/02_datasets.ipynb #10504e0c
 _MAPPING_KEYS = (
     "table",
     "images",
@@ -721,15 +771,16 @@ def read_csv_dataset(
     if columns["path"] in raw:
         table["file"] = raw[columns["path"]]
     if "taxonomy" in mapping:
+        beside = (folder / _selection(mapping["taxonomy"])[0]).is_file()
         own = folder / mapping["taxonomy"]
-        taxonomy = load_taxonomy(own if own.is_file() else mapping["taxonomy"])
+        taxonomy = load_taxonomy(own if beside else mapping["taxonomy"])
     else:
         taxonomy = _own_taxonomy(folder, labels.dropna().tolist())
     about = {k: mapping[k] for k in ("title", "license", "citation") if k in mapping}
     files = list_images(folder / mapping.get("images", "."))
     return Source(table, *files, taxonomy=taxonomy, about=about)
 
-# %% ../nbs/02_datasets.ipynb #9cb058b5
+# %% ../nbs/02_datasets.ipynb #de3efc94
 class Download(NamedTuple):
     "One file of a dataset at its official address."
 
@@ -834,7 +885,7 @@ DATASETS: dict[str, DatasetSpec] = {
     )
 }
 
-# %% ../nbs/02_datasets.ipynb #23fc559f
+# %% ../nbs/02_datasets.ipynb #84ac8ee4
 def list_datasets() -> pd.DataFrame:
     "The dataset table, for people."
     rows = []
@@ -852,7 +903,7 @@ def list_datasets() -> pd.DataFrame:
         )
     return pd.DataFrame(rows)
 
-# %% ../nbs/02_datasets.ipynb #92b07abc
+# %% ../nbs/02_datasets.ipynb #52d2ef4f
 BLOCKING = ("absent", "unreadable", "unknown label", "duplicate id")
 _PROBLEM_COLUMNS = ["kind", "image_id", "path", "detail"]
 
@@ -908,7 +959,7 @@ def _label_of(taxonomy: Taxonomy, labels: tuple) -> tuple[str | None, str, str]:
         return None, "left out", f"taxonomy {taxonomy.name} ignores {labels[0]!r}"
     return code, "", ""
 
-# %% ../nbs/02_datasets.ipynb #bd4dbb16
+# %% ../nbs/02_datasets.ipynb #e2b8b406
 def build_manifest(
     source: Source,
     taxonomy: Taxonomy,
@@ -1002,7 +1053,7 @@ def _finish(table: pd.DataFrame) -> pd.DataFrame:
     table["site"] = _known_text(table["site"])
     return table
 
-# %% ../nbs/02_datasets.ipynb #4cfc1746
+# %% ../nbs/02_datasets.ipynb #1e75e32a
 def image_fault(
     path: str,  # of a file, or archive.zip::member
 ) -> str:
@@ -1040,7 +1091,7 @@ def _verify(manifest: pd.DataFrame, keep: np.ndarray) -> list[tuple]:
                 keep[row] = False
     return problems
 
-# %% ../nbs/02_datasets.ipynb #03f92f78
+# %% ../nbs/02_datasets.ipynb #473c472b
 @dataclass(frozen=True)
 class Dataset:
     "A dataset that has been read: its manifest, its classes and its problems."
@@ -1155,7 +1206,7 @@ def check_dataset(
     "The table of problems: kind, image_id, path, detail. Empty if there are none."
     return _read(name, data_dir, taxonomy, verify)[4]
 
-# %% ../nbs/02_datasets.ipynb #de4cff03
+# %% ../nbs/02_datasets.ipynb #0d24746c
 class ResumingDownloader:
     "A downloader for pooch that continues a partial file where the last attempt ended."
 
@@ -1301,7 +1352,7 @@ def _test_zip(path: Path) -> None:
         path.unlink()
         raise ValueError(f"it is not a whole zip archive ({bad})")
 
-# %% ../nbs/02_datasets.ipynb #a4bf9591
+# %% ../nbs/02_datasets.ipynb #2bf934cb
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -1357,7 +1408,7 @@ def _already_there(target: Path, known_hash: str) -> bool:
         )
     return True
 
-# %% ../nbs/02_datasets.ipynb #096eec87
+# %% ../nbs/02_datasets.ipynb #115e1101
 def fetch_dataset(
     name: str,  # a row of DATASETS with downloads
     data_dir: str | Path = "",  # where to; empty: data/<name> of the project

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+import unicodedata
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,6 +27,7 @@ from dermnb.datasets import (
     list_images,
     load_dataset,
     load_taxonomy,
+    normalise_label,
     problem_counts,
     read_image_bytes,
     read_table,
@@ -106,12 +108,154 @@ def test_every_isic2019_class_has_a_class_in_every_taxonomy():
         ("classes:\n  a: {label: [x]}\n  b: []\n", "'title' and 'labels'"),
         ("classes:\n  a: [x]\n  b: [y]\nignore: x\n", "'ignore' must be a list"),
         ("classes:\n  a: [x]\n  b: [y]\nignore: [x]\n", "stands for both"),
+        ("classes:\n  a: [x]\n  b: [y]\npositive: A\n", "did you mean 'a'"),
+        ("classes:\n  a: [x]\n  b: [y]\npositive: [a]\n", "code of one class"),
         ("just text", "keys and values"),
         ("a: [", "is not YAML"),
     ],
 )
 def test_broken_taxonomies(tmp_path, content, said):
     assert said in sentence(load_taxonomy, put(tmp_path / "t.yaml", content))
+
+
+def test_positive_class_is_known_where_a_taxonomy_names_one(tmp_path):
+    assert load_taxonomy("binary").positive == "malignant"
+    assert load_taxonomy("dx7").positive == ""
+    text = "classes:\n  a: [x]\n  b: [y]\n  c: [z]\npositive: c\n"
+    own = put(tmp_path / "t.yaml", text)
+    assert load_taxonomy(own).positive == "c"
+    assert load_taxonomy(f"{own}:b,c").positive == "c"
+    assert load_taxonomy(f"{own}:b,a").positive == ""
+
+
+@pytest.mark.parametrize("name", taxonomy_names())
+def test_a_selection_knows_every_label_and_keeps_only_its_own(name):
+    whole = load_taxonomy(name)
+    codes = whole.classes[-2:][::-1]
+    some = load_taxonomy(f"{name}: {codes[0]} , {codes[1]}")
+    assert some.classes == codes and set(some.titles) == set(codes)
+    assert some.name == f"{name}:{','.join(codes)}"
+    assert set(some.mapping.values()) <= set(codes)
+    for label in (*whole.classes, *whole.titles.values(), *whole.mapping):
+        code = whole.code(label)
+        assert some.code(label) == (code if code in codes else None), label
+    for label in whole.ignored:
+        assert some.code(label) is None
+    again = load_taxonomy(f"{name}:{','.join(whole.classes)}")
+    assert all(again.code(x) == whole.code(x) for x in whole.mapping)
+
+
+@pytest.mark.parametrize(
+    ("selection", "said"),
+    [
+        ("dx7:mel,nevus", "unknown class 'nevus'"),
+        ("dx7:mel,akeic", "did you mean 'akiec'"),
+        ("dx7:MEL,nv", "did you mean 'mel'"),
+        ("dx7:mel", "two different classes or more"),
+        ("dx7:mel,mel", "two different classes or more"),
+        ("dx7:mel,mel,nv", "two different classes or more"),
+        ("dx7:", "unknown class ''"),
+        ("dx8:mel,nv", "did you mean 'dx7'"),
+        ("none.yaml:mel,nv", "there is no file none.yaml"),
+        (":mel,nv", "unknown taxonomy ''"),
+    ],
+)
+def test_broken_selections(selection, said):
+    assert said in sentence(load_taxonomy, selection)
+
+
+def test_a_selection_leaves_images_out_and_counts_them(tmp_path):
+    folder = ham(tmp_path, ROWS + "L2,I3,bcc,histo,,,\n", images=range(4))
+    dataset = load_dataset("ham10000", folder, "dx7:nv,mel")
+    assert dataset.classes == ("nv", "mel")
+    assert dataset.manifest.label.tolist() == ["nv", "nv", "mel"]
+    assert problem_counts(dataset.problems) == {"left out": 1}
+    put(folder / "HAM10000_metadata.csv", "lesion_id,image_id,dx\nL0,I0,nvv\n")
+    assert "1 unknown label" in sentence(load_dataset, "ham10000", folder, "dx7:nv,mel")
+
+
+def test_paths_with_colons_and_taxonomies_beside_a_csv(tmp_path):
+    text = "classes:\n  a: [x]\n  b: [y]\n  c: [z]\n"
+    own = put(tmp_path / "a:b" / "own.yml", text)
+    assert load_taxonomy(own).classes == ("a", "b", "c")
+    assert load_taxonomy(f"{own}:c,a").classes == ("c", "a")
+    folder = tmp_path / "csv"
+    put(folder / "own.yaml", text)
+    put(folder / "dataset.yaml", "taxonomy: own.yaml:c,a\n")
+    put(folder / "t.csv", "image_id,label\nI0,x\nI1,y\nI2,z\n")
+    for i in range(3):
+        put(folder / f"I{i}.jpg", jpeg(i))
+    dataset = load_dataset("csv", folder)
+    assert dataset.classes == ("c", "a")
+    assert dataset.manifest.label.tolist() == ["a", "c"]
+
+
+TURKISH = {  # as folders are named by different people and machines
+    "Enfeksiyonel": "Enfeksiyonel",
+    "ENFEKSİYONEL HASTALIKLAR": "Enfeksiyonel",
+    "Sığıl/SİĞİL": "Enfeksiyonel",
+    "EKZAMA": "Ekzama",
+    "akne": "Akne",
+    "Gül_hastalığı": "Akne",
+    "GÜL HASTALIĞI": "Akne",
+    "PİGMENT": "Pigment",
+    "Pigment-bozuklukları": "Pigment",
+    "Benign pigmentli lezyonlar": "Benign",
+    "BENIGN PIGMENTLI LEZYONLAR": "Benign",
+    "İyi huylu": "Benign",
+    "Nævus": "Benign",
+    "MALİGN": "Malign",
+    "Skuamöz hücreli karsinom": "Malign",
+    "Malignant lesions": "Malign",
+}
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_turkish_class_folders_match_in_any_spelling(tmp_path, form):
+    for i, folder in enumerate(TURKISH):
+        name = unicodedata.normalize(form, folder)
+        put(tmp_path / "data" / name / f"{i:02d}.jpg", jpeg(i))
+    dataset = load_dataset("folders", tmp_path / "data", "cilt6")
+    names = "Enfeksiyonel Ekzama Akne Pigment Benign Malign"
+    assert dataset.classes == tuple(names.split())
+    assert len(dataset.problems) == 0
+    labels = dataset.manifest.sort_values("image_id")["label"].tolist()
+    assert labels == list(TURKISH.values())
+
+
+def test_the_four_letters_i_are_one():
+    words = ["SIĞIL", "Sığıl", "SİĞİL", "siğil", unicodedata.normalize("NFD", "SİĞİL")]
+    assert {normalise_label(word) for word in words} == {"siğil"}
+    for word in [*words, "Bowen's_disease", "ｍｅｌ", "Straße"]:
+        once = normalise_label(word)
+        assert normalise_label(once) == once
+
+
+def test_class_folders_from_macos_have_the_same_classes(tmp_path):
+    for form in ("NFC", "NFD"):
+        for i, name in enumerate(("nævus", "Sivilceler ğüşiöç")):
+            folder = unicodedata.normalize(form, name)
+            put(tmp_path / form / folder / f"{i}.jpg", jpeg(i))
+    both = [load_dataset("folders", tmp_path / form) for form in ("NFC", "NFD")]
+    assert both[0].classes == both[1].classes == ("Sivilceler ğüşiöç", "nævus")
+    assert [set(d.manifest.label) for d in both] == [set(both[0].classes)] * 2
+    put(tmp_path / "NFC" / "NÆVUS" / "9.jpg", jpeg(9))
+    counts = load_dataset("folders", tmp_path / "NFC").manifest.label.value_counts()
+    assert counts.to_dict() == {"NÆVUS": 2, "Sivilceler ğüşiöç": 1}
+
+
+def test_disease_folders_of_one_category(tmp_path):
+    folders = ["acne-cystic", "Rosacea", "Perioral_Dermatitis", "pemphigus", "melanoma"]
+    for i, name in enumerate(folders):
+        put(tmp_path / "train" / name / f"{i}.jpg", jpeg(i))
+        put(tmp_path / "test" / name / f"t{i}.jpg", jpeg(i + 10))
+    taxonomy = "derm_categories:acne,rosacea,perioral_dermatitis"
+    dataset = load_dataset("folders", tmp_path, taxonomy)
+    assert dataset.classes == ("acne", "rosacea", "perioral_dermatitis")
+    assert len(dataset.manifest) == 6
+    assert problem_counts(dataset.problems) == {"left out": 4}
+    put(tmp_path / "train" / "psoriasis" / "9.jpg", jpeg(9))
+    assert "1 unknown label" in sentence(load_dataset, "folders", tmp_path, taxonomy)
 
 
 # Readers and problems
