@@ -22,6 +22,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .backbones import BACKBONES
+from .compare import load_claims
 from dermnb.core import (
     ConfigError,
     ExperimentConfig,
@@ -101,6 +102,7 @@ def load_suite(
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise ConfigError(f"{file}: {place}: {first['msg']}.") from None
+    load_claims(suite.claims, list(suite.runs), str(file))
     for name in [n for pair in suite.compare for n in pair]:
         if name not in suite.runs:
             raise ConfigError(f"{file}: compare: {unknown_name('run', name, suite.runs)}")

@@ -367,7 +367,7 @@ def save_run(
             predictions,
             data.classes,
             resamples=config.bootstrap,
-            positive=getattr(taxonomy, "positive", "") if len(data.classes) == 2 else "",
+            positive=taxonomy.positive if len(data.classes) == 2 else "",
         )
     write_json(folder / "metrics.json", metrics)
     history.to_csv(folder / "history.csv", index=False)
@@ -418,7 +418,7 @@ def save_run(
                 data.manifest[columns].sort_values("image_id", ignore_index=True)
             ),
             "problems": dataset.problems["kind"].value_counts().to_dict(),
-            "positive": getattr(taxonomy, "positive", ""),
+            "positive": taxonomy.positive,
         },
         "split": _split_summary(data),
         "leak": leak_counts(data.manifest),

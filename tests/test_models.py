@@ -7,11 +7,13 @@ import subprocess
 import sys
 import urllib.error
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import h5py
 import keras
 import numpy as np
+import pandas as pd
 import pytest
 from keras.src.applications import (
     densenet,
@@ -34,7 +36,9 @@ from dermnb.core import ConfigError
 from dermnb.losses import FocalLoss, WeightedCrossEntropy, focal_cross_entropy
 from dermnb.models import (
     build_classifier,
+    fit_metadata,
     load_classifier,
+    metablock,
     probabilities,
     save_classifier,
     set_batch_norm_momentum,
@@ -169,6 +173,73 @@ def test_saved_model_predicts_the_same(name, tmp_path):
     with zipfile.ZipFile(tmp_path / "model.keras") as archive:
         config = archive.read("config.json").decode()
     assert "dermnb" not in config and "Lambda" not in config
+
+
+PATIENTS = pd.DataFrame(
+    {
+        "age": [35.0, 70.0, np.nan, 50.0],
+        "sex": ["female", None, "male", "male"],
+        "site": ["back", "scalp", "back", None],
+    }
+)
+
+
+@pytest.mark.parametrize("fusion", ["concat", "metablock", "only"])
+def test_metadata_survive_saving(fusion, tmp_path):
+    encoder = fit_metadata(PATIENTS)
+    pixels = images(32, 4)
+    made = {"fusion": fusion, "metadata_columns": len(encoder.columns)}
+    model = build_classifier("cnn", 3, 32, **made)
+    randomise(model)
+    whole = {"image": pixels, "metadata": encoder.encode(PATIENTS)}
+    before = softmax(model({x.name: whole[x.name] for x in model.inputs}))
+    meta = {"metadata": asdict(encoder), "image_size": 32}
+    save_classifier(model, tmp_path, "abc", meta)
+    loaded = load_classifier(tmp_path)
+    assert loaded.encoder == encoder and loaded.image_size == 32
+    after = loaded.predict(pixels, metadata=PATIENTS)
+    np.testing.assert_allclose(after, before, atol=1e-6)
+    blind = loaded.predict(pixels)
+    nothing = PATIENTS.assign(age=np.nan, sex=None, site=None)
+    np.testing.assert_array_equal(blind, loaded.predict(pixels, metadata=nothing))
+    assert not np.allclose(blind, after)
+    with pytest.raises(ConfigError, match="3 rows of metadata for 4 images"):
+        loaded.predict(pixels, metadata=PATIENTS[:3])
+
+
+def test_missing_is_not_average():
+    encoder = fit_metadata(PATIENTS)
+    rows = encoder.encode(PATIENTS.assign(age=[PATIENTS["age"].mean(), None, 0, 200]))
+    table = pd.DataFrame(rows, columns=encoder.columns)
+    assert table["age"][:2].tolist() == [0, 0]
+    assert table["age=missing"].tolist() == [0, 1, 0, 0]
+    for kind in ("sex", "site"):
+        one_hot = table.filter(like=f"{kind}=")
+        assert (one_hot.sum(axis=1) == 1).all()
+        missing = PATIENTS[kind].isna().astype(float)
+        assert one_hot[f"{kind}=missing"].tolist() == missing.tolist()
+    assert np.isfinite(rows).all()
+
+
+def test_metablock_is_the_published_equation():
+    "sigmoid(tanh(f * x) + g), one number of f and g a map."
+    x = keras.Input((3, 3, 5))
+    m = keras.Input((4,))
+    model = keras.Model([x, m], metablock(x, m))
+    randomise(model)
+    rng = np.random.default_rng(0)
+    maps = rng.normal(size=(2, 3, 3, 5)).astype("float32")
+    metadata = rng.normal(size=(2, 4)).astype("float32")
+
+    def affine(name):
+        kernel, bias = model.get_layer(f"metablock_{name}").get_weights()
+        norm = model.get_layer(f"metablock_{name}_bn")
+        gamma, beta, mean, variance = norm.get_weights()
+        v = (metadata @ kernel + bias - mean) / np.sqrt(variance + norm.epsilon)
+        return (gamma * v + beta)[:, None, None]
+
+    expected = 1 / (1 + np.exp(-(np.tanh(affine("f") * maps) + affine("g"))))
+    np.testing.assert_allclose(model([maps, metadata]), expected, atol=1e-5)
 
 
 def test_saved_in_half_precision(tmp_path):
