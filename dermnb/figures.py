@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'SYMBOLS', 'DASHES', 'SHADES', 'INK', 'GRID', 'FONT', 'TEMPLATE', 'LEGEND', 'HISTORY_COLUMNS',
            'SPLIT_TITLES', 'COSTS', 'style_of', 'label', 'stage_starts', 'learning_curves', 'confusion_figure',
-           'per_class_figure', 'leaderboard_figure', 'cost_figure']
+           'per_class_figure', 'leaderboard_figure', 'cost_figure', 'difference_figure', 'repeats_figure']
 
 # %% ../nbs/15_figures.ipynb #44286dd3
 import html
@@ -586,4 +586,109 @@ def cost_figure(
         **frame,
         xaxis={"title": {"text": axis}, "type": "log", "dtick": 1, **ends},
         yaxis={"title": {"text": f"{spec.title} (share)"}, "rangemode": "tozero"},
+    )
+
+# %% ../nbs/15_figures.ipynb #9134b86a
+def difference_figure(
+    rows: Sequence[Mapping],  # label, value, low, high, n; a minus b
+    a: str,  # run on the right side of 0 where it is better
+    b: str,
+    split: str = "test",
+    level: float = 0.95,
+    note: str = "",
+) -> go.Figure:
+    "A forest plot of paired differences with intervals."
+    _require("figure of differences", rows)
+    shown = [r for r in rows if r["value"] is not None]
+    figure = go.Figure()
+    for row in shown:
+        clear = row["low"] is not None and (row["low"] > 0 or row["high"] < 0)
+        colour = COLOURS[0] if clear else INK
+        figure.add_scatter(
+            x=[row["value"]],
+            y=[rows.index(row)],
+            mode="markers",
+            showlegend=False,
+            marker={
+                "color": colour,
+                "size": 10,
+                "symbol": "circle" if clear else "circle-open",
+            },
+            error_x=_whiskers([row], colour),
+            hovertemplate=f"{label(row['label'], 60)}: {_spell(row)}<extra></extra>",
+        )
+    figure.add_vline(0, line={"color": INK, "width": 1, "dash": "dot"})
+    frame = _frame(
+        f"{html.unescape(label(a))} minus {html.unescape(label(b))}",
+        _note(
+            f"{split} split, same images",
+            f"lines: {level:.0%} intervals, paired",
+            "filled: the interval leaves out 0",
+            note,
+        ),
+        height=30 + 30 * len(rows),
+    )
+    return figure.update_layout(
+        **frame,
+        xaxis={"title": {"text": "Difference (share)"}},
+        yaxis={
+            "title": {"text": "Metric (n)"},
+            "tickvals": list(range(len(rows))),
+            "ticktext": [f"{label(r['label'], 24)} ({r['n']:,})" for r in rows],
+            "range": [len(rows) - 0.5, -0.5],
+            "showgrid": False,
+        },
+    )
+
+# %% ../nbs/15_figures.ipynb #e33a83a7
+def repeats_figure(
+    groups: Mapping[str, Sequence[tuple[str, float]]],  # group -> (repeat, value)
+    metric: str = "balanced_accuracy",
+    split: str = "test",
+    note: str = "",
+) -> go.Figure:
+    "One metric of every repeat of each group, and the mean of the group."
+    _require("figure of repeats", groups)
+    if metric not in METRICS:
+        raise unknown_name("metric", metric, METRICS)
+    figure = go.Figure()
+    for i, (name, points) in enumerate(groups.items()):
+        style, values = style_of(i), [v for _, v in points]
+        figure.add_scatter(
+            x=values,
+            y=[i] * len(points),
+            mode="markers",
+            showlegend=False,
+            marker={"color": style["color"], "size": 10, "symbol": "circle-open"},
+            text=[f"{label(name, 60)}, {label(r)}: {v:.3f}" for r, v in points],
+            hovertemplate="%{text}<extra></extra>",
+        )
+        figure.add_scatter(
+            x=[float(np.mean(values))],
+            y=[i],
+            mode="markers",
+            showlegend=False,
+            marker={
+                "symbol": "line-ns",
+                "size": 26,
+                "line": {"width": 3, "color": style["color"]},
+            },
+            hovertemplate=f"{label(name, 60)}: mean %{{x:.3f}}<extra></extra>",
+        )
+    spec = METRICS[metric]
+    frame = _frame(
+        f"{spec.title} of each repeat",
+        _note(f"{split} split", "stroke: mean", "no intervals here", note),
+        height=30 + 40 * len(groups),
+    )
+    return figure.update_layout(
+        **frame,
+        xaxis={"title": {"text": f"{spec.title} (share)"}},
+        yaxis={
+            "title": {"text": "Recipe (repeats)"},
+            "tickvals": list(range(len(groups))),
+            "ticktext": [f"{label(g, 22)} ({len(p)})" for g, p in groups.items()],
+            "range": [len(groups) - 0.5, -0.5],
+            "showgrid": False,
+        },
     )
