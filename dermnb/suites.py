@@ -201,11 +201,8 @@ def _repeats(repeats: dict[str, int], values: dict, where: str):
         first = values.get("seed", 0)
         return [(f"seed {s}", {"seed": s}) for s in range(first, first + repeats["seeds"])]
     if repeats.get("folds"):
-        if values.get("split", "lesion") not in ("lesion", "kfold"):
-            raise ConfigError(
-                f"{where}: folds would take the place of split {values['split']!r}: "
-                "repeat this suite by seeds."
-            )
+        if values.get("split", "lesion") not in ("lesion", "kfold") or values.get("test_list"):
+            return [("", {})]  # its test images are fixed: there is nothing to fold
         k = repeats["folds"]
         fold = {} if "members" in values else {"split": "kfold", "folds": k}
         return [

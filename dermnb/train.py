@@ -418,7 +418,7 @@ def save_run(
                 data.manifest[columns].sort_values("image_id", ignore_index=True)
             ),
             "problems": dataset.problems["kind"].value_counts().to_dict(),
-            "positive": taxonomy.positive,
+            "positive": taxonomy.positive if len(data.classes) == 2 else "",
         },
         "split": _split_summary(data),
         "leak": leak_counts(data.manifest),

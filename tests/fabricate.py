@@ -1,6 +1,7 @@
 """Run folders with made-up but plausible results, for tests of what reads them."""
 
 import base64
+import hashlib
 import io
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pandas as pd
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from dermnb.core import ExperimentConfig, write_json
+from dermnb.core import ExperimentConfig, read_json, write_json
 from dermnb.evaluate import evaluate
 
 ISIC8 = {
@@ -169,9 +170,15 @@ def make_run(
     resamples=200,
     notebook=True,
     shares=None,
+    positive="",
+    leaky=False,
+    record=None,
     **config,
 ):
-    "A finished run folder, but for its model."
+    """A finished run folder, but for its model; `record` adds to its run.json.
+
+    With `leaky`, half of the test lesions are in training too, and known by heart.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True)
     titles = dict(ISIC8 if classes is None else classes)
@@ -180,7 +187,16 @@ def make_run(
         if shares is None:
             shares = SHARES if classes is None else None
         predictions = make_predictions(codes, lesions, skill, seed, shares)
-    metrics = evaluate(predictions, codes, resamples=resamples)
+    known = sorted(predictions.loc[predictions["split"] == "test", "lesion_id"].unique())
+    known = known[::2] if leaky else []
+    if leaky:
+        rows = predictions["lesion_id"].isin(known)
+        right = np.eye(len(codes))[pd.Index(codes).get_indexer(predictions["y_true"])]
+        columns = [f"p_{c}" for c in codes]
+        p = predictions[columns].to_numpy() + right
+        predictions.loc[rows, columns] = (p / p.sum(axis=1, keepdims=True))[rows]
+        config["split"] = "image"
+    metrics = evaluate(predictions, codes, resamples=resamples, positive=positive)
     write_json(folder / "metrics.json", metrics)
     predictions.to_parquet(folder / "predictions.parquet", index=False)
     make_history(epochs, skill, stages, seed).to_csv(
@@ -192,7 +208,9 @@ def make_run(
         lesion_id="T" + split["lesion_id"],
         split="train",
     )
-    split = pd.concat([train, split])[["image_id", "lesion_id", "label", "split"]]
+    seen = split[split["lesion_id"].isin(known)]
+    seen = seen.assign(image_id="S" + seen["image_id"], split="train")
+    split = pd.concat([train, seen, split])[["image_id", "lesion_id", "label", "split"]]
     split.to_parquet(folder / "split.parquet", index=False)
     summary = {
         name: {
@@ -207,10 +225,20 @@ def make_run(
     settings = ExperimentConfig(seed=seed, epochs=epochs, **known).model_dump(
         exclude={"data_dir"}
     )
+    in_test = predictions["lesion_id"].isin(known) & (predictions["split"] == "test")
     write_json(
         folder / "run.json",
         {
             "schema": 1,
+            "notebook": "train",
+            "parents": {},
+            "leak": {
+                "lesions": len(known),
+                "val_images": 0,
+                "test_images": int(in_test.sum()),
+            },
+            "train_draw": None,
+            "metadata": None,
             "suite": folder.parent.name,
             "run": folder.name,
             "config": settings | {"suite": folder.parent.name, "run": folder.name},
@@ -232,6 +260,7 @@ def make_run(
                 "lesions": int(split["lesion_id"].nunique()),
                 "manifest_hash": "5f0c3a9d2b7e4c61",
                 "problems": {"file unreadable": 2},
+                "positive": positive,
             },
             "split": summary,
             "model": {
@@ -271,7 +300,8 @@ def make_run(
                 "started": f"2026-11-21T01:{seed:02d}:00+00:00",
                 "finished": f"2026-11-21T02:{seed:02d}:00+00:00",
             },
-        },
+        }
+        | (record or {}),
     )
     if notebook:
         make_notebook(folder / "notebook.ipynb")
@@ -324,6 +354,148 @@ def make_suite(folder, synthetic=True):
             "caveats": ["A few epochs at a small size are a test of the chain."],
             "profile": "cpu",
             "runs": states,
+        },
+    )
+    return folder
+
+
+def predictions_hash(folder):
+    "As a run made from this one notes it."
+    return hashlib.sha256((Path(folder) / "predictions.parquet").read_bytes()).hexdigest()
+
+
+def make_ensemble(folder, members, weights, notebook=False, resamples=200):
+    "A folder that combines finished runs: no history and no network."
+    folder = Path(folder)
+    (folder / "model").mkdir(parents=True)
+    paths = [folder.parent / m for m in members]
+    tables = [pd.read_parquet(p / "predictions.parquet") for p in paths]
+    records = [read_json(p / "run.json") for p in paths]
+    classes = records[0]["classes"]
+    columns = [f"p_{c}" for c in classes]
+    table = tables[0].copy()
+    table[columns] = sum(
+        w * t[columns] for w, t in zip(weights, tables, strict=True)
+    ) / sum(weights)
+    table.to_parquet(folder / "predictions.parquet", index=False)
+    positive = records[0]["dataset"]["positive"]
+    metrics = evaluate(table, classes, resamples=resamples, positive=positive)
+    write_json(folder / "metrics.json", metrics)
+    (folder / "split.parquet").write_bytes((paths[0] / "split.parquet").read_bytes())
+    combined = {
+        "schema": 1,
+        "combine": "mean",
+        "members": [
+            {"run": m, "weight": w} for m, w in zip(members, weights, strict=True)
+        ],
+        "classes": classes,
+    }
+    write_json(folder / "model" / "ensemble.json", combined)
+    parameters = sum(r["model"]["parameters"] for r in records)
+    config = records[0]["config"] | {"run": folder.name, "members": list(members)}
+    write_json(
+        folder / "run.json",
+        records[0]
+        | {
+            "notebook": "ensemble",
+            "run": folder.name,
+            "config": config | {"member_weights": list(weights)},
+            "ensemble": combined,
+            "parents": {m: predictions_hash(p) for m, p in zip(members, paths, strict=True)},
+            "model": {
+                "backbone": "ensemble",
+                "title": f"Ensemble of {len(members)}",
+                "weights": "",
+                "parameters": parameters,
+                "trainable_parameters": 0,
+                "size_mb": round(parameters * 4 / 2**20, 1),
+            },
+            "stages": [],
+            "timing": {"total_s": 1.3},
+        },
+    )
+    if notebook:
+        make_notebook(folder / "notebook.ipynb")
+    return folder
+
+
+PUBLISHED = [[80, 15, 5], [10, 30, 0], [3, 0, 2]]
+
+
+def make_study(folder, synthetic=False, resamples=200):
+    "A suite with all that only some suites have, but for two classes."
+    folder = Path(folder)
+    common = {"synthetic": synthetic, "resamples": resamples, "notebook": False}
+    draw = {"per_class": 300, "hash": "d41d8cd98f00b204e9800998ecf8427e"}
+    plain = make_run(folder / "cnn", 1.2, 0, record={"train_draw": draw}, **common)
+    make_run(folder / "cnn_image", 1.2, 0, leaky=True, **common)
+    for i in (1, 2, 3):
+        make_run(folder / f"xception-seed{i}", 1.9, i, backbone="xception", **common)
+    for i in (0, 1):
+        table = make_predictions(list(ISIC8), 300, 1.5, i, SHARES)
+        for column in ("image_id", "lesion_id"):
+            table[column] = f"F{i}_" + table[column]
+        fold = {"split": "kfold", "fold": i, "predictions": table}
+        make_run(folder / f"folded-fold{i}", 1.5, i, **fold, **common)
+    metadata = {
+        "fusion": "concat",
+        "shuffled": False,
+        "columns": ["age", "sex", "site"],
+        "missing": {"age": 57, "sex": 50, "site": 0},
+    }
+    tuned = {
+        "notebook": "transfer",
+        "parents": {"cnn": predictions_hash(plain)},
+        "metadata": metadata,
+        "train_draw": draw,
+    }
+    make_run(folder / "tuned", 1.6, 7, base="cnn", metadata="concat", record=tuned, **common)
+    make_ensemble(folder / "both", ["cnn", "tuned"], [0.3, 0.7], resamples=resamples)
+    names = ["cnn", "cnn_image", "tuned", "both"]
+    states = [{"run": n, "group": n, "repeat": ""} for n in names]
+    states += [
+        {"run": f"xception-seed{i}", "group": "xception", "repeat": f"seed {i}"}
+        for i in (1, 2, 3)
+    ]
+    states += [
+        {"run": f"folded-fold{i}", "group": "folded", "repeat": f"fold {i}"}
+        for i in (0, 1)
+    ]
+    states = [s | {"status": "done", "error": ""} for s in states]
+    failed = {"status": "failed", "error": "MemoryError: too large"}
+    states.append({"run": "b7", "group": "b7", "repeat": ""} | failed)
+    said = {
+        "split": "val",
+        "conditions": "about 35,000 images in six classes, 224 px; split not said to be by "
+        "lesion",
+        "source": "README of the system",
+    }
+    single = {"run": "tuned"} | said
+    exact = {"run": "both", "split": "test", "confusion": PUBLISHED}
+    write_json(
+        folder / "suite.json",
+        {
+            "schema": 1,
+            "suite": folder.name,
+            "title": "What a base, an ensemble and a leak are worth",
+            "question": "Which published figures hold on lesions that were not trained on?",
+            "expected": "The split by image flatters.",
+            "caveats": [],
+            "profile": "cpu",
+            "runs": states,
+            "claims": [
+                single | {"metric": "macro_precision", "value": 0.6538},
+                single | {"metric": "macro_recall", "value": 0.6229},
+                single | {"metric": "macro_f1", "value": 0.6718},
+                exact | {"metric": "accuracy", "value": 0.7724, "source": "Table 2"},
+                {"run": "xception", "metric": "accuracy", "value": 0.92, "n": 600, "digits": 2},
+                {"run": "tuned", "metric": "recall:rarest", "better_than": "cnn"},
+                {"run": "both", "metric": "accuracy", "better_than": "cnn"},
+                {"run": "folded", "metric": "accuracy", "better_than": "cnn"},
+                {"run": "b7", "metric": "accuracy", "value": 0.93},
+                {"run": "cnn", "metric": "sensitivity", "value": 0.9},
+            ],
+            "compare": [["both", "cnn"], ["xception", "cnn"], ["cnn", "b7"], ["folded", "cnn"]],
         },
     )
     return folder

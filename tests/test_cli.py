@@ -64,6 +64,8 @@ def test_help_is_quick():
         (["run", "demo", "-p", "loss=focall"], "did you mean 'focal'"),
         (["run", "demo", "--profile", "tiny"], "known: smoke, cpu, gpu"),
         (["run", "backbones", "--data-dir", "/nowhere"], "'/nowhere' does not exist"),
+        (["run", "derm_categories", "-p", "base=nobody"], "builds on 'nobody'"),
+        (["run", "demo", "--folds", "3", "--seeds", "2"], "seeds or folds"),
         (["report", "/nowhere"], "/nowhere"),
         (["data", "check", "ham1000"], "did you mean 'ham10000'"),
     ],
@@ -102,7 +104,7 @@ def test_every_suite_resolves(path, profile):
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory, demo_dir):
-    "A suite of one good run and one that fails, executed."
+    "A suite of a good run, one that fails and one that builds on it, executed."
     folder = tmp_path_factory.mktemp("suite")
     bad = folder / "bad.weights.h5"
     bad.write_bytes(b"no weights at all")
@@ -110,7 +112,11 @@ def suite(tmp_path_factory, demo_dir):
         "title": "Two <b>runs</b>",
         "question": "Does one failure spare the other?",
         "defaults": {"image_size": 32, "epochs": 2, "bootstrap": 100, "batch_size": 16},
-        "runs": {"cnn": {}, "broken": {"backbone": "mobilenetv2", "weights": str(bad)}},
+        "runs": {
+            "child": {"base": "broken", "backbone": "mobilenetv2"},
+            "cnn": {},
+            "broken": {"backbone": "mobilenetv2", "weights": str(bad)},
+        },
     }
     (folder / "two.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     args = ["run", folder / "two.yaml", "--data-dir", demo_dir, "--reports", folder / "r"]
@@ -121,6 +127,7 @@ def test_suite_end_to_end(suite):
     folder, _, done = suite
     assert done.returncode == 1, done.stderr
     assert "broken failed" in done.stderr and "bad.weights.h5" in done.stderr
+    assert "child failed: It builds on broken, which failed." in done.stderr
     run = folder / "r/two/cnn"
     for name in (*RUN_FILES, "notebook.ipynb", "report.html"):
         assert (run / name).is_file(), name
