@@ -678,14 +678,14 @@ def repeats_figure(
     spec = METRICS[metric]
     frame = _frame(
         f"{spec.title} of each repeat",
-        _note(f"{split} split", "stroke: mean", "no intervals here", note),
-        height=30 + 40 * len(groups),
+        _note(f"{split} split", "stroke: mean", "n: repeats", note),
+        height=50 + 44 * len(groups),
     )
     return figure.update_layout(
         **frame,
         xaxis={"title": {"text": f"{spec.title} (share)"}},
         yaxis={
-            "title": {"text": "Recipe (repeats)"},
+            "title": {"text": "Recipe (n)"},
             "tickvals": list(range(len(groups))),
             "ticktext": [f"{label(g, 22)} ({len(p)})" for g, p in groups.items()],
             "range": [len(groups) - 0.5, -0.5],

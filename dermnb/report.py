@@ -381,7 +381,7 @@ def summary_sentences(
     sentences += _weakest_sentence(name, members, sets)
     times = {r.name: r.get("timing", "train_s") for r in done}
     times = {name: t for name, t in times.items() if t}
-    if len(times) > 1:
+    if len(set(times.values())) > 1:
         fast, slow = min(times, key=times.get), max(times, key=times.get)
         sentences.append(
             f"Training took from {duration(times[fast])} ({fast}) to "
@@ -1178,7 +1178,7 @@ def _claim_row(claim: Claim, check, runs: Sequence[RunResult]) -> list[dict]:
         _cell(shown or f"above {claim.better_than}", claim.value or "", of),
     ]
     mine = _members_of(runs, claim.run)
-    said = f"cannot be true: {check.fault}" if check.fault else ""
+    said = f"cannot be true: {check.fault.rstrip('.')}" if check.fault else ""
     try:
         if not mine:
             raise ConfigError(_without_results(runs, claim.run))
@@ -1199,10 +1199,8 @@ def _claim_row(claim: Claim, check, runs: Sequence[RunResult]) -> list[dict]:
         where = SPLIT_TITLES[split].lower()
         measured["sub"] = f"{measured['sub']} ({where})".strip()
     notes = [check.support.rstrip(".").lower()] if check.support else []
-    if claim.better_than or not _differing_conditions(claim, mine[0]):
-        notes.append("conditions not known to be the same")
-    else:
-        notes.append(f"conditions differ: {'; '.join(_differing_conditions(claim, mine[0]))}")
+    differ = _differing_conditions(claim, mine[0])
+    notes.append(f"conditions {'differ' if differ else 'not known to be the same'}")
     if any(r.leaks for r in mine):
         notes.append("the run leaks")
     verdict = "; ".join(p for p in (said, verdict) if p)
@@ -1259,30 +1257,35 @@ def _claims_block(suite: Mapping, runs: Sequence[RunResult]) -> dict | None:
         "An interval that contains a claim does not confirm it: that would need the same data, "
         "split and training, which are set side by side below."
     )
-    where: dict[tuple, list[dict]] = {}
+    where: dict[tuple, list[str]] = {}
     for claim in claims:
+        if claim.better_than and not claim.conditions + claim.source:
+            continue
         mine = _members_of(runs, claim.run)
         here = _conditions_here(mine[0], claim.split) if mine else "no results"
-        there = claim.conditions or "not said"
-        key = (claim.run, there, claim.source or "not said", here)
-        where.setdefault(key, [])
+        differ = "; ".join(_differing_conditions(claim, mine[0])) if mine else ""
+        key = (claim.conditions or "not said", claim.source or "not said", here, differ)
+        where.setdefault(key, []).append(claim.run)
     conditions = [
         [
-            _cell(run, num=False),
+            _cell(listing(list(dict.fromkeys(names)), 12), num=False),
             _cell(there, num=False, sub=f"source: {source}", wrap=True),
-            _cell(here, num=False),
+            _cell(here, num=False, wrap=True),
+            _cell(differ or "nothing that is said; not known to be the same", num=False, wrap=True),
         ]
-        for run, there, source, here in where
+        for (there, source, here, differ), names in where.items()
     ]
     return {
         "lead": " ".join(lead),
         "table": _table(
             "Claimed and measured values, shares of 1, with intervals below.", columns, rows
         ),
-        "conditions": _table(
+        "conditions": conditions
+        and _table(
             "Under which conditions each figure stands.",
-            [("Run", False), ("The claim's", False), ("Measured here", False)],
+            [(c, False) for c in ("Run", "The claim's", "Measured here", "What differs")],
             conditions,
+            sortable=False,
         ),
     }
 
@@ -1414,6 +1417,8 @@ def _leak_block(done: Sequence[RunResult]) -> dict | None:
     sides, parts, sentences = [], [], []
     for run in leaky:
         clean = [r for r in sound if _recipe(r) == _recipe(run)]
+        by_lesion = [r for r in clean if r.get("config", "split") == "lesion"]
+        clean = by_lesion or clean  # the share of training images is the same
         sides += [_leak_row(r) for r in (*clean, run)] if clean else []
         if clean:
             sentences.append(_gain_sentence(clean[0], run))
@@ -1488,7 +1493,7 @@ def _part_row(run: RunResult, part: Mapping, what: str) -> list[dict]:
     balanced = _estimate_cell(part["balanced_accuracy"])
     return [
         _run_cell(run),
-        _cell(what, num=False, sub=sub, wrap=True),
+        _cell(what, num=False, sub=sub, wrap=bool(sub)),
         _estimate_cell(part["accuracy"]),
         balanced,
         _cell(count(part["n"]), part["n"], f"{part['lesions']:,} lesions"),
@@ -1509,7 +1514,7 @@ def _gain_sentence(clean: RunResult, run: RunResult) -> str:
         if _overlap(a, b)
         else "the intervals do not overlap"
     )
-    return start + f"{gain:.3f} of it comes with the leak, and {chance}."
+    return start + f"{gain:.3f} of it goes with the leak, and {chance}."
 
 
 def _effect_sentence(run: RunResult, effect: Mapping) -> str:
@@ -1546,7 +1551,7 @@ def _repeats_block(runs: Sequence[RunResult], synthetic: bool) -> dict | None:
             text, sub = number(s["mean"]), ""
             if s["n"] > 1:
                 sub = f"SD {s['sd']:.3f}; {s['min']:.3f}{EN_DASH}{s['max']:.3f}"
-            row.append(_cell(text, "" if s["mean"] is None else s["mean"], sub))
+            row.append(_cell(text, "" if s["mean"] is None else s["mean"], sub, wrap=True))
         rows.append(row)
         for r in members:
             points.append(

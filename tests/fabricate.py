@@ -221,8 +221,8 @@ def make_run(
         for name, part in split.groupby("split")
     }
     # As a run could have them: names that are no folder names reach only the page.
-    known = {k: v for k, v in config.items() if k in ExperimentConfig.model_fields}
-    settings = ExperimentConfig(seed=seed, epochs=epochs, **known).model_dump(
+    fit = {k: v for k, v in config.items() if k in ExperimentConfig.model_fields}
+    settings = ExperimentConfig(seed=seed, epochs=epochs, **fit).model_dump(
         exclude={"data_dir"}
     )
     in_test = predictions["lesion_id"].isin(known) & (predictions["split"] == "test")

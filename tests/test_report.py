@@ -8,7 +8,14 @@ import time
 from html.parser import HTMLParser
 
 import pytest
-from fabricate import ISIC8, make_predictions, make_run, make_suite
+from fabricate import (
+    ISIC8,
+    make_ensemble,
+    make_predictions,
+    make_run,
+    make_study,
+    make_suite,
+)
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
 from dermnb.core import ConfigError, read_json, write_json
@@ -248,7 +255,17 @@ def test_hostile_names_are_text(tmp_path):
     title = "</title><script>alert(3)</script>"
     write_json(
         folder / "suite.json",
-        {"title": title, "question": title, "caveats": [title], "runs": states},
+        {
+            "title": title,
+            "question": title,
+            "caveats": [title],
+            "runs": states,
+            "compare": [names[:2], ["<b>", names[0]]],
+            "claims": [
+                {"run": names[0], "metric": "recall:<br>", "value": 0.5, "source": title},
+                {"run": names[0], "metric": "accuracy", "better_than": "<b>"},
+            ],
+        },
     )
     build_report(folder)
     for path in [folder / "index.html", *folder.glob("*/report.html")]:
@@ -256,6 +273,9 @@ def test_hostile_names_are_text(tmp_path):
         assert not re.search(r"<script>alert|<img src=x|<b>", page.text)
         assert "{{ 7*7 }}" in page.text
     page = Page(folder / "index.html")
+    assert len(re.findall("data-figure=", page.text)) == len(
+        re.findall(r'type="application/json" id="(?!figure-template)', page.text)
+    )
     assert "../etc missing" in page.prose and not [x for x in page.links if ".." in x]
     assert "<script>alert(2)</script>" in page.prose  # shown as it was written
 
@@ -339,12 +359,194 @@ def test_twenty_runs_in_seconds(tmp_path):
     assert (first / "report.html").stat().st_mtime_ns == before
 
 
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = make_study(tmp_path_factory.mktemp("reports") / "study", resamples=100)
+    build_report(folder)
+    return folder
+
+
+def section(page, title, until):
+    "The prose between two headings, after the contents."
+    start = page.prose.index(title, page.prose.index("Provenance"))
+    return page.prose[start : page.prose.index(until, start)]
+
+
+def test_every_section_is_listed_and_sound(study, suite):
+    page = Page(study / "index.html")
+    assert len(page.ids) == len(set(page.ids))
+    new = ("claims", "leakage", "repeats", "paired", "ensembles")
+    for id in new:
+        assert id in page.ids and f"#{id}" in page.links
+    assert "binary" not in page.ids  # eight classes
+    assert not set(new) & set(Page(suite / "index.html").ids)  # nothing to show there
+    charts = page.text.count("data-figure=")
+    assert page.text.count(">Table behind th") >= charts - 9  # a pair of charts shares one
+    assert page.tags["caption"] == page.tags["table"]
+    assert (study / "index.html").stat().st_size < 1_000_000
+    assert Page(build_suite_page(study, single_file=True)).ids
+
+
+def test_claims(study):
+    text = section(Page(study / "index.html"), "Claimed and measured", "Leaderboard")
+    assert "10 published claims. 1 cannot be true whatever the data. 1 follows" in text
+    assert "cannot be true: Macro F1 is at most the mean of precision and recall" in text
+    assert "here 0.63835, but 0.6718 is claimed" in text
+    assert "follows from the published confusion matrix" in text
+    assert "measured below the claim" in text and "in all 3 repeats" in text
+    assert "mean of 3: seed 1" in text
+    assert "run failed: MemoryError: too large" in text
+    assert "cnn does not tell two classes apart" in text
+    assert "supported: the interval lies above 0" in text
+    assert "not measured on the same test images" in text
+    assert "35,000 images in all there" in text and "6 classes there, 8 classes here" in text
+    assert "224 px there, 96 px here" in text
+    assert "measured on 600 images there, 483 here" in text
+    assert "source: README of the system" in text
+    assert "from cnn; 10 epochs" in text and "2 members" in text
+    value = read_json(study / "tuned" / "metrics.json")["splits"]["val"]["metrics"]
+    assert f"{value['macro_f1']['value']:.3f}" in text  # the split of the claim
+
+
+def test_claims_that_do_not_fit_are_one_sentence(tmp_path):
+    make_run(tmp_path / "s" / "a", resamples=20, notebook=False)
+    states = [{"run": "a", "status": "done"}]
+    claims = [{"run": "a", "metric": "acuracy", "value": 0.5}]
+    suite = {"title": "S", "runs": states, "claims": claims}
+    write_json(tmp_path / "s" / "suite.json", suite)
+    page = Page(build_report(tmp_path / "s"))
+    assert "did you mean 'accuracy'" in page.prose
+
+
+def test_leaks_are_marked_and_not_crowned(study):
+    page = Page(study / "index.html")
+    summary = section(page, "Summary", "Claimed and measured")
+    assert "cnn_image leaks: lesions of test images (240 of 483) are in training" in summary
+    assert "highest mean balanced accuracy of the runs without a leak" in summary
+    assert "cnn_image had" not in summary
+    best = read_json(study / "cnn_image" / "metrics.json")["splits"]["test"]["metrics"]
+    for name in ("xception-seed1", "tuned", "both"):
+        other = read_json(study / name / "metrics.json")["splits"]["test"]["metrics"]
+        assert other["balanced_accuracy"]["value"] < best["balanced_accuracy"]["value"]
+    text = section(page, "Leakage", "Repeats")
+    assert "Split by image, cnn_image has an accuracy of" in text
+    assert "the same recipe split by lesion, cnn, has" in text
+    assert "goes with the leak, and the intervals do not overlap" in text
+    assert "is right on 1.000 of the 240 test images whose lesion it was trained on" in text
+    assert "lesion in training" in text and "lesion new" in text
+    assert section(page, "Leaderboard", "Leakage").count("cnn_image leaks") >= 2
+    assert section(page, "By class", "Confusion matrices").count("cnn_image leaks") == 4
+    assert "but for runs marked as leaking" in page.prose
+    assert "by image at random" in page.prose
+    assert "leaks Lesions of its test images" in Page(study / "cnn_image" / "report.html").prose
+
+
+def test_a_suite_of_leaking_runs_says_so(tmp_path):
+    for i, name in enumerate("ab"):
+        run = {"resamples": 20, "notebook": False, "leaky": True}
+        make_run(tmp_path / "s" / name, seed=i, **run)
+    page = Page(build_report(tmp_path / "s"))
+    assert "Every run leaks" in page.prose and "without a leak" not in page.prose
+    assert "No run differs from a and b in the split alone" in page.prose
+
+
+def test_repeats(study):
+    page = Page(study / "index.html")
+    text = section(page, "Repeats", "Paired differences")
+    assert "The test images of xception are the same in each repeat" in text
+    assert "The test sets of folded differ from fold to fold and are disjoint" in text
+    values = [
+        read_json(study / f"xception-seed{i}" / "metrics.json")["splits"]["test"]["metrics"][
+            "balanced_accuracy"
+        ]["value"]
+        for i in (1, 2, 3)
+    ]
+    mean = sum(values) / 3
+    sd = (sum((v - mean) ** 2 for v in values) / 2) ** 0.5
+    assert f"xception 3 {mean:.3f} SD {sd:.3f}" in text
+    for value in values:
+        assert f"{value:.3f}" in text
+    assert f"{mean:.3f} over 3 repeats" in section(page, "Summary", "Claimed")
+    assert "xception (3)" in page.text
+
+
+def test_paired_differences(study):
+    text = section(Page(study / "index.html"), "Paired differences", "Ensembles")
+    assert "both minus cnn" in text and "Recall of DF" in text
+    assert "Balanced accuracy differs by +" in text and "both is ahead" in text
+    assert "mean of 3 repeats" in text
+    assert "No results of b7." in text
+    assert "The runs were not measured on the same test images" in text
+
+
+def test_ensembles_bases_metadata_and_draws(study):
+    page = Page(study / "index.html")
+    text = section(page, "Ensembles", "By class")
+    assert "both weighted mean of probabilities cnn 0.300" in text
+    assert "tuned 0.700" in text
+    runs = section(page, "Runs of the suite", "Provenance")
+    assert "tuned done Cnn \N{LEFTWARDS ARROW} cnn" in runs
+    assert (
+        "both done Ensemble of 2 \N{LEFTWARDS ARROW} cnn and tuned" in runs
+        and "changed since" not in runs
+    )
+    assert "age, sex, site; missing: age 57, sex 50; used by tuned (concat)" in page.prose
+    assert "300 images a class, hash d41d8cd98f00b204; of cnn" in page.prose
+    run = load_run(study / "both")
+    assert run.history.empty and not run.leaks
+    page = Page(study / "both" / "report.html")
+    assert "#members" in page.links and "Combined by weighted mean" in page.prose
+    assert "Made from: \N{LEFTWARDS ARROW} cnn and tuned" in page.prose
+    assert "#members" not in Page(study / "cnn" / "report.html").links
+
+
+def test_a_base_that_has_changed_is_named(tmp_path):
+    parents = {"base": "0" * 64}
+    make_run(tmp_path / "s" / "base", resamples=20, notebook=False)
+    make_run(tmp_path / "s" / "top", resamples=20, notebook=False, record={"parents": parents})
+    assert "base (changed since)" in Page(build_report(tmp_path / "s")).prose
+
+
+def test_two_classes(tmp_path):
+    folder, common = tmp_path / "s", {"resamples": 50, "notebook": False}
+    two = {"benign": "Benign", "malignant": "Malignant"}
+    draw = {"train_draw": {"per_class": 50, "hash": "abc"}}
+    for i, name in enumerate(("alexnet", "resnet50")):
+        make_run(
+            folder / name, 1.5, i, two, positive="malignant", record=draw, **common
+        )
+    make_ensemble(folder / "all", ["alexnet", "resnet50"], [1, 1], notebook=True)
+    claims = [
+        {"run": "all", "metric": "sensitivity", "value": 0.9},
+        {"run": "all", "metric": "partial_auc", "better_than": "resnet50"},
+        {"run": "all", "metric": "sensitivity_at_threshold", "better_than": "resnet50"},
+    ]
+    states = [{"run": n, "status": "done"} for n in ("alexnet", "resnet50", "all")]
+    write_json(
+        folder / "suite.json",
+        {"title": "Two", "runs": states, "claims": claims, "compare": [["all", "resnet50"]]},
+    )
+    page = Page(build_report(folder))
+    text = section(page, "Two classes", "Ensembles")
+    assert "Positive class: malignant (" in text and "Specificity at 95 % sensitivity" in text
+    assert "The threshold was chosen here" in text
+    assert "ISIC 2024 challenge" in text
+    binary = read_json(folder / "all" / "metrics.json")["splits"]["test"]["binary"]
+    assert f"{binary['metrics']['partial_auc']['value']:.3f}" in text
+    assert "has no paired difference" in section(page, "Claimed and measured", "Leaderboard")
+    assert "50 images a class, hash abc; shared by all runs" in page.prose
+    run = Page(folder / "all" / "report.html")
+    assert "Positive class: malignant" in run.prose and "train_model" in run.text
+
+
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.mark.skipif(not BROWSER, reason="needs Chromium, which is not installed")
-@pytest.mark.parametrize("name", ["index.html", "cnn/report.html", "demo.html"])
-def test_opens_in_a_browser_without_network(suite, tmp_path, name):
+@pytest.mark.parametrize("name", ["index.html", "cnn/report.html", "demo.html", "study"])
+def test_opens_in_a_browser_without_network(suite, study, tmp_path, name):
+    if name == "study":
+        suite, name = study, "index.html"
     if name == "demo.html":
         build_suite_page(suite, single_file=True)
     command = [
@@ -354,7 +556,7 @@ def test_opens_in_a_browser_without_network(suite, tmp_path, name):
         f"--user-data-dir={tmp_path}", "--window-size=1400,9000",
         "--virtual-time-budget=20000", "--dump-dom", (suite / name).as_uri(),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert "CONSOLE" not in done.stderr, done.stderr
     drawn = done.stdout.count('data-drawn="1"')
     assert drawn >= 4
