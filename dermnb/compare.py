@@ -522,28 +522,31 @@ def comparison_verdict(
 def leak_effect(
     predictions: pd.DataFrame,  # of a run: image_id, lesion_id, split, y_true, p_<class>...
     split_table: pd.DataFrame,  # its split.parquet: image_id, lesion_id, split
+    clean: tuple[pd.DataFrame, pd.DataFrame] | None = None,  # both, of a run by lesion
     split: str = "test",
     resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
 ) -> dict:
-    """Accuracy and balanced accuracy of images whose lesion is in training, and of the rest.
+    """Accuracy and balanced accuracy of images whose lesion is in training, and of others.
 
-    Keys: seen and unseen, each with n (images), lesions, absent (classes without an
-    image there; balanced accuracy is over the others), accuracy, balanced_accuracy; and
-    difference, of the accuracies. Without images in a part its values are None.
+    The others are the clean run's images of lesions with several photographs, or without
+    a clean run the rest of the same run's. Keys: seen and unseen, each with n (images),
+    lesions, absent (classes without an image there; balanced accuracy is over the
+    others), accuracy, balanced_accuracy; and difference, of the accuracies. Without
+    images in a part its values are None.
     """
     classes = [c.removeprefix("p_") for c in predictions if str(c).startswith("p_")]
-    table = check_predictions(predictions, classes)
-    for column in ("lesion_id", "split"):
-        if column not in split_table:
-            raise ConfigError(f"split table: column {column!r} is missing.")
-    trained = split_table.loc[split_table["split"] == "train", "lesion_id"].dropna()
-    table = table[table["split"] == split].sort_values("image_id", ignore_index=True)
-    seen = table["lesion_id"].isin(set(trained)).to_numpy()
+    table, seen = _tested(predictions, classes, split_table, split)
+    chosen = {"seen": table[seen], "unseen": table[~seen]}
+    if clean is not None:
+        other, leaked = _tested(clean[0], classes, clean[1], split)
+        photographs = clean[1]["lesion_id"].value_counts()
+        several = other["lesion_id"].map(photographs).fillna(1).to_numpy() > 1
+        chosen["unseen"] = other[several & ~leaked]
     parts, samples = {}, {}
-    for name, rows in (("seen", seen), ("unseen", ~seen)):
-        part = table[rows].reset_index(drop=True)
+    for name, part in chosen.items():
+        part = part.reset_index(drop=True)
         y = pd.Index(classes).get_indexer(part["y_true"])
         group = lesion_numbers(part)
         parts[name] = {
@@ -565,10 +568,22 @@ def leak_effect(
         }
         samples[name] = once["accuracy"][0], many["accuracy"]
     apart = [samples["seen"][i] - samples["unseen"][i] for i in (0, 1)]
-    parts["difference"] = estimate(*apart, len(table), level)
+    n = sum(len(part) for part in chosen.values())
+    parts["difference"] = estimate(*apart, n, level)
     return parts
 
-# %% ../nbs/13_compare.ipynb #b41451c8
+
+def _tested(predictions, classes, split_table, split) -> tuple[pd.DataFrame, np.ndarray]:
+    "The rows of a split, and which of them show a lesion that training has too."
+    table = check_predictions(predictions, classes)
+    for column in ("lesion_id", "split"):
+        if column not in split_table:
+            raise ConfigError(f"split table: column {column!r} is missing.")
+    trained = split_table.loc[split_table["split"] == "train", "lesion_id"].dropna()
+    table = table[table["split"] == split].sort_values("image_id", ignore_index=True)
+    return table, table["lesion_id"].isin(set(trained)).to_numpy()
+
+# %% ../nbs/13_compare.ipynb #96e4d2c8
 def summarise_repeats(
     values: Sequence[float | None],  # one a repeat; None where it has no value
 ) -> dict:

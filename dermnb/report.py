@@ -1424,10 +1424,13 @@ def _leak_block(done: Sequence[RunResult]) -> dict | None:
             sentences.append(_gain_sentence(clean[0], run))
         if run.predictions is None or run.split_table is None:
             continue
+        whole = [r for r in clean if r.predictions is not None and r.split_table is not None]
+        twin = whole[0] if whole else None
         try:
             effect = leak_effect(
                 run.predictions,
                 run.split_table,
+                twin and (twin.predictions, twin.split_table),
                 run.split,
                 run.metrics.get("resamples", 1000),
                 run.metrics.get("level", 0.95),
@@ -1436,10 +1439,14 @@ def _leak_block(done: Sequence[RunResult]) -> dict | None:
             continue
         parts += [
             _part_row(run, effect["seen"], "lesion in training"),
-            _part_row(run, effect["unseen"], "lesion new"),
+            _part_row(
+                twin or run,
+                effect["unseen"],
+                "lesion new, with several photographs" if twin else "lesion new",
+            ),
         ]
         if effect["difference"]["value"] is not None:
-            sentences.append(_effect_sentence(run, effect))
+            sentences.append(_effect_sentence(run, effect, twin))
     columns = [
         ("Run", False),
         ("Split", False),
@@ -1466,7 +1473,7 @@ def _leak_block(done: Sequence[RunResult]) -> dict | None:
         if sides
         else None,
         "parts": _table(
-            "Test images of a leaking run, by whether training holds their lesion.",
+            "Test images of lesions that training holds, beside those of lesions that it does not.",
             [("Run", False), ("Test images", False), *columns[2:4], ("n", True)],
             parts,
             sortable=False,
@@ -1517,7 +1524,7 @@ def _gain_sentence(clean: RunResult, run: RunResult) -> str:
     return start + f"{gain:.3f} of it goes with the leak, and {chance}."
 
 
-def _effect_sentence(run: RunResult, effect: Mapping) -> str:
+def _effect_sentence(run: RunResult, effect: Mapping, twin: RunResult | None) -> str:
     seen, new, apart = (effect[k] for k in ("seen", "unseen", "difference"))
     spread = (
         f" (interval {apart['low']:+.3f} to {apart['high']:+.3f})".replace("-", MINUS)
@@ -1527,8 +1534,14 @@ def _effect_sentence(run: RunResult, effect: Mapping) -> str:
     value = f"{apart['value']:+.3f}".replace("-", MINUS)
     return (
         f"{run.name} is right on {seen['accuracy']['value']:.3f} of the {seen['n']:,} test images "
-        f"whose lesion it was trained on and on {new['accuracy']['value']:.3f} of the "
-        f"{new['n']:,} others: a difference of {value}{spread}."
+        f"whose lesion it was trained on; "
+        + (
+            f"{twin.name} on {new['accuracy']['value']:.3f} of its {new['n']:,} test images of "
+            "lesions that have several photographs too, none of them in training"
+            if twin
+            else f"on {new['accuracy']['value']:.3f} of the {new['n']:,} others"
+        )
+        + f": a difference of {value}{spread}."
     )
 
 # %% ../nbs/16_report.ipynb #124b8c6e

@@ -343,6 +343,12 @@ def test_leak_effect():
         sk.balanced_accuracy_score(part["y_true"], called)
     )
     assert found["difference"]["low"] > 0 and unseen["absent"] == []
+    # Beside a clean run: its images of lesions that have several.
+    clean = make_predictions(CLASSES, 400, 1.0, 2)
+    beside = leak_effect(table, split, (clean, clean), resamples=100)
+    tested = clean[clean["split"] == "test"]
+    several = tested["lesion_id"].map(clean["lesion_id"].value_counts()) > 1
+    assert beside["unseen"]["n"] == several.sum() and beside["seen"] == found["seen"]
     # An image without a lesion has not been seen; a class without images is named.
     table["lesion_id"] = None
     alone = leak_effect(table[table["y_true"] != "b"], split, resamples=20)
