@@ -21,8 +21,9 @@ DERMNB = Path(sys.executable).parent / "dermnb"
 
 def run_smoke(suite, reports, data_dir, *more) -> tuple[dict, dict[str, dict], str]:
     "suite.json, run.json of every run, and the report's text."
+    file = suite if isinstance(suite, Path) else Path(f"nbs/suites/{suite}.yaml")
     done = subprocess.run(
-        [str(DERMNB), "run", f"nbs/suites/{suite}.yaml", "--profile", "smoke", "--workers", "2"]
+        [str(DERMNB), "run", str(file), "--profile", "smoke", "--workers", "2"]
         + ["--reports", str(reports), "--data-dir", str(data_dir), *more],
         cwd=ROOT,
         capture_output=True,
@@ -30,7 +31,7 @@ def run_smoke(suite, reports, data_dir, *more) -> tuple[dict, dict[str, dict], s
         check=False,
     )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    folder = Path(reports) / f"{suite}-smoke"
+    folder = Path(reports) / f"{file.stem}-smoke"
     record = read_json(folder / "suite.json")
     assert {r["status"] for r in record["runs"]} == {"done"}
     runs = {r["run"]: validate_run(folder / r["run"]) for r in record["runs"]}
@@ -122,12 +123,31 @@ def test_backbones(reports, demo_dir):
     assert networks >= {"cnn", "xception", "efficientnetb5", "efficientnetb7"}
 
 
-def test_multimodal_with_two_seeds(reports, demo_dir):
-    record, runs, page = run_smoke("multimodal", reports, demo_dir, "--seeds", "2")
-    assert {r["repeat"] for r in record["runs"]} == {"seed 0", "seed 1"}
-    assert runs["concat-seed0"]["metadata"]["fusion"] == "concat"
-    assert runs["concat_shuffled-seed0"]["metadata"]["shuffled"] is True
-    assert runs["image_only-seed0"]["metadata"] is None
-    # One split for all, so that repeats differ by the seed alone.
+def test_multimodal(reports, demo_dir):
+    _, runs, page = run_smoke("multimodal", reports, demo_dir)
+    assert runs["concat"]["metadata"]["fusion"] == "concat"
+    assert runs["concat_shuffled"]["metadata"]["shuffled"] is True
+    assert runs["image_only"]["metadata"] is None
     assert len({r["dataset"]["manifest_hash"] for r in runs.values()}) == 1
+    assert "Paired differences" in page
+
+
+def test_folds(tmp_path, demo_dir):
+    "Every image is tested once, and the page shows each fold and their mean."
+    (tmp_path / "cv.yaml").write_text(
+        "{title: Two folds, question: Do they agree?, repeats: {folds: 2}, runs: {cnn: },"
+        " defaults: {dataset: demo},"
+        " profiles: {smoke: {image_size: 32, epochs: 1, bootstrap: 100}}}"
+    )
+    record, runs, page = run_smoke(tmp_path / "cv.yaml", tmp_path, demo_dir)
+    assert [r["repeat"] for r in record["runs"]] == ["fold 0", "fold 1"]
+    assert list(runs) == ["cnn-fold0", "cnn-fold1"]
+    tables = [
+        pd.read_parquet(tmp_path / "cv-smoke" / name / "predictions.parquet")
+        for name in runs
+    ]
+    tested = [set(t.query("split == 'test'")["image_id"]) for t in tables]
+    assert not tested[0] & tested[1]
+    split = pd.read_parquet(tmp_path / "cv-smoke" / "cnn-fold0" / "split.parquet")
+    assert tested[0] | tested[1] == set(split["image_id"])
     assert "Repeats" in page
