@@ -135,7 +135,7 @@ def test_multimodal(reports, demo_dir):
 def test_folds(tmp_path, demo_dir):
     "Every image is tested once, and the page shows each fold and their mean."
     (tmp_path / "cv.yaml").write_text(
-        "{title: Two folds, question: Do they agree?, repeats: {folds: 2}, runs: {cnn: },"
+        "{title: Two folds, question: Do they agree, repeats: {folds: 2}, runs: {cnn: {}},"
         " defaults: {dataset: demo},"
         " profiles: {smoke: {image_size: 32, epochs: 1, bootstrap: 100}}}"
     )
