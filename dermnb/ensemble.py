@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from dermnb.core import (
+    ENSEMBLE_FIELDS,
     ConfigError,
     ExperimentConfig,
     now,
@@ -259,6 +260,12 @@ def _sum(members: Sequence[Member], *keys: str) -> float:
     return sum(m.record.get(keys[0], {}).get(keys[1]) or 0 for m in members)
 
 
+def _common_config(members: Sequence[Member]) -> dict:
+    "The settings that all members share: on what data, and how far alike they are."
+    first, *others = (m.record["config"] for m in members)
+    return {k: v for k, v in first.items() if all(k in o and o[k] == v for o in others)}
+
+
 def save_ensemble(
     folder: str | Path,  # filled with the results; made if absent
     config: ExperimentConfig,  # suite, run, seed, members, combine, bootstrap
@@ -304,7 +311,7 @@ def save_ensemble(
         "run": config.run,
         "notebook": "ensemble",
         "parents": parents,
-        "config": config.model_dump(exclude={"data_dir"}),
+        "config": _common_config(members) | config.model_dump(include=set(ENSEMBLE_FIELDS)),
         "classes": first.classes,
         "class_titles": first.record["class_titles"],
         "dataset": first.record["dataset"],

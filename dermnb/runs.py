@@ -15,7 +15,14 @@ from pathlib import Path
 import pandas as pd
 
 from .backbones import BACKBONES, find_weights
-from .core import ConfigError, ExperimentConfig, make_config, read_json, unknown_name
+from dermnb.core import (
+    ENSEMBLE_FIELDS,
+    ConfigError,
+    ExperimentConfig,
+    make_config,
+    read_json,
+    unknown_name,
+)
 from .datasets import DATASETS, load_taxonomy
 from .evaluate import check_predictions
 
@@ -150,4 +157,6 @@ def is_done(
         return False
     # A parameter that came after the run had its default then.
     have = make_config({}).model_dump() | record["config"]
-    return {**have, "data_dir": ""} == {**config.model_dump(), "data_dir": ""}
+    wanted = config.model_dump(exclude={"data_dir"})
+    decisive = ENSEMBLE_FIELDS if config.members else wanted
+    return all(have[name] == wanted[name] for name in decisive)
