@@ -130,6 +130,17 @@ class ExperimentConfig(BaseModel):
                 f"schedule {self.schedule!r} freezes the backbone, which needs "
                 "pretrained weights: give weights or a base, or schedule 'scratch'"
             )
+        if self.test_list and self.base:
+            raise ValueError("a run with a base has its base's test images: no test_list")
+        if self.metadata != "none" and self.mix != "none":
+            raise ValueError(f"mix {self.mix!r} mixes images but cannot mix two patients")
+        if self.schedule == "gradual" and self.unfreeze == "all":
+            raise ValueError("schedule 'gradual' needs a count, such as unfreeze 'layers:5'")
+        if isinstance(self.dropout, list) and len(self.dropout) != len(self.head) + 1:
+            raise ValueError(
+                f"{len(self.dropout)} dropout rates for a head of {len(self.head)} dense "
+                f"layers: give one rate, or {len(self.head) + 1}"
+            )
         if self.members and self.base:
             raise ValueError("members are combined and a base is trained on: give one")
         if len(set(self.members)) < len(self.members) or len(self.members) == 1:

@@ -49,6 +49,8 @@ def check_config(
             raise ConfigError(f"data_dir {config.data_dir!r} does not exist.")
         if config.taxonomy:
             load_taxonomy(config.taxonomy)
+        if config.test_list and not Path(config.test_list).is_file():
+            raise ConfigError(f"test_list {config.test_list!r} does not exist.")
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     return config

@@ -139,8 +139,7 @@ def prepare_data(
         manifest = take_subset(manifest, config.subset, config.split_seed)
     problems = [dataset.problems]
     if base is not None:
-        parent = pd.read_parquet(base / "split.parquet")
-        manifest = inherit_split(manifest, parent, config)
+        manifest = inherit_split(manifest, _split_of(base), config)
     else:
         if config.test_list:
             problems.append(test_list_problems(manifest, config.test_list))
@@ -153,6 +152,16 @@ def prepare_data(
     rows = balance_training(manifest, config.balance, config.split_seed)
     data = Data(dataset, manifest, store, np.asarray(rows))
     return data if config.metadata == "none" else _with_metadata(config, data)
+
+
+def _split_of(base: Path) -> pd.DataFrame:
+    "What the run, and all runs it descends from, trained and tested on."
+    tables = []
+    while base is not None:
+        tables.append(pd.read_parquet(base / "split.parquet"))
+        name = read_json(base / "run.json")["config"].get("base")
+        base = find_run(name, base.parent) if name else None
+    return pd.concat(tables).drop_duplicates("image_id")  # the nearest run's word counts
 
 
 def _with_metadata(config: ExperimentConfig, data: Data) -> Data:

@@ -87,6 +87,17 @@ def test_training_on(base, demo_dir):
     table.to_parquet(base / "predictions.parquet", index=False)
 
 
+def test_a_grandchild_tests_on_nothing_its_line_has_trained_on(base, demo_dir):
+    "Also where its classes are not those of the run between."
+    more = {"metadata": "concat", "schedule": "head"}
+    child = config_of(demo_dir, base="base", run="mid", taxonomy="isic8:MEL,NV", **more)
+    run_experiment(child, base.parent / "mid")
+    config = config_of(demo_dir, base="mid", run="end", taxonomy="isic8:BCC,BKL", **more)
+    data = prepare_data(config, base.parent / "mid")
+    parts = pd.read_parquet(base / "split.parquet").set_index("image_id")["split"]
+    assert (parts[data.manifest["image_id"]].to_numpy() == data.manifest["split"]).all()
+
+
 def test_bases_that_do_not_fit(base, demo_dir, tmp_path):
     config = config_of(demo_dir, backbone="mobilenetv2")
     model = build_model(config, prepare_data(config))
