@@ -1105,6 +1105,9 @@ def _differing_conditions(claim: Claim, run: RunResult) -> list[str]:
     compare(r"(?<![\d,])(\d[\d,]*) images\b", images, " images in all")
     compare(counted, len(run.record["classes"]), " classes")
     compare(r"\b(\d+) ?(?:px|pixels?|x ?\d)", size, " px")
+    compare(r"\b(\d+) epochs\b", run.get("config", "epochs"), " epochs")
+    if "imagenet" in said and run.get("model", "weights") == "none":
+        notes.append("ImageNet weights there, random weights here")
 
     def plain(text):
         return re.sub(r"[^a-z0-9]", "", str(text).lower())
@@ -1414,7 +1417,7 @@ def _leak_block(done: Sequence[RunResult]) -> dict | None:
     if not leaky:
         return None
     sound = [r for r in done if not r.leaks]
-    sides, parts, sentences = [], [], []
+    sides, parts, sentences, effects = [], [], [], []
     for run in leaky:
         clean = [r for r in sound if _recipe(r) == _recipe(run)]
         by_lesion = [r for r in clean if r.get("config", "split") == "lesion"]
@@ -1447,6 +1450,7 @@ def _leak_block(done: Sequence[RunResult]) -> dict | None:
         ]
         if effect["difference"]["value"] is not None:
             sentences.append(_effect_sentence(run, effect, twin))
+            effects.append(effect["difference"])
     columns = [
         ("Run", False),
         ("Split", False),
@@ -1455,6 +1459,11 @@ def _leak_block(done: Sequence[RunResult]) -> dict | None:
         ("Test images", True),
         ("Of them, lesion in training", True),
     ]
+    if effects and all(e["low"] is None or e["low"] <= 0 <= e["high"] for e in effects):
+        sentences.append(
+            "So no effect of the leak is measured here. That does not clear published figures of "
+            "it: a network trained for longer remembers more of what it has seen."
+        )
     lone = [r.name for r in leaky if _recipe(r) not in map(_recipe, sound)]
     return {
         "sentences": sentences,
@@ -1521,7 +1530,7 @@ def _gain_sentence(clean: RunResult, run: RunResult) -> str:
         if _overlap(a, b)
         else "the intervals do not overlap"
     )
-    return start + f"{gain:.3f} of it goes with the leak, and {chance}."
+    return start + f"{gain:.3f} more, on other test images; {chance}."
 
 
 def _effect_sentence(run: RunResult, effect: Mapping, twin: RunResult | None) -> str:
@@ -1695,7 +1704,7 @@ def _member_rows(run: RunResult) -> list[tuple[str, str]]:
 
 RULES = {
     "mean": "weighted mean of probabilities",
-    "rank": "mean of ranks",
+    "rank": "mean of ranks (which forgets how common each class is)",
     "learned": "learned from validation predictions",
 }
 

@@ -92,8 +92,8 @@ def load_suite(
     if not isinstance(content, dict):
         raise ConfigError(f"{file} holds no keys: a suite has title, question and runs.")
     content = {"name": file.stem} | content
-    for name, run in (content.get("runs") or {}).items():
-        content["runs"][name] = run or {}
+    if isinstance(content.get("runs"), dict):
+        content["runs"] = {name: run or {} for name, run in content["runs"].items()}
     for key in content:
         if key not in Suite.model_fields:
             raise ConfigError(f"{file}: {unknown_name('key', key, Suite.model_fields)}")
@@ -160,53 +160,85 @@ def resolve_suite(
     if suite.profiles and profile not in suite.profiles:
         raise unknown_name(f"profile of suite {suite.name}", profile, suite.profiles)
     common = dict(suite.profiles.get(profile, {}))
-    special = common.pop("runs", {})
-    for name in special:
-        if name not in suite.runs:
-            error = unknown_name("run", name, suite.runs)
-            raise ConfigError(f"suite {suite.name}, profile {profile!r}: {error}")
+    special = _special_runs(suite, profile, common.pop("runs", {}))
     # A trial must not take the place of results, so it has a folder of its own.
     folder = f"{suite.name}-smoke" if profile == "smoke" else suite.name
-    plan = []
+    configs = {}
     for name, run in suite.runs.items():
         if special.get(name) == "skip":
             continue
-        where = f"suite {suite.name}, run {name!r}"
         own = {**run, **special.get(name, {}), **(overrides or {})}
-        values = {**suite.defaults, **common, **own}
+        values = {**suite.defaults, **common, **own, "suite": folder, "run": name}
         if data_dir:
             values["data_dir"] = data_dir
         if "members" in run:
             values = {k: v for k, v in values.items() if k in ENSEMBLE_FIELDS}
-        for repeat, changed in _repeats(repeats or suite.repeats, values, where):
-            end = f"-{repeat.replace(' ', '')}" if repeat else ""
-            more = {"suite": folder, "run": name + end}
-            if values.get("base") in suite.runs:
-                more["base"] = values["base"] + end
-            if "members" in values:
-                more["members"] = [m + end * (m in suite.runs) for m in values["members"]]
-            config = make_config({**values, **changed, **more}, where)
-            plan.append(PlannedRun(check_config(config, where), name, repeat))
+        configs[name] = make_config(values, f"suite {suite.name}, run {name!r}")
+    if not configs:
+        raise ConfigError(f"suite {suite.name}: profile {profile!r} leaves no run.")
+    wanted = repeats or suite.repeats
+    if len(wanted) > 1:
+        raise ConfigError(f"suite {suite.name}: give seeds or folds, not both.")
+    plan = []
+    for name, config in configs.items():
+        for repeat, changed in _repeats(wanted, name, configs):
+
+            def same(parent, repeat=repeat):
+                named = parent in configs
+                known = dict(_repeats(wanted, parent, configs)) if named else {}
+                return _run_name(parent, repeat if repeat in known else "")
+
+            values = {**config.model_dump(), **changed, "run": _run_name(name, repeat)}
+            values["base"] = same(config.base) if config.base else ""
+            values["members"] = [same(m) for m in config.members]
+            where = f"suite {suite.name}, run {name!r}"
+            checked = check_config(make_config(values, where), where)
+            plan.append(PlannedRun(checked, name, repeat))
     return _in_order(suite, plan)
 
 
-def _repeats(repeats: dict[str, int], values: dict, where: str):
-    "What each repeat is called, and the parameters it has of its own."
-    if len(repeats) > 1:
-        raise ConfigError(f"{where}: give seeds or folds, not both.")
-    if repeats.get("seeds"):
-        first = values.get("seed", 0)
-        return [(f"seed {s}", {"seed": s}) for s in range(first, first + repeats["seeds"])]
-    if repeats.get("folds"):
-        if values.get("split", "lesion") not in ("lesion", "kfold") or values.get("test_list"):
-            return [("", {})]  # its test images are fixed: there is nothing to fold
-        k = repeats["folds"]
-        fold = {} if "members" in values else {"split": "kfold", "folds": k}
-        return [
-            (f"fold {f}", fold | ({} if "members" in values else {"fold": f}))
-            for f in range(k)
+def _special_runs(suite: Suite, profile: str, special: object) -> dict[str, dict | str]:
+    "What a profile says of single runs."
+    where = f"suite {suite.name}, profile {profile!r}"
+    if not isinstance(special, dict):
+        raise ConfigError(f"{where}: 'runs' must name runs, each with its changes or skip.")
+    for name, change in special.items():
+        if name not in suite.runs:
+            raise ConfigError(f"{where}: {unknown_name('run', name, suite.runs)}")
+        if change != "skip" and not isinstance(change, dict):
+            raise ConfigError(f"{where}: run {name!r} needs its changes, or skip.")
+    return special
+
+
+def _run_name(group: str, repeat: str) -> str:
+    return f"{group}-{repeat.replace(' ', '')}" if repeat else group
+
+
+def _repeats(
+    wanted: dict[str, int],  # seeds or folds, and how many
+    name: str,
+    configs: dict[str, ExperimentConfig],
+    above: tuple[str, ...] = (),  # runs on the way here, to stop at a circle
+) -> list[tuple[str, dict]]:
+    "What each repeat of a run is called, and the parameters it has of its own."
+    config = configs[name]
+    if n := wanted.get("seeds"):
+        return [(f"seed {s}", {"seed": s}) for s in range(config.seed, config.seed + n)]
+    if not (k := wanted.get("folds")):
+        return [("", {})]
+    parents = [p for p in (*config.members, config.base) if p]
+    if parents:  # their test images are its own
+        folded = [
+            repeats
+            for p in parents
+            if p in configs and p not in above
+            for repeats in [_repeats(wanted, p, configs, (*above, name))]
+            if repeats[0][0]
         ]
-    return [("", {})]
+        return [(repeat, {}) for repeat, _ in folded[0]] if folded else [("", {})]
+    if config.split not in ("lesion", "kfold") or config.test_list:
+        return [("", {})]  # its test images are fixed: there is nothing to fold
+    return [(f"fold {f}", {"split": "kfold", "folds": k, "fold": f}) for f in range(k)]
 
 
 def _in_order(suite: Suite, plan: list[PlannedRun]) -> list[PlannedRun]:
@@ -234,7 +266,7 @@ def _in_order(suite: Suite, plan: list[PlannedRun]) -> list[PlannedRun]:
         placed |= {p.config.run for p in ready}
     return ordered
 
-# %% ../nbs/17_suites.ipynb #91c67e80
+# %% ../nbs/17_suites.ipynb #34496ab2
 def experiment_notebook(config: ExperimentConfig) -> Path:
     "The notebook that papermill executes: it trains, trains on, or combines."
     name = "ensemble" if config.members else "transfer" if config.base else "train"
@@ -336,7 +368,7 @@ def make_publishable(
                 output["data"]["text/plain"] = "Picture left out: it shows photographs."
     nbformat.write(nb, notebook)
 
-# %% ../nbs/17_suites.ipynb #45922285
+# %% ../nbs/17_suites.ipynb #45306a3e
 # A training step asks for and gives back the same large pieces of memory each time. Told to
 # keep them, the C library saves the system from clearing their pages anew: a quarter of a
 # step of MobileNetV2 at 96 px on two cores. Ignored where the C library is another.
