@@ -243,8 +243,19 @@ def _repeats(
 
 def _in_order(suite: Suite, plan: list[PlannedRun]) -> list[PlannedRun]:
     "The runs, each after its parents; parents that are not there are an error."
-    names = {p.config.run for p in plan}
+    names = {p.config.run: p.config for p in plan}
     for run in plan:
+        base = names.get(run.config.base)
+        if base and (base.members or base.metadata == "only"):
+            raise ConfigError(
+                f"suite {suite.name}, run {run.group!r}: its base {base.run!r} has no backbone "
+                "to start from: name a run that trains a network on images."
+            )
+        if base and base.backbone != run.config.backbone:
+            raise ConfigError(
+                f"suite {suite.name}, run {run.group!r}: its base {base.run!r} is a "
+                f"{base.backbone}, not a {run.config.backbone}: use the same backbone."
+            )
         for parent in run.parents:
             if parent in names or (Path(parent) / "run.json").is_file():
                 continue
