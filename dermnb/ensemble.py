@@ -262,7 +262,7 @@ def _sum(members: Sequence[Member], *keys: str) -> float:
 
 def _common_config(members: Sequence[Member]) -> dict:
     "The settings that all members share: on what data, and how far alike they are."
-    first, *others = (m.record["config"] for m in members)
+    first, *others = (m.record.get("config", {}) for m in members)
     return {k: v for k, v in first.items() if all(k in o and o[k] == v for o in others)}
 
 
