@@ -120,7 +120,9 @@ def test_broken_taxonomies(tmp_path, content, said):
 
 def test_positive_class_is_known_where_a_taxonomy_names_one(tmp_path):
     assert load_taxonomy("binary").positive == "malignant"
-    assert load_taxonomy("dx7").positive == ""
+    assert load_taxonomy("derm_categories").positive == ""
+    assert load_taxonomy("dx7:nv,mel").positive == "mel"
+    assert load_taxonomy("dx7:nv,bkl").positive == ""
     text = "classes:\n  a: [x]\n  b: [y]\n  c: [z]\npositive: c\n"
     own = put(tmp_path / "t.yaml", text)
     assert load_taxonomy(own).positive == "c"
