@@ -1705,7 +1705,7 @@ def _member_rows(run: RunResult) -> list[tuple[str, str]]:
 RULES = {
     "mean": "weighted mean of probabilities",
     "rank": "mean of ranks (which forgets how common each class is)",
-    "learned": "learned from validation predictions",
+    "learned": "mean with weights learned on validation",
 }
 
 
