@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Rate', 'ENSEMBLE_FIELDS', 'PACKAGES', 'ConfigError', 'unknown_name', 'ExperimentConfig', 'make_config', 'write_json',
-           'read_json', 'set_seed', 'provenance', 'now', 'table_hash', 'progress', 'project_root']
+           'read_json', 'set_seed', 'provenance', 'now', 'duration', 'table_hash', 'progress', 'project_root']
 
 # %% ../nbs/00_core.ipynb #058e73b5
 import difflib
@@ -299,6 +299,24 @@ def provenance() -> dict:
 def now() -> str:
     "The time in UTC, to the second."
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def duration(
+    seconds: float | None,
+) -> str:
+    "Seconds as people say them."
+    if seconds is None:
+        return "\N{EN DASH}"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return (
+        f"{minutes} min"
+        if minutes < 90
+        else f"{minutes // 60} h {minutes % 60:02d} min"
+    )
 
 
 def table_hash(

@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import pandas as pd
 
-from .core import ConfigError, ExperimentConfig, progress, unknown_name
+from .core import ConfigError, ExperimentConfig, duration, progress, unknown_name
 
 # %% ../nbs/09_finetune.ipynb #9f87abdc
 @dataclass(frozen=True)
@@ -417,7 +417,7 @@ class _Watch(keras.callbacks.Callback):
 
     def _say(self, row: dict) -> None:
         left = self._epochs_left()
-        wait = f"{_duration(self._seconds_left(0))} left" if left else "done"
+        wait = f"{duration(self._seconds_left(0))} left" if left else "done"
         print(
             f"epoch {row['epoch']}/{row['epoch'] + left} {row['stage']}"
             f"  lr {row['learning_rate']:.1e}"
@@ -426,13 +426,6 @@ class _Watch(keras.callbacks.Callback):
             f"  {row['seconds']:.1f} s, {wait}",
             flush=True,
         )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 # %% ../nbs/09_finetune.ipynb #6edb416c
 def make_optimizer(

@@ -6,9 +6,9 @@
 __all__ = ['EN_DASH', 'FEW_LESIONS', 'LEAK_MARK', 'LEAK_TITLE', 'MANY_EPOCHS', 'TAGS', 'PICTURE_LEFT_OUT', 'MANY_CELLS',
            'PLOTLY_JS', 'PROVENANCE', 'NUMBERS', 'MINUS', 'PAIRED', 'LEADERBOARD', 'RULES', 'ARROW', 'RUN_SECTIONS',
            'RUN_INPUTS', 'TIMES', 'SUITE_SECTIONS', 'ALWAYS', 'IF_ANY', 'OPEN_RUNS', 'RunResult', 'load_run',
-           'load_suite_runs', 'number', 'interval', 'duration', 'count', 'listing', 'ranked', 'grouped',
-           'summary_sentences', 'limit_sentences', 'interval_note', 'clean_html', 'notebook_html', 'write_plotly_js',
-           'split_shared', 'build_run_page', 'build_suite_page', 'build_report']
+           'load_suite_runs', 'number', 'interval', 'count', 'listing', 'ranked', 'grouped', 'summary_sentences',
+           'limit_sentences', 'interval_note', 'clean_html', 'notebook_html', 'write_plotly_js', 'split_shared',
+           'build_run_page', 'build_suite_page', 'build_report']
 
 # %% ../nbs/16_report.ipynb #f2f9247b
 import hashlib
@@ -41,7 +41,7 @@ from dermnb.compare import (
     resolve_metric,
     summarise_repeats,
 )
-from .core import ConfigError, read_json
+from .core import ConfigError, duration, read_json
 from .evaluate import BINARY_METRICS, CLASS_METRICS, METRICS
 from dermnb.figures import (
     HISTORY_COLUMNS,
@@ -55,6 +55,7 @@ from dermnb.figures import (
     per_class_figure,
     repeats_figure,
 )
+from .runs import file_hash
 
 # %% ../nbs/16_report.ipynb #fbd6c76f
 @dataclass(frozen=True)
@@ -232,24 +233,6 @@ def interval(
     if estimate.get("low") is None:
         return ""
     return f"{estimate['low']:.3f}{EN_DASH}{estimate['high']:.3f}"
-
-
-def duration(
-    seconds: float | None,
-) -> str:
-    "Seconds as people say them."
-    if seconds is None:
-        return EN_DASH
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return (
-        f"{minutes} min"
-        if minutes < 90
-        else f"{minutes // 60} h {minutes % 60:02d} min"
-    )
 
 
 def count(
@@ -1767,7 +1750,7 @@ def _changed(run: RunResult, digest: str) -> bool:
     path = run.folder / "predictions.parquet"
     if not path.is_file() or not digest:
         return False
-    return hashlib.sha256(path.read_bytes()).hexdigest() != digest
+    return file_hash(path) != digest
 
 # %% ../nbs/16_report.ipynb #492d22ed
 RUN_SECTIONS = [

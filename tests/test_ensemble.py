@@ -359,6 +359,21 @@ def test_a_run_folder_that_counts_as_done_until_a_member_changes(suite, how):
     assert not is_done(folder, config)
 
 
+def test_settings_are_those_that_the_members_share(suite, tmp_path):
+    "What the members differ in is not filled with defaults."
+    for i, name in enumerate("ab"):
+        config = read_json(suite / name / "run.json")["config"]
+        own = {"dataset": "ham10000", "split": "image", "image_size": 64 + i}
+        change(suite / name, config=config | own)
+    config = make_config({"members": ["a", "b"], "run": "both"})
+    told = read_json(run_ensemble(config, suite / "both") / "run.json")["config"]
+    assert (told["dataset"], told["split"]) == ("ham10000", "image")
+    assert "image_size" not in told
+    assert told["members"] == ["a", "b"] and told["run"] == "both"
+    assert is_done(suite / "both", config)
+    assert not is_done(suite / "both", config.model_copy(update={"combine": "rank"}))
+
+
 def test_a_failed_ensemble_leaves_nothing_and_an_older_one_is_kept(suite):
     config = make_config({"run": "all", "members": ["a", "b"], "bootstrap": 100})
     run_ensemble(config, suite / "all")
