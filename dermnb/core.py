@@ -112,6 +112,7 @@ class ExperimentConfig(BaseModel):
     member_weights: list[Annotated[float, Field(ge=0)]] = []  # of mean; empty: equal
 
     bootstrap: int = Field(1000, ge=100)  # resamples for the intervals
+    explain: int = Field(0, ge=0)  # test images to look into with Grad-CAM; 0: none
 
     @model_validator(mode="after")
     def _possible(self):
@@ -160,7 +161,10 @@ class ExperimentConfig(BaseModel):
 
 
 # All that matters to a run that combines others and trains nothing.
-ENSEMBLE_FIELDS = ("suite", "run", "seed", "members", "combine", "member_weights", "bootstrap")
+ENSEMBLE_FIELDS = (
+    *("suite", "run", "seed", "members", "combine", "member_weights", "bootstrap"),
+    "explain",
+)
 
 
 def make_config(

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .bundle import take_members, write_bundle
 from dermnb.core import (
     ENSEMBLE_FIELDS,
     ConfigError,
@@ -298,6 +299,10 @@ def save_ensemble(
         "classes": first.classes,
     }
     write_json(folder / "model" / "ensemble.json", ensemble)
+    references = None
+    if config.combine == "rank":
+        references = {m.name: m.probabilities("val") for m in members}
+    take_members(folder / "model", {m.name: m.folder for m in members}, references)
     leaks = [{**_NO_LEAK, **m.record.get("leak", {})} for m in members]
     with_metadata = [m.record["metadata"] for m in members if m.record.get("metadata")]
     backends = {m.record["provenance"].get("backend", "") for m in members}
@@ -338,6 +343,7 @@ def save_ensemble(
             "finished": now(),
         },
     }
+    write_bundle(folder / "model", record, metrics, predictions)
     write_json(folder / "run.json", record)
     return metrics
 

@@ -4,8 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SYMBOLS', 'DASHES', 'SHADES', 'INK', 'GRID', 'FONT', 'TEMPLATE', 'LEGEND', 'HISTORY_COLUMNS',
-           'SPLIT_TITLES', 'COSTS', 'style_of', 'label', 'stage_starts', 'learning_curves', 'confusion_figure',
-           'per_class_figure', 'leaderboard_figure', 'cost_figure', 'difference_figure', 'repeats_figure']
+           'SPLIT_TITLES', 'COSTS', 'FIRST_SHARE', 'MOST_POINTS', 'REMOVALS', 'VIEWS', 'style_of', 'label',
+           'stage_starts', 'learning_curves', 'confusion_figure', 'per_class_figure', 'leaderboard_figure',
+           'cost_figure', 'difference_figure', 'repeats_figure', 'risk_coverage_figure', 'removal_figure',
+           'mean_map_figure', 'shortcut_figure']
 
 # %% ../nbs/20_figures.ipynb #44286dd3
 import html
@@ -689,6 +691,252 @@ def repeats_figure(
             "tickvals": list(range(len(groups))),
             "ticktext": [f"{label(g, 22)} ({len(p)})" for g, p in groups.items()],
             "range": [len(groups) - 0.5, -0.5],
+            "showgrid": False,
+        },
+    )
+
+# %% ../nbs/20_figures.ipynb #20d79c18
+FIRST_SHARE = 0.05  # of the images; the error rate of fewer is a matter of a handful
+MOST_POINTS = 60  # of a curve on a page
+
+
+def risk_coverage_figure(
+    curves: Mapping[str, pd.DataFrame],  # name -> `calibrate.risk_coverage`
+    points: Mapping[str, Mapping] | None = None,  # name -> share answered and its risk
+    split: str = "test",
+    n: int | None = None,  # images, if the same for all
+    note: str = "",
+) -> go.Figure:
+    """Error rate of the most confident images by the share of images answered.
+
+    `points` marks where a network starts to abstain: coverage and risk. Curves start at
+    5 % of the images.
+    """
+    _require("figure of risk and coverage", [c for c in curves.values() if len(c)])
+    figure, points, drawn = go.Figure(), points or {}, 0
+    for i, (name, curve) in enumerate(curves.items()):
+        if curve.empty:
+            continue  # it keeps its colour for the other figures
+        drawn += 1
+        style = style_of(i)
+        first = min(int(np.ceil(FIRST_SHARE * len(curve))), len(curve)) - 1
+        rows = np.linspace(max(first, 0), len(curve) - 1, MOST_POINTS).round()
+        curve = curve.iloc[np.unique(rows.astype(int))]
+        figure.add_scatter(
+            x=curve["coverage"].round(4).tolist(),
+            y=curve["risk"].round(4).tolist(),
+            customdata=curve["confidence"].round(3).tolist(),
+            name=label(name),
+            mode="lines",
+            line={"color": style["color"], "width": 2.2, "dash": style["dash"]},
+            legendgroup=str(i),
+            hovertemplate=f"{label(name, 60)}: %{{x:.0%}} answered, error rate %{{y:.3f}}, "
+            "confidence at least %{customdata:.3f}<extra></extra>",
+        )
+        point = points.get(name)
+        if point:
+            figure.add_scatter(
+                x=[point["coverage"]],
+                y=[point["risk"]],
+                mode="markers",
+                marker={"color": style["color"], "symbol": style["symbol"], "size": 11},
+                legendgroup=str(i),
+                showlegend=False,
+                hovertemplate=f"{label(name, 60)} abstains beyond: %{{x:.1%}} answered, "
+                "error rate %{y:.3f}<extra></extra>",
+            )
+    frame = _frame(
+        "Error rate by the share of images answered",
+        _note(
+            f"{split} split",
+            f"n = {n:,} images" if n else "",
+            "most confident first, from 5 % on",
+            "mark: where it starts to abstain" if points else "",
+            note,
+        ),
+        height=320,
+        legend=drawn,
+    )
+    return figure.update_layout(
+        **frame,
+        xaxis={
+            "title": {"text": "Coverage (share answered)"},
+            "range": [0, 1.02],
+            "tickformat": ".0%",
+        },
+        yaxis={"title": {"text": "Risk (error rate)"}, "rangemode": "tozero"},
+    )
+
+# %% ../nbs/20_figures.ipynb #ffc735ad
+REMOVALS = {
+    "deletion": ("removed", "y"),
+    "insertion": ("shown", "y2"),
+}
+
+
+def removal_figure(
+    results: Mapping[str, Mapping],  # deletion, insertion: share, curve, random
+    n: int | None = None,  # images
+    note: str = "",
+) -> go.Figure:
+    "Mean probability of the predicted class while pixels are removed, and while shown."
+    shown = {k: results[k] for k in REMOVALS if results.get(k)}
+    _require("figure of deletion and insertion", shown)
+    figure = go.Figure()
+    for kind, result in shown.items():
+        word, axis = REMOVALS[kind]
+        for key, name, i in (("curve", "by the map", 0), ("random", "at random", 1)):
+            figure.add_scatter(
+                x=list(result["share"]),
+                y=list(result[key]),
+                yaxis=axis,
+                name=name,
+                legendgroup=key,
+                showlegend=kind == next(iter(shown)),
+                mode="lines+markers",
+                line={"color": COLOURS[i], "dash": DASHES[i], "width": 2.2},
+                marker={"symbol": SYMBOLS[i], "size": 6},
+                hovertemplate=f"%{{x:.0%}} {word} {name}: %{{y:.3f}}<extra></extra>",
+            )
+    frame = _frame(
+        "Removing and showing what the map marks",
+        _note(
+            "above: pixels removed, the lower the better the map",
+            "below: pixels shown, the higher the better",
+            f"n = {n:,} images" if n else "",
+            note,
+        ),
+        height=420,
+        legend=2,
+    )
+    axis = {"rangemode": "tozero"}
+    return figure.update_layout(
+        **frame,
+        xaxis={
+            "title": {"text": "Share of the image removed or shown"},
+            "anchor": "y2",
+            "range": [-0.02, 1.02],
+            "tickformat": ".0%",
+        },
+        yaxis={"title": {"text": "Prob., removed"}, "domain": [0.54, 1], **axis},
+        yaxis2={"title": {"text": "Prob., shown"}, "domain": [0, 0.46], **axis},
+    )
+
+# %% ../nbs/20_figures.ipynb #8b822033
+def mean_map_figure(
+    values: Sequence[Sequence[float]],  # square, 0 to 1; the first row is the top
+    n: int | None = None,  # images
+    note: str = "",
+) -> go.Figure:
+    "The mean of importance maps as a heat map."
+    grid = np.asarray(values, dtype=float)
+    if grid.ndim != 2 or not grid.size:
+        raise ConfigError("a mean map is a table of numbers, a row of the image a row.")
+    figure = go.Figure(
+        go.Heatmap(
+            z=grid.round(4).tolist(),
+            colorscale=SHADES,
+            zmin=0,
+            zmax=max(float(grid.max()), 1e-6),
+            hovertemplate="row %{y}, column %{x}: %{z:.2f}<extra></extra>",
+            colorbar={
+                "title": {"text": "Importance", "side": "right"},
+                "thickness": 10,
+                "outlinewidth": 0,
+                "len": 0.9,
+            },
+            x0=1,
+            y0=1,
+        )
+    )
+    frame = _frame(
+        "Mean of the maps",
+        _note(
+            "where the networks look on average",
+            f"n = {n:,} images" if n else "",
+            note,
+        ),
+        height=320,
+    )
+    ticks = {"showgrid": False, "ticks": "", "constrain": "domain"}
+    return figure.update_layout(
+        **frame,
+        xaxis={**ticks, "title": {"text": "Column of the image"}},
+        yaxis={
+            **ticks,
+            "title": {"text": "Row of the image"},
+            "autorange": "reversed",
+            "scaleanchor": "x",
+        },
+    )
+
+# %% ../nbs/20_figures.ipynb #51fe139f
+VIEWS = {
+    "plain": "whole image",
+    "covered": "lesion covered",
+    "border": "border only",
+}
+
+
+def shortcut_figure(
+    results: Mapping[str, Mapping],  # run -> plain, covered, border, and majority
+    level: float = 0.95,
+    note: str = "",
+) -> go.Figure:
+    "Accuracy on whole images, with the lesion covered and on the border, of each run."
+    _require("figure of shortcuts", results)
+    figure = go.Figure()
+    for i, (view, title) in enumerate(VIEWS.items()):
+        places = [j for j, r in enumerate(results.values()) if r[view]["value"] is not None]
+        cells = [r[view] for r in results.values() if r[view]["value"] is not None]
+        names = [name for name, r in results.items() if r[view]["value"] is not None]
+        figure.add_scatter(
+            x=[c["value"] for c in cells],
+            y=[j + 0.2 * (i - 1) for j in places],
+            mode="markers",
+            name=title,
+            marker={"color": COLOURS[i], "symbol": SYMBOLS[i], "size": 11},
+            error_x=_whiskers(cells, COLOURS[i]),
+            text=[
+                f"{label(name, 60)}, {title}: {_spell(c)}"
+                for name, c in zip(names, cells, strict=True)
+            ],
+            hovertemplate="%{text}<extra></extra>",
+        )
+    known = [(j, r["majority"]) for j, r in enumerate(results.values())]
+    known = [(j, m) for j, m in known if m is not None]
+    figure.add_scatter(
+        x=[m for _, m in known],
+        y=[j for j, _ in known],
+        mode="markers",
+        name="commonest class",
+        marker={
+            "symbol": "line-ns",
+            "size": 34,
+            "line": {"width": 2, "color": INK},
+        },
+        hovertemplate="always the commonest class: %{x:.3f}<extra></extra>",
+    )
+    sizes = sorted({r["plain"]["n"] for r in results.values()})
+    frame = _frame(
+        "Accuracy with the lesion covered",
+        _note(
+            "stroke: always naming the commonest class",
+            f"lines: {level:.0%} intervals",
+            f"n = {sizes[0]:,} images" if len(sizes) == 1 else "",
+            note,
+        ),
+        height=50 + 66 * len(results),
+        legend=4,
+    )
+    return figure.update_layout(
+        **frame,
+        xaxis={"title": {"text": "Accuracy (share)"}, "range": [0, 1.02]},
+        yaxis={
+            "title": {"text": "Run"},
+            "tickvals": list(range(len(results))),
+            "ticktext": [label(name, 22) for name in results],
+            "range": [len(results) - 0.5, -0.5],
             "showgrid": False,
         },
     )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Stopwatch', 'Data', 'cache_dir', 'prepare_data', 'split_batches', 'build_model', 'copy_trunk', 'train_model',
-           'predict_splits', 'save_run', 'run_experiment']
+           'predict_splits', 'known_images', 'save_run', 'run_experiment']
 
 # %% ../nbs/15_train.ipynb #7a43f5d6
 import contextlib
@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from .backbones import BACKBONES
+from .bundle import Novelty, fit_novelty, sample_known, write_bundle
 from dermnb.core import (
     ConfigError,
     ExperimentConfig,
@@ -36,6 +37,7 @@ from dermnb.core import (
 from .datasets import Dataset, load_dataset
 from .evaluate import evaluate
 from .finetune import backbone_layers, fit_stages, make_schedule
+from .gradcam import CamNetwork
 from .images import ImageStore, build_store, make_batches
 from .losses import make_loss
 from dermnb.models import (
@@ -316,7 +318,28 @@ def predict_splits(
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
 
-# %% ../nbs/15_train.ipynb #65d7616b
+# %% ../nbs/15_train.ipynb #359ce628
+def known_images(config: ExperimentConfig, data: Data, model: keras.Model) -> Novelty | None:
+    "Features of some training images and how far is too far; None where no image is seen."
+    if config.metadata == "only":
+        return None
+    progress("looking at training images")
+    split = data.manifest["split"].to_numpy()
+    seer, found = CamNetwork(model, config.backbone), []
+    for part in ("train", "val"):
+        positions = sample_known(data.manifest["label"].to_numpy(), split == part)
+        rows = data.store.rows(data.manifest["image_id"].iloc[positions])
+        parts = []
+        for i in range(0, len(rows), config.batch_size):
+            chosen = slice(i, i + config.batch_size)
+            given = data.store.read(rows[chosen]).astype("float32")
+            if data.metadata is not None:
+                given = {"image": given, "metadata": data.metadata[positions[chosen]]}
+            parts.append(seer.predict(given)[1])
+        found.append(np.concatenate(parts) if parts else np.zeros((0, 1), "float32"))
+    return fit_novelty(*found)
+
+# %% ../nbs/15_train.ipynb #433d788f
 def _split_summary(data: Data) -> dict:
     summary = {}
     for split in ("train", "val", "test"):
@@ -398,6 +421,7 @@ def save_run(
                 "metadata": asdict(data.encoder) if data.encoder else None,
             },
         )
+        novelty = known_images(config, data, model)
     size = (folder / "model" / "model.keras").stat().st_size
     trainable = sum(int(np.prod(w.shape)) for w in model.trainable_weights)
     clock.seconds["total_s"] = sum(
@@ -451,6 +475,7 @@ def save_run(
             "finished": now(),
         },
     }
+    write_bundle(folder / "model", record, metrics, predictions, novelty)
     write_json(folder / "run.json", record)
     return metrics
 
