@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_BYTES', 'MAX_PIXELS', 'MIN_SIDE', 'CAM_SIZE', 'TABLES', 'Picture', 'read_image', 'square_of', 'Answer',
-           'Predictor', 'metadata_rows', 'find_images', 'answers_table', 'write_answers', 'cam_picture']
+           'Predictor', 'read_metadata', 'metadata_rows', 'find_images', 'answers_table', 'write_answers',
+           'cam_picture', 'save_cam', 'sentence']
 
 # %% ../nbs/18_predict.ipynb #b34173a6
 import contextlib
@@ -24,7 +25,7 @@ from PIL import Image, UnidentifiedImageError
 from .bundle import Bundle, load_bundle
 from .calibrate import conformal_sets, temper
 from .core import ConfigError, unknown_name
-from .datasets import list_images, read_image_bytes
+from .datasets import list_images, read_image_bytes, read_table
 from .ensemble import mix_probabilities
 from .images import FORMATS, resize_image
 
@@ -291,9 +292,8 @@ class Predictor:
 
     def _answer(self, answers, squares, metadata, target, cam: bool, method: str) -> None:
         bundle, n = self.bundle, len(answers)
-        inputs = {
-            id(leaf): _inputs(leaf.classifier, squares, metadata, n) for _, _, leaf in bundle.networks
-        }
+        leaves = [leaf for _, _, leaf in bundle.networks]
+        inputs = {id(x): _inputs(x.classifier, squares, metadata, n) for x in leaves}
         seen = {key: self._seers[key].predict(given) for key, given in inputs.items()}
         mixed = self._mix(bundle, seen)
         p = temper(mixed, bundle.decision.temperature)
@@ -350,6 +350,46 @@ class Predictor:
         ]
         return combine_maps([m for _, m in found], [w for w, _ in found], CAM_SIZE)
 
+    def probabilities(
+        self,
+        squares: np.ndarray,  # uint8 (N, S, S, 3), as cut out already
+        metadata: pd.DataFrame | None = None,  # N rows: age, sex, site
+        batch_size: int = 64,
+    ) -> np.ndarray:
+        "Calibrated probabilities (N, K) of squares of any size, without all else."
+        found = []
+        for i in range(0, len(squares), batch_size):
+            inputs = self._of_squares(squares[i : i + batch_size], metadata, i)
+            seen = {key: self._seers[key].predict(given) for key, given in inputs.items()}
+            found.append(temper(self._mix(self.bundle, seen), self.bundle.decision.temperature))
+        return np.concatenate(found)
+
+    def maps(
+        self,
+        squares: np.ndarray,  # uint8 (N, S, S, 3)
+        target: np.ndarray,  # (N,) class numbers
+        metadata: pd.DataFrame | None = None,
+        method: str = "gradcam",
+        batch_size: int = 64,
+    ) -> np.ndarray:
+        "Maps (N, S, S) in 0 to 1 of squares of any size; high is important."
+        from dermnb.gradcam import resize_maps
+
+        found = []
+        for i in range(0, len(squares), batch_size):
+            part = slice(i, i + batch_size)
+            inputs = self._of_squares(squares[part], metadata, i)
+            found.append(resize_maps(self._maps(inputs, target[part], method), squares.shape[1]))
+        return np.concatenate(found)
+
+    def _of_squares(self, squares: np.ndarray, metadata, start: int) -> dict:
+        rows = None if metadata is None else metadata.iloc[start : start + len(squares)]
+        sizes = self._sizes()
+        images = [Image.fromarray(square) for square in squares]
+        given = [{key: resize_image(image, *key) for key in sizes} for image in images]
+        leaves = [leaf for _, _, leaf in self.bundle.networks]
+        return {id(x): _inputs(x.classifier, given, rows, len(squares)) for x in leaves}
+
     def stream(
         self,
         paths: Iterable[str | Path],
@@ -388,6 +428,18 @@ def _inputs(classifier, squares: list[dict], metadata: pd.DataFrame | None, n: i
         every["metadata"] = classifier.encoder.encode(table)
     wanted = [x.name for x in classifier.model.inputs]
     return every["image"] if wanted == ["image"] else {k: every[k] for k in wanted}
+
+
+def read_metadata(path: str | Path) -> pd.DataFrame:
+    "A CSV with a column `image` and any of age (years), sex and site."
+    table = read_table(Path(path))
+    if "image" not in table:
+        raise ConfigError(
+            f"{path} has no column 'image' with the names of the files; it has {', '.join(map(str, table))}."
+        )
+    if not {"age", "sex", "site"} & set(table):
+        raise ConfigError(f"{path} has none of the columns age, sex and site: name them so.")
+    return table
 
 
 def metadata_rows(
@@ -512,3 +564,28 @@ def cam_picture(
     over = overlay(answer.square, answer.cam, opacity)
     gap = np.full((CAM_SIZE, 8, 3), 255, "uint8")
     return Image.fromarray(np.concatenate([answer.square, gap, over], axis=1))
+
+# %% ../nbs/18_predict.ipynb #a2059505
+def save_cam(
+    answer: Answer,  # asked for with a map
+    path: str | Path,  # a PNG file, or a folder for a file named after the image
+) -> Path:
+    "Write `cam_picture` as PNG, from pixels alone."
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        path = path / f"{os.path.splitext(answer.name)[0]}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cam_picture(answer).save(path, "PNG")
+    return path
+
+
+def sentence(answer: Answer, bundle: Bundle) -> str:
+    "An answer in a line or two of plain text."
+    if answer.error:
+        return f"{answer.name}: refused. {answer.error}"
+    share = f"{answer.title} ({answer.predicted}) {answer.confidence:.0%}"
+    likely = f"{bundle.decision.coverage:.0%} set: {', '.join(answer.classes_90)}"
+    notes = f" Note: {' '.join(answer.notes)}" if answer.notes else ""
+    if answer.abstains:
+        return f"{answer.name}: no answer. {' '.join(answer.reasons)} (Most probable: {share}; {likely}.){notes}"
+    return f"{answer.name}: {share}; {likely}.{notes}"

@@ -308,6 +308,101 @@ def make_run(
     return folder
 
 
+def make_explanation(
+    folder,
+    seed=0,
+    synthetic=True,
+    license="MIT",
+    masks="dataset",
+    n=120,
+    plain=0.8,
+    covered=0.66,
+    border=0.64,
+    majority=0.67,
+    **record,
+):
+    "explain.json and a gallery in a run's folder; `record` replaces keys of the first."
+    from PIL import Image
+
+    folder, rng = Path(folder), np.random.default_rng(seed)
+    classes = read_json(folder / "run.json")["classes"]
+
+    def est(value, half=0.06):
+        return {"value": value, "low": value - half, "high": value + half, "n": n}
+
+    share = np.linspace(0, 1, 11)
+    fall, line = 0.15 + 0.6 * (1 - share) ** 3, 0.75 - 0.6 * share
+
+    def removal(curve, random, value):
+        means = [float(np.mean(c)) for c in (curve, random)]
+        return {
+            "share": share.round(2).tolist(),
+            "curve": curve.round(4).tolist(),
+            "random": random.round(4).tolist(),
+            "area": est(means[0], 0.03),
+            "random_area": est(means[1], 0.03),
+            "difference": est(value, 0.04),
+        }
+
+    groups = [f"{a} and {b}" for a in ("right", "wrong") for b in ("confident", "unsure")]
+    (folder / "gallery").mkdir(exist_ok=True)
+    gallery = []
+    for i, group in enumerate(groups * 2):
+        files = {k: f"gallery/{i}_{k}.jpg" for k in ("image", "map")}
+        pixels = np.full((96, 96, 3), rng.integers(120, 220, 3), dtype=np.uint8)
+        for file in files.values():
+            Image.fromarray(pixels).save(folder / file, "JPEG")
+            pixels = pixels // 2
+        true = classes[i % len(classes)]
+        gallery.append(
+            {
+                "image_id": f"DEMO_{i:07d}",
+                "y_true": true,
+                "predicted": true if "right" in group else classes[(i + 1) % len(classes)],
+                "confidence": 0.93 if "confident" in group else 0.41,
+                "group": group,
+                "file": files["image"],
+                "map": files["map"],
+            }
+        )
+    place = np.linspace(-1, 1, 16)
+    mean = np.exp(-2 * (place[:, None] ** 2 + place**2)) * 0.8
+    views = {"plain": plain, "covered": covered, "border": border}
+    write_json(
+        folder / "explain.json",
+        {
+            "schema": 1,
+            "split": "test",
+            "n": n,
+            "lesions": n - 20,
+            "method": "gradcam",
+            "layers": {folder.name: "conv_2"},
+            "synthetic": synthetic,
+            "license": license,
+            "masks": masks,
+            "randomisation": {"head": est(0.21), "all": est(0.04)},
+            "deletion": removal(fall, line, -0.11),
+            "insertion": removal(0.9 - fall, 0.9 - line, 0.13),
+            "inside": {"share": est(0.52), "area": est(0.31, 0.03), "difference": est(0.21)},
+            "shortcuts": {
+                view: {"accuracy": est(a), "balanced_accuracy": est(max(a - 0.5, 0.1), 0.05)}
+                for view, a in views.items()
+            }
+            | {"majority": majority},
+            "mean_map": mean.round(4).tolist(),
+            "foreign": [
+                {"kind": "uniform noise", "n": 20, "refused": 18},
+                {"kind": "one colour", "n": 20, "refused": 20},
+                {"kind": "text on paper", "n": 20, "refused": 11},
+            ],
+            "refused_test": est(0.05, 0.03),
+            "gallery": gallery,
+        }
+        | record,
+    )
+    return folder
+
+
 def make_suite(folder, synthetic=True):
     "Four networks, one run that failed and one that is missing."
     folder = Path(folder)
@@ -333,6 +428,9 @@ def make_suite(folder, synthetic=True):
                 else {"learning_rate": 3e-3 if i else 1e-3}
             ),
         )
+    licence = "MIT" if synthetic else "CC BY-NC 4.0"
+    for i, name in enumerate(("cnn", "xception")):
+        make_explanation(folder / name, i, synthetic, licence, covered=0.66 + 0.14 * i)
     states = [{"run": name, "status": "done", "error": ""} for name, *_ in rows]
     states += [
         {
