@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['METHODS', 'class_maps', 'CamNetwork', 'resize_maps', 'combine_maps', 'overlay']
 
-# %% ../nbs/12_gradcam.ipynb #04828ee7
+# %% ../nbs/12_gradcam.ipynb #0bb396b2
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import keras
 import numpy as np
@@ -65,25 +66,10 @@ def _upper_part(inputs: list, logits) -> keras.Model:
     return copy
 
 
-def _in_tensorflow(whole, upper, answer) -> tuple[Callable, Callable]:
+def _in_tensorflow(whole, upper, answer) -> tuple[Callable, Callable | None]:
     import tensorflow as tf
 
-    # No batch size in the signature: every batch uses the same trace.
-    images = {
-        x.name: tf.TensorSpec((None, *x.shape[1:]), x.dtype) for x in answer.inputs
-    }
-
-    @tf.function(input_signature=[images], autograph=False)
-    def predict(inputs):
-        return answer(inputs, training=False)
-
-    if whole is None:
-        return predict, None
-
-    @tf.function(
-        input_signature=[images, tf.TensorSpec((None,), tf.int32)], autograph=False
-    )
-    def explain(inputs, target):
+    def explain(whole, upper, inputs, target):
         logits, features, maps = whole(inputs, training=False)
         predicted = tf.argmax(logits, axis=1, output_type=tf.int32)
         target = tf.where(target < 0, predicted, target)
@@ -94,10 +80,22 @@ def _in_tensorflow(whole, upper, answer) -> tuple[Callable, Callable]:
             score = tf.gather(score, target, axis=1, batch_dims=1)
         return logits, features, maps, tape.gradient(score, maps)
 
-    return predict, explain
+    def compiled(function, *signature):
+        return tf.function(function, input_signature=signature, autograph=False)
+
+    # No batch size in the signature: every batch uses the same trace. A partial, because
+    # TensorFlow would take many networks' traces of one function for retracing.
+    images = {
+        x.name: tf.TensorSpec((None, *x.shape[1:]), x.dtype) for x in answer.inputs
+    }
+    classes = tf.TensorSpec((None,), tf.int32)
+    return (
+        compiled(partial(answer, training=False), images),
+        whole and compiled(partial(explain, whole, upper), images, classes),
+    )
 
 
-def _in_jax(whole, upper, answer) -> tuple[Callable, Callable]:
+def _in_jax(whole, upper, answer) -> tuple[Callable, Callable | None]:
     import jax
     import jax.numpy as jnp
 

@@ -39,7 +39,7 @@ def raw(network: CamNetwork, given, target: int) -> list[np.ndarray]:
 
 
 def check_gradient(model, layer, given, target=1) -> None:
-    "Along a random direction the logit changes as the gradient says."
+    "Raised where the gradient is, each image's logit grows by as much as the gradient says."
     network = CamNetwork(model, layer=layer)
     logits, features, maps, gradients = raw(network, given, target)
     beside = [x for x in model.inputs if x.name == "metadata"]
@@ -50,13 +50,16 @@ def check_gradient(model, layer, given, target=1) -> None:
         found = upper([maps, *(given[x.name] for x in beside)], training=False)
         return keras.ops.convert_to_numpy(found)[:, target].astype("float64")
 
-    np.testing.assert_allclose(logit(maps), logits[:, target], rtol=1e-3, atol=1e-4)
-    along = np.random.default_rng(1).normal(size=maps.shape).astype("float32")
-    along *= 1e-2 * np.abs(maps).mean()
+    np.testing.assert_allclose(logit(maps), logits[:, target], rtol=1e-3, atol=1e-5)
+    # Half of the places by chance, so that a gradient at wrong places is found out, and
+    # none at 0, where the largest of several zeros has no slope.
+    chosen = (np.random.default_rng(1).random(maps.shape) < 0.5) & (maps != 0)
+    slope = np.abs(gradients).max((1, 2, 3), keepdims=True)
+    along = 0.005 * np.abs(maps).mean() * chosen * gradients / slope
     change = (logit(maps + along) - logit(maps - along)) / 2
     expected = (gradients.astype("float64") * along).sum((1, 2, 3))
-    assert np.abs(expected).min() > 0
-    np.testing.assert_allclose(change, expected, rtol=0.05, atol=np.abs(expected).max() / 50)
+    assert expected.min() > 0
+    np.testing.assert_allclose(change, expected, rtol=0.02)
 
 
 @pytest.mark.parametrize(

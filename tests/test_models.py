@@ -33,6 +33,7 @@ from dermnb.backbones import (
     find_weights,
 )
 from dermnb.core import ConfigError
+from dermnb.gradcam import CamNetwork, class_maps
 from dermnb.losses import FocalLoss, WeightedCrossEntropy, focal_cross_entropy
 from dermnb.models import (
     build_classifier,
@@ -97,14 +98,41 @@ def cuts(model) -> list[str]:
     return found
 
 
+@pytest.fixture
+def eagerly():
+    "One pass through a large network takes a fifth of the time that compiling it does."
+    if keras.backend.backend() != "tensorflow":
+        yield
+        return
+    import tensorflow as tf
+
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
 @pytest.mark.parametrize("name", BACKBONES)
-def test_row(name):
+def test_row(name, eagerly):
     spec = BACKBONES[name]
-    size = size_for(spec)
+    size = max(64, spec.min_size)
     model = build_classifier(name, 3, size)
-    logits = keras.ops.convert_to_numpy(model(images(size)))
+    network = CamNetwork(model)
+    assert network.layer == spec.last_conv
+    # What Grad-CAM is made of, so that one pass serves all that is asked here.
+    found = network._explain({"image": images(size)}, np.full(2, 2, "int32"))
+    logits, features, maps, slope = map(keras.ops.convert_to_numpy, found)
     assert logits.shape == (2, 3) and logits.dtype == "float32"
     assert np.all(np.isfinite(logits))
+    assert features.shape == (2, spec.features)
+    assert maps.shape == slope.shape == (2, *model.get_layer(spec.last_conv).output.shape[1:])
+    assert slope.dtype == "float32" and np.all(np.isfinite(slope)) and slope.any()
+    if spec.last_conv == spec.blocks[-1]:  # pooling and one dense layer: Grad-CAM is CAM
+        np.testing.assert_allclose(features, maps.mean((1, 2)), rtol=1e-4, atol=1e-12)
+        kernel = keras.ops.convert_to_numpy(model.get_layer("logits").kernel)[:, 2]
+        places = maps.shape[1] * maps.shape[2]
+        expected = np.broadcast_to(kernel / places, slope.shape)
+        np.testing.assert_allclose(slope, expected, rtol=1e-5)
+    assert {float(x) for x in class_maps(maps, slope).max((1, 2))} <= {0, 1}
     assert not any(isinstance(x, keras.Model) for x in model.layers)
     assert len(model.get_layer(spec.last_conv).output.shape) == 4
     passed = [x for x in cuts(model) if x in spec.blocks]
