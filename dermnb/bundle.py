@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['NEIGHBOURS', 'KNOWN_SHARE', 'LICENSES', 'Novelty', 'fit_novelty', 'sample_known', 'dermnb_version', 'model_card',
-           'save_novelty', 'write_bundle', 'take_members', 'BundleMember', 'Bundle', 'load_bundle']
+           'save_novelty', 'write_bundle', 'take_members', 'BundleMember', 'Bundle', 'bundle_folder', 'load_bundle',
+           'is_complete']
 
 # %% ../nbs/13_bundle.ipynb #691acd78
 import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +23,7 @@ import yaml
 
 from .calibrate import Decision, fit_decision
 from .core import ConfigError, read_json, write_json
-from .evaluate import BINARY_METRICS, METRICS, probability_columns
+from .evaluate import BINARY_METRICS, METRICS
 
 # %% ../nbs/13_bundle.ipynb #ee4b7d2a
 NEIGHBOURS = 5
@@ -51,8 +52,8 @@ class Novelty:
         features = _directions(features)
         if features.shape[1] != self.features.shape[1]:
             raise ConfigError(
-                f"features of {features.shape[1]} numbers do not fit training images' of "
-                f"{self.features.shape[1]}: they are of another network."
+                f"features of {features.shape[1]} numbers do not fit training images'"
+                f" of {self.features.shape[1]}: they are of another network."
             )
         known = self.features.astype("float32")
         k = min(NEIGHBOURS, len(known)) - 1
@@ -118,7 +119,14 @@ def _plain(text: object) -> str:
     "Text of others in a card: no markup, no table borders, no line breaks."
     text = " ".join(str(text).split())
     for mark in "\\|<>[]*_`#&":
-        text = text.replace(mark, f"\\{mark}" if mark not in "<>&" else {"<": "&lt;", ">": "&gt;", "&": "&amp;"}[mark])
+        text = text.replace(
+            mark,
+            (
+                f"\\{mark}"
+                if mark not in "<>&"
+                else {"<": "&lt;", ">": "&gt;", "&": "&amp;"}[mark]
+            ),
+        )
     return text
 
 
@@ -130,7 +138,10 @@ def _front_matter(record: Mapping, metrics: Mapping) -> dict:
         found = [
             {
                 "type": metric,
-                "name": f"{METRICS[metric].title}, 95 % interval {e['low']:.4f} to {e['high']:.4f}, n = {e['n']}",
+                "name": (
+                    f"{METRICS[metric].title}, 95 % interval {e['low']:.4f} to"
+                    f" {e['high']:.4f}, n = {e['n']}"
+                ),
                 "value": round(e["value"], 6),
             }
             for metric, e in scored["metrics"].items()
@@ -139,8 +150,15 @@ def _front_matter(record: Mapping, metrics: Mapping) -> dict:
         if found:
             results.append(
                 {
-                    "task": {"type": "image-classification", "name": "Skin-lesion classification"},
-                    "dataset": {"type": dataset["name"], "name": dataset["title"], "split": split},
+                    "task": {
+                        "type": "image-classification",
+                        "name": "Skin-lesion classification",
+                    },
+                    "dataset": {
+                        "type": dataset["name"],
+                        "name": dataset["title"],
+                        "split": split,
+                    },
                     "metrics": found,
                 }
             )
@@ -148,8 +166,18 @@ def _front_matter(record: Mapping, metrics: Mapping) -> dict:
         "library_name": "keras",
         "pipeline_tag": "image-classification",
         "license": LICENSES.get(dataset["license"], "other"),
-        "tags": ["dermatology", "dermoscopy", "skin-lesion", "dermnb", record["model"]["backbone"]],
-        "metrics": [m for m in METRICS if any(m in s["metrics"] for s in metrics["splits"].values())],
+        "tags": [
+            "dermatology",
+            "dermoscopy",
+            "skin-lesion",
+            "dermnb",
+            record["model"]["backbone"],
+        ],
+        "metrics": [
+            m
+            for m in METRICS
+            if any(m in s["metrics"] for s in metrics["splits"].values())
+        ],
         "model-index": [{"name": name, "results": results}],
     }
 
@@ -157,43 +185,68 @@ def _front_matter(record: Mapping, metrics: Mapping) -> dict:
 def _uses(record: Mapping) -> list[str]:
     if record["dataset"]["synthetic"]:
         return [
-            "Trying out dermnb. It was trained on **generated images** and knows nothing of photographs of skin.",
+            (
+                "Trying out dermnb. It was trained on **generated images** and knows"
+                " nothing of photographs of skin."
+            ),
         ]
     return [
-        "Research on skin-lesion classification: comparison with other networks on the same data, study of errors, "
-        "calibration and abstention, and as a starting point for further training.",
+        (
+            "Research on skin-lesion classification: comparison with other networks on"
+            " the same data, study of errors, calibration and abstention, and as a"
+            " starting point for further training."
+        ),
     ]
 
 
 def _limits(record: Mapping, metrics: Mapping, decision: Decision) -> list[str]:
     dataset, leak = record["dataset"], record.get("leak") or {}
     lines = [
-        "It is no medical device, has been through no clinical study, and must not be used on patients.",
-        f"It knows the {len(record['classes'])} classes below and calls every image one of them, unless it abstains.",
+        (
+            "It is no medical device, has been through no clinical study, and must not"
+            " be used on patients."
+        ),
+        (
+            f"It knows the {len(record['classes'])} classes below and calls every image"
+            " one of them, unless it abstains."
+        ),
     ]
     if leak.get("lesions"):
         lines.append(
-            f"**Its scores flatter:** {leak['lesions']} lesions of its validation and test images were in training too."
+            f"**Its scores flatter:** {leak['lesions']} lesions of its validation and"
+            " test images were in training too."
         )
     test = metrics["splits"].get("test")
-    few = [r["class"] for r in test["per_class"] if 0 < r["lesions"] < 20] if test else []
+    few = (
+        [r["class"] for r in test["per_class"] if 0 < r["lesions"] < 20] if test else []
+    )
     if few:
-        lines.append(f"Fewer than 20 test lesions stand behind its figures for {', '.join(map(_plain, few))}.")
+        lines.append(
+            "Fewer than 20 test lesions stand behind its figures for"
+            f" {', '.join(map(_plain, few))}."
+        )
     if test and test["absent"]:
         lines.append(f"No test image was of {', '.join(map(_plain, test['absent']))}.")
     if not dataset["synthetic"]:
         lines.append(
-            f"All images come from {_plain(dataset['title'])}: other cameras, clinics, ages and skin tones were not "
-            "tested, and scores may be lower there."
+            f"All images come from {_plain(dataset['title'])}: other cameras, clinics,"
+            " ages and skin tones were not tested, and scores may be lower there."
         )
     if not decision.n:
-        lines.append("Nothing was calibrated, for lack of validation images: its probabilities are as trained.")
+        lines.append(
+            "Nothing was calibrated, for lack of validation images: its probabilities"
+            " are as trained."
+        )
     else:
         lines.append(
-            f"The sets of classes cover about {decision.coverage:.0%} of images *like the {decision.n} validation "
-            "images taken together*; a rare class may be covered far less often."
+            f"The sets of classes cover about {decision.coverage:.0%} of images *like"
+            f" the {decision.n} validation images taken together*; a rare class may be"
+            " covered far less often."
         )
-    lines.append("One seed and one split: the intervals do not cover what another training would change.")
+    lines.append(
+        "One seed and one split: the intervals do not cover what another training would"
+        " change."
+    )
     return lines
 
 
@@ -205,8 +258,24 @@ def model_card(
     "A model card in Markdown, with the YAML head that the Hugging Face hub reads."
     dataset, split, model = record["dataset"], record["split"], record["model"]
     titles = record["class_titles"]
-    lines = ["---", yaml.safe_dump(_front_matter(record, metrics), sort_keys=False, allow_unicode=True, width=120).rstrip(), "---"]
-    lines += ["", f"# {_plain(record['suite'])}/{_plain(record['run'])}: {_plain(model['title'])}", ""]
+    lines = [
+        "---",
+        yaml.safe_dump(
+            _front_matter(record, metrics),
+            sort_keys=False,
+            allow_unicode=True,
+            width=120,
+        ).rstrip(),
+        "---",
+    ]
+    lines += [
+        "",
+        (
+            f"# {_plain(record['suite'])}/{_plain(record['run'])}:"
+            f" {_plain(model['title'])}"
+        ),
+        "",
+    ]
     lines += [
         f"Names the class of a skin lesion on a dermoscopic image, of {len(titles)}: "
         + ", ".join(f"{_plain(titles[c])} (`{c}`)" for c in record["classes"])
@@ -220,20 +289,38 @@ def model_card(
         "",
         "## Training data and split",
         "",
-        f"{_plain(dataset['title'])} ({_plain(dataset['citation'])}; licence {_plain(dataset['license'])}): "
-        f"{dataset['images']:,} images of {dataset['lesions']:,} lesions. "
-        f"Split: {record['config'].get('split', 'lesion')}, seed {record['config'].get('split_seed', 0)}.",
+        (
+            f"{_plain(dataset['title'])} ({_plain(dataset['citation'])}; licence"
+            f" {_plain(dataset['license'])}): {dataset['images']:,} images of"
+            f" {dataset['lesions']:,} lesions. Split:"
+            f" {record['config'].get('split', 'lesion')}, seed"
+            f" {record['config'].get('split_seed', 0)}."
+        ),
         "",
-        "| part | images | lesions | " + " | ".join(_plain(c) for c in record["classes"]) + " |",
+        "| part | images | lesions | "
+        + " | ".join(_plain(c) for c in record["classes"])
+        + " |",
         "|---" * (len(record["classes"]) + 3) + "|",
     ]
     for part, counted in split.items():
-        each = " | ".join(str(counted["per_class"].get(c, 0)) for c in record["classes"])
-        lines.append(f"| {part} | {counted['images']} | {counted['lesions']} | {each} |")
-    lines += ["", "## Scores", "", f"With {metrics['level']:.0%} intervals by bootstrap over lesions.", ""]
+        each = " | ".join(
+            str(counted["per_class"].get(c, 0)) for c in record["classes"]
+        )
+        lines.append(
+            f"| {part} | {counted['images']} | {counted['lesions']} | {each} |"
+        )
+    lines += [
+        "",
+        "## Scores",
+        "",
+        f"With {metrics['level']:.0%} intervals by bootstrap over lesions.",
+        "",
+    ]
     parts = list(metrics["splits"])
     lines += [
-        "| metric | " + " | ".join(f"{p} (n = {metrics['splits'][p]['n']})" for p in parts) + " |",
+        "| metric | "
+        + " | ".join(f"{p} (n = {metrics['splits'][p]['n']})" for p in parts)
+        + " |",
         "|---" * (len(parts) + 1) + "|",
     ]
     for name, spec in METRICS.items():
@@ -244,23 +331,33 @@ def model_card(
     if binary and all(binary):
         for name, spec in BINARY_METRICS.items():
             found = [_score(b["metrics"][name]) for b in binary]
-            lines.append(f"| {spec.title} of {_plain(binary[0]['positive'])} | " + " | ".join(found) + " |")
+            lines.append(
+                f"| {spec.title} of {_plain(binary[0]['positive'])} | "
+                + " | ".join(found)
+                + " |"
+            )
     lines += ["", "## Decisions fitted on validation images", ""]
     if decision.n:
         lines.append(
-            f"Temperature {decision.temperature:.3f}. A class belongs to the {decision.coverage:.0%} set if its "
-            f"probability is at least {1 - decision.set_threshold:.3f}."
+            f"Temperature {decision.temperature:.3f}. A class belongs to the"
+            f" {decision.coverage:.0%} set if its probability is at least"
+            f" {1 - decision.set_threshold:.3f}."
             if decision.set_threshold is not None
             else f"Temperature {decision.temperature:.3f}."
         )
         if decision.min_confidence is not None:
             lines.append(
-                f"It abstains below a confidence of {decision.min_confidence:.3f}, and where an image is unlike its "
-                "training images."
+                f"It abstains below a confidence of {decision.min_confidence:.3f}, and"
+                " where an image is unlike its training images."
             )
     else:
         lines.append("None: there were no validation images.")
-    lines += ["", "## Limits", "", *(f"- {line}" for line in _limits(record, metrics, decision))]
+    lines += [
+        "",
+        "## Limits",
+        "",
+        *(f"- {line}" for line in _limits(record, metrics, decision)),
+    ]
     made = record.get("provenance", {})
     lines += [
         "",
@@ -277,19 +374,31 @@ def model_card(
         'answers = Predictor("FOLDER")(["image.jpg"], cam=True)',
         "```",
         "",
-        "The input is an RGB image in 0 to 255; preprocessing is part of the network. `labels.json` says to which size and how "
-        "images are brought before that.",
+        (
+            "The input is an RGB image in 0 to 255; preprocessing is part of the"
+            " network. `labels.json` says to which size and how images are brought"
+            " before that."
+        ),
         "",
         "## Provenance",
         "",
-        f"dermnb {dermnb_version()}, commit {made.get('git_commit', '')[:12] or 'unknown'}, finished {made.get('finished', 'unknown')}; "
-        f"{model['parameters']:,} parameters.",
+        (
+            f"dermnb {dermnb_version()}, commit"
+            f" {made.get('git_commit', '')[:12] or 'unknown'}, finished"
+            f" {made.get('finished', 'unknown')}; {model['parameters']:,} parameters."
+        ),
         "",
     ]
     return "\n".join(lines)
 
-# %% ../nbs/13_bundle.ipynb #1de25d7a
-_NETWORK_FILES = ("model.keras", "labels.json", "novelty.npz", "ensemble.json", "decision.json")
+# %% ../nbs/13_bundle.ipynb #9be49a6b
+_NETWORK_FILES = (
+    "model.keras",
+    "labels.json",
+    "novelty.npz",
+    "ensemble.json",
+    "decision.json",
+)
 
 
 def _take(source: Path, target: Path) -> None:
@@ -312,7 +421,11 @@ def _take_bundle(source: Path, target: Path) -> None:
 def save_novelty(folder: str | Path, novelty: Novelty | None) -> None:
     "Write `novelty.npz`, or nothing."
     if novelty is not None:
-        np.savez(Path(folder) / "novelty.npz", features=novelty.features, threshold=novelty.threshold)
+        np.savez(
+            Path(folder) / "novelty.npz",
+            features=novelty.features,
+            threshold=novelty.threshold,
+        )
 
 
 def write_bundle(
@@ -325,7 +438,9 @@ def write_bundle(
     "Complete a `model` folder with decision.json, novelty.npz and the model card."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    decision = fit_decision(predictions, record["classes"], record["dataset"].get("positive", ""))
+    decision = fit_decision(
+        predictions, record["classes"], record["dataset"].get("positive", "")
+    )
     save_novelty(folder, novelty)
     about = {
         "schema": 1,
@@ -335,7 +450,9 @@ def write_bundle(
         "synthetic": bool(record["dataset"]["synthetic"]),
     }
     write_json(folder / "decision.json", about | decision.to_dict())
-    (folder / "README.md").write_text(model_card(record, metrics, decision), encoding="utf-8")
+    (folder / "README.md").write_text(
+        model_card(record, metrics, decision), encoding="utf-8"
+    )
     return decision
 
 
@@ -353,7 +470,10 @@ def take_members(
         target = folder / "members" / entry["folder"]
         _take_bundle(run / "model", target)
         if references is not None:
-            np.savez(target / "reference.npz", p=np.asarray(references[entry["run"]], "float32"))
+            np.savez(
+                target / "reference.npz",
+                p=np.asarray(references[entry["run"]], "float64"),
+            )
     write_json(folder / "ensemble.json", ensemble)
 
 # %% ../nbs/13_bundle.ipynb #8169e90a
@@ -363,19 +483,36 @@ def _refuse_code(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             described = json.loads(archive.read("config.json"))
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"{path} is not a whole .keras file ({error}): copy it again.") from None
+        raise ConfigError(
+            f"{path} is not a whole .keras file ({error}): copy it again."
+        ) from None
     for part in _parts(described):
         module = part.get("module")
-        foreign = module is not None and str(module).split(".")[0] not in ("keras", "builtins")
+        foreign = module is not None and str(module).split(".")[0] not in (
+            "keras",
+            "builtins",
+        )
         odd = module == "builtins" and part.get("class_name") not in _BUILTINS
-        if foreign or odd or part.get("class_name") in _CODE or part.get("registered_name") in _CODE:
+        if (
+            foreign
+            or odd
+            or part.get("class_name") in _CODE
+            or part.get("registered_name") in _CODE
+        ):
             raise ConfigError(
-                f"{path} asks for {part.get('class_name')!r} of {module!r}, which is no plain Keras layer, and could run "
-                "code: it is not loaded."
+                f"{path} asks for {part.get('class_name')!r} of {module!r}, which is no"
+                " plain Keras layer, and could run code: it is not loaded."
             )
 
 
-_CODE = ("Lambda", "function", "TorchModuleWrapper", "TFSMLayer", "FlaxLayer", "JaxLayer")
+_CODE = (
+    "Lambda",
+    "function",
+    "TorchModuleWrapper",
+    "TFSMLayer",
+    "FlaxLayer",
+    "JaxLayer",
+)
 _BUILTINS = (None, "dict", "tuple", "list", "str", "int", "float", "bool", "slice")
 
 
@@ -423,7 +560,11 @@ class Bundle:
         if not self.members:
             return [(self.name, 1.0, self)]
         return [
-            (member.name if not member.bundle.members else f"{member.name}/{name}", member.weight * weight, leaf)
+            (
+                member.name if not member.bundle.members else f"{member.name}/{name}",
+                member.weight * weight,
+                leaf,
+            )
             for member in self.members
             for name, weight, leaf in member.bundle.networks
         ]
@@ -449,29 +590,57 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _texts(values, path: Path, what: str) -> tuple[str, ...]:
-    if not isinstance(values, list) or len(values) < 2 or not all(isinstance(v, str) for v in values):
+    if (
+        not isinstance(values, list)
+        or len(values) < 2
+        or not all(isinstance(v, str) for v in values)
+    ):
         raise ConfigError(f"{path}: {what} must be a list of two names or more.")
     return tuple(values)
+
+
+def bundle_folder(
+    folder: str | Path,  # `model` of a run, or the run's folder
+) -> Path:
+    "The folder that holds the bundle's files, or the ConfigError that says what is wrong."
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"there is no folder {folder}: give the `model` folder of a finished run."
+        )
+    if (folder / "model").is_dir():
+        folder = folder / "model"
+    if not any((folder / name).is_file() for name in ("model.keras", "ensemble.json")):
+        raise ConfigError(
+            f"{folder} holds neither model.keras nor ensemble.json: give the `model`"
+            " folder of a finished run."
+        )
+    if not (folder / "decision.json").is_file():
+        raise ConfigError(
+            f"{folder} has no decision.json, as runs of an earlier version: `dermnb"
+            f" explain {folder.parent}` adds it."
+        )
+    return folder
 
 
 def load_bundle(
     folder: str | Path,  # `model` of a run, or the run's folder
 ) -> Bundle:
     "A network or an ensemble, ready to predict; runs no code from its files."
+    return _load(bundle_folder(folder))
+
+
+def is_complete(folder: str | Path) -> bool:
+    "Whether a `model` folder has all that a bundle needs, its members' too."
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ConfigError(f"there is no folder {folder}: give the `model` folder of a finished run.")
-    if (folder / "model").is_dir():
-        folder = folder / "model"
-    if not any((folder / name).is_file() for name in ("model.keras", "ensemble.json")):
-        raise ConfigError(
-            f"{folder} holds neither model.keras nor ensemble.json: give the `model` folder of a finished run."
-        )
     if not (folder / "decision.json").is_file():
-        raise ConfigError(
-            f"{folder} has no decision.json, as runs of an earlier version: `dermnb explain {folder.parent}` adds it."
-        )
-    return _load(folder)
+        return False
+    if (folder / "ensemble.json").is_file():
+        places = [
+            m.get("folder") for m in read_json(folder / "ensemble.json")["members"]
+        ]
+        return all(place and (folder / "members" / place).is_dir() for place in places)
+    return (folder / "model.keras").is_file()
 
 
 def _load(folder: Path) -> Bundle:
@@ -479,7 +648,11 @@ def _load(folder: Path) -> Bundle:
     about = read_json(path) if path.is_file() else {}
     if not isinstance(about, dict) or about.get("schema", 1) != 1:
         raise ConfigError(f"{path} is of a later version of dermnb: update dermnb.")
-    fields = {k: v for k, v in about.items() if k not in ("schema", "name", "version", "titles", "synthetic")}
+    fields = {
+        k: v
+        for k, v in about.items()
+        if k not in ("schema", "name", "version", "titles", "synthetic")
+    }
     shared = {
         "folder": folder,
         "name": str(about.get("name", folder.name)),
@@ -498,7 +671,9 @@ def _load(folder: Path) -> Bundle:
     if (folder / "novelty.npz").is_file():
         found = _arrays(folder / "novelty.npz")
         if {"features", "threshold"} - set(found) or found["features"].ndim != 2:
-            raise ConfigError(f"{folder / 'novelty.npz'} is not what dermnb writes: copy it again.")
+            raise ConfigError(
+                f"{folder / 'novelty.npz'} is not what dermnb writes: copy it again."
+            )
         novelty = Novelty(found["features"], float(found["threshold"]))
     labels = classifier.meta
     classes = _texts(labels["classes"], folder / "labels.json", "classes")
@@ -518,11 +693,14 @@ def _load_ensemble(folder: Path, about: Mapping, shared: dict) -> Bundle:
     ensemble = read_json(path)
     try:
         classes = _texts(ensemble["classes"], path, "classes")
-        entries = [(str(e["run"]), float(e["weight"]), str(e["folder"])) for e in ensemble["members"]]
+        entries = [
+            (str(e["run"]), float(e["weight"]), str(e["folder"]))
+            for e in ensemble["members"]
+        ]
     except (KeyError, TypeError, ValueError):
         raise ConfigError(
-            f"{path} does not say where its members are, as of an earlier version: `dermnb explain {folder.parent}` "
-            "puts them into the folder."
+            f"{path} does not say where its members are, as of an earlier version:"
+            f" `dermnb explain {folder.parent}` puts them into the folder."
         ) from None
     members = []
     for name, weight, place in entries:
@@ -530,21 +708,33 @@ def _load_ensemble(folder: Path, about: Mapping, shared: dict) -> Bundle:
             raise ConfigError(f"{path}: member folder {place!r} must be a plain name.")
         inside = folder / "members" / place
         if not inside.is_dir():
-            raise ConfigError(f"{path} names member {name!r}, but {inside} is absent: copy the whole folder.")
+            raise ConfigError(
+                f"{path} names member {name!r}, but {inside} is absent: copy the whole"
+                " folder."
+            )
         members.append(BundleMember(Path(name).name, weight, _load(inside)))
         if members[-1].bundle.classes != classes:
-            raise ConfigError(f"{path}: the classes of member {name!r} are not those of the ensemble.")
+            raise ConfigError(
+                f"{path}: the classes of member {name!r} are not those of the ensemble."
+            )
     if len({m.name for m in members}) < len(members):
-        members = [BundleMember(f"{m.name} ({i})", m.weight, m.bundle) for i, m in enumerate(members, 1)]
+        members = [
+            BundleMember(f"{m.name} ({i})", m.weight, m.bundle)
+            for i, m in enumerate(members, 1)
+        ]
     total = sum(m.weight for m in members)
     if len(members) < 2 or not total > 0 or any(m.weight < 0 for m in members):
-        raise ConfigError(f"{path}: weights must be 0 or more and not all 0, of two members or more.")
+        raise ConfigError(
+            f"{path}: weights must be 0 or more and not all 0, of two members or more."
+        )
     titles = about.get("titles") or {}
     return Bundle(
         classes=classes,
         titles={c: str(titles.get(c, c)) for c in classes},
         synthetic=any(m.bundle.synthetic for m in members),
         combine=str(ensemble.get("combine", "mean")),
-        members=tuple(BundleMember(m.name, m.weight / total, m.bundle) for m in members),
+        members=tuple(
+            BundleMember(m.name, m.weight / total, m.bundle) for m in members
+        ),
         **shared,
     )

@@ -52,7 +52,8 @@ def read_image(
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[-1] != 3:
             raise ConfigError(
-                f"an array of {source.dtype} {source.shape} is no image: it must be uint8 (height, width, 3)."
+                f"an array of {source.dtype} {source.shape} is no image: it must be"
+                " uint8 (height, width, 3)."
             )
         source = Image.fromarray(source)
     if isinstance(source, str | Path):
@@ -65,7 +66,8 @@ def read_image(
         raise ConfigError(f"{name} is empty: it holds no image.")
     if len(source) > MAX_BYTES:
         raise ConfigError(
-            f"{name} has {len(source) / 1e6:.0f} MB: images may have at most {MAX_BYTES // 10**6} MB."
+            f"{name} has {len(source) / 1e6:.0f} MB: images may have at most"
+            f" {MAX_BYTES // 10**6} MB."
         )
     with warnings.catch_warnings():
         # Pillow warns of a size that is refused below, in words of our own.
@@ -76,15 +78,20 @@ def read_image(
             raise ConfigError(_too_large(name)) from None
         except UnidentifiedImageError:
             raise ConfigError(
-                f"{name} is not an image in one of the formats {', '.join(FORMATS)}, or is broken at its beginning."
+                f"{name} is not an image in one of the formats {', '.join(FORMATS)}, or"
+                " is broken at its beginning."
             ) from None
         except Exception as error:  # Pillow raises many kinds for broken files
-            raise ConfigError(f"{name} cannot be read ({_reason(error)}): it is broken.") from None
+            raise ConfigError(
+                f"{name} cannot be read ({_reason(error)}): it is broken."
+            ) from None
     return Picture(name, source, _look_at(image, name, source))
 
 
 def _too_large(name: str, size=None) -> str:
-    shown = f"has {size[0]:,} x {size[1]:,} pixels" if size else "has far too many pixels"
+    shown = (
+        f"has {size[0]:,} x {size[1]:,} pixels" if size else "has far too many pixels"
+    )
     return f"{name} {shown}: images may have at most {MAX_PIXELS // 10**6} million."
 
 
@@ -94,14 +101,21 @@ def _look_at(image: Image.Image, name: str, data: bytes) -> tuple[str, ...]:
         raise ConfigError(_too_large(name, image.size))
     if min(width, height) < MIN_SIDE:
         raise ConfigError(
-            f"{name} has {width} x {height} pixels: a lesion cannot be seen on fewer than {MIN_SIDE} a side."
+            f"{name} has {width} x {height} pixels: a lesion cannot be seen on fewer"
+            f" than {MIN_SIDE} a side."
         )
     # A telephone's JPEG may hold a second picture, its preview: format MPO.
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-        raise ConfigError(f"{name} holds {image.n_frames} pictures, as an animation does: give a single one.")
+        raise ConfigError(
+            f"{name} holds {image.n_frames} pictures, as an animation does: give a"
+            " single one."
+        )
     notes = []
     if image.mode == "CMYK":
-        notes.append("It is in the colours of print (CMYK), which were converted and may differ from the skin's.")
+        notes.append(
+            "It is in the colours of print (CMYK), which were converted and may differ"
+            " from the skin's."
+        )
     elif image.mode in ("1", "L", "LA") or image.mode.startswith("I"):
         notes.append("It is grey, and the networks learnt from images in colour.")
     if image.mode.startswith("I") or _is_16_bit_png(data):
@@ -128,7 +142,9 @@ _SUFFIXES = {
 def _wrong_suffix(name: str, form: str | None) -> tuple[str, ...]:
     suffix = os.path.splitext(name)[1].lower()
     if form in _SUFFIXES and suffix and suffix not in _SUFFIXES[form]:
-        return (f"Its name ends in {suffix}, but it is a {form} file, and was read as one.",)
+        return (
+            f"Its name ends in {suffix}, but it is a {form} file, and was read as one.",
+        )
     return ()
 
 
@@ -148,7 +164,11 @@ def square_of(
         if isinstance(error, ConfigError):
             raise
         cut = "truncated" in str(error) or "broken data stream" in str(error)
-        why = "it ends too early, as after an interrupted transfer" if cut else _reason(error)
+        why = (
+            "it ends too early, as after an interrupted transfer"
+            if cut
+            else _reason(error)
+        )
         raise ConfigError(f"{picture.name} cannot be decoded: {why}.") from None
 
 # %% ../nbs/18_predict.ipynb #8bd5cb80
@@ -194,19 +214,25 @@ class Answer:
         return known | ({"members": self.members} if self.members else {})
 
 
-def _reasons(bundle: Bundle, confidence: float, novelty: float | None, least: float) -> list[str]:
+def _reasons(
+    bundle: Bundle, confidence: float, novelty: float | None, least: float
+) -> list[str]:
     reasons = []
     if novelty is not None and novelty > 1:
         reasons.append(
-            f"The image is unlike the training images: it is {novelty:.1f} times as far from them as 99 % of the "
-            "validation images are at most."
+            f"The image is unlike the training images: it is {novelty:.1f} times as far"
+            " from them as 99 % of the validation images are at most."
         )
     if confidence < least:
         decided = bundle.decision.min_confidence == least
-        why = f", as for the least certain {1 - bundle.decision.answered:.0%} of the validation images"
+        why = (
+            f", as for the least certain {1 - bundle.decision.answered:.0%} of the"
+            " validation images"
+        )
         reasons.append(
-            f"The answer is too uncertain: the most probable class has {confidence:.0%}, and below {least:.0%} no "
-            f"answer is given{why if decided else ''}."
+            "The answer is too uncertain: the most probable class has"
+            f" {confidence:.0%}, and below {least:.0%} no answer is"
+            f" given{why if decided else ''}."
         )
     return reasons
 
@@ -219,15 +245,21 @@ class Predictor:
         bundle: Bundle | str | Path,  # or the folder of one
         min_confidence: float | None = None,  # abstain below; None: as the bundle says
     ):
+        self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         from dermnb.gradcam import CamNetwork  # loads Keras
 
-        self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
-        least = self.bundle.decision.min_confidence if min_confidence is None else min_confidence
+        least = (
+            self.bundle.decision.min_confidence
+            if min_confidence is None
+            else min_confidence
+        )
         self.min_confidence = 0.0 if least is None else float(least)
         if not 0 <= self.min_confidence <= 1:
             raise ConfigError(f"min_confidence {min_confidence} must be from 0 to 1.")
         self._seers = {
-            id(leaf): CamNetwork(leaf.classifier.model, leaf.classifier.meta.get("backbone", ""))
+            id(leaf): CamNetwork(
+                leaf.classifier.model, leaf.classifier.meta.get("backbone", "")
+            )
             for _, _, leaf in self.bundle.networks
         }
 
@@ -235,16 +267,27 @@ class Predictor:
         leaves = [leaf.classifier for _, _, leaf in self.bundle.networks]
         return {(c.image_size, c.resize) for c in leaves if c.image_size}
 
-    def _frame(self) -> str:
+    @property
+    def layers(self) -> dict[str, str]:
+        "Of each network the layer that its maps are of."
+        return {
+            name: self._seers[id(leaf)].layer for name, _, leaf in self.bundle.networks
+        }
+
+    def frame(self) -> str:
         "How the image under the map is resized: as for the networks, which must agree."
         methods = {method for _, method in self._sizes()}
         if len(methods) > 1:
             raise ConfigError(
-                f"the members of {self.bundle.name} resize differently ({', '.join(sorted(methods))}), so that their maps "
-                "do not lie over each other: ask without a map."
+                f"the members of {self.bundle.name} resize differently"
+                f" ({', '.join(sorted(methods))}), so that their maps do not lie over"
+                " each other: ask without a map."
             )
         if not methods:
-            raise ConfigError(f"{self.bundle.name} looks at no image, only at age, sex and site: there is no map.")
+            raise ConfigError(
+                f"{self.bundle.name} looks at no image, only at age, sex and site:"
+                " there is no map."
+            )
         return methods.pop()
 
     def __call__(
@@ -258,24 +301,44 @@ class Predictor:
         batch_size: int = 32,
     ) -> list[Answer]:
         "One answer an image, in order. An image that cannot be read has an `error`."
-        images = [images] if isinstance(images, str | bytes | Path | Image.Image) else list(images)
+        images = (
+            [images]
+            if isinstance(images, str | bytes | Path | Image.Image)
+            else list(images)
+        )
         names = [""] * len(images) if names is None else list(names)
         if len(names) != len(images):
-            raise ConfigError(f"{len(names)} names for {len(images)} images: give one each.")
+            raise ConfigError(
+                f"{len(names)} names for {len(images)} images: give one each."
+            )
         if metadata is not None and len(metadata) != len(images):
-            raise ConfigError(f"{len(metadata)} rows of metadata for {len(images)} images: give one each.")
+            raise ConfigError(
+                f"{len(metadata)} rows of metadata for {len(images)} images: give one"
+                " each."
+            )
         if target is not None and target not in self.bundle.classes:
             raise unknown_name("class", target, self.bundle.classes)
-        frame = self._frame() if cam else ""
+        frame = self.frame() if cam else ""
         with _pool() as pool:
-            opened = list(pool.map(lambda i: self._open(images[i], names[i], frame), range(len(images))))
+            opened = list(
+                pool.map(
+                    lambda i: self._open(images[i], names[i], frame), range(len(images))
+                )
+            )
         answers = [answer for answer, _ in opened]
         good = [i for i, answer in enumerate(answers) if not answer.error]
         for start in range(0, len(good), batch_size):
             rows = good[start : start + batch_size]
             table = None if metadata is None else metadata.iloc[rows]
             squares = [opened[i][1] for i in rows]
-            self._answer([answers[i] for i in rows], squares, table, target if cam else None, cam, method)
+            self._answer(
+                [answers[i] for i in rows],
+                squares,
+                table,
+                target if cam else None,
+                cam,
+                method,
+            )
         return answers
 
     def _open(self, source, name: str, frame: str) -> tuple[Answer, dict]:
@@ -287,10 +350,16 @@ class Predictor:
                 answer.square = square_of(picture, CAM_SIZE, frame)
             return answer, squares
         except ConfigError as error:
-            shown = name or (os.path.basename(str(source)) if isinstance(source, str | Path) else "the image")
+            shown = name or (
+                os.path.basename(str(source))
+                if isinstance(source, str | Path)
+                else "the image"
+            )
             return Answer(shown, error=str(error)), {}
 
-    def _answer(self, answers, squares, metadata, target, cam: bool, method: str) -> None:
+    def _answer(
+        self, answers, squares, metadata, target, cam: bool, method: str
+    ) -> None:
         bundle, n = self.bundle, len(answers)
         leaves = [leaf for _, _, leaf in bundle.networks]
         inputs = {id(x): _inputs(x.classifier, squares, metadata, n) for x in leaves}
@@ -313,9 +382,13 @@ class Predictor:
             order = np.argsort(-p[i], kind="stable")
             answer.classes_90 = [bundle.classes[k] for k in order if sets[i, k]]
             answer.novelty = None if novelty is None else float(novelty[i])
-            answer.reasons = _reasons(bundle, answer.confidence, answer.novelty, self.min_confidence)
+            answer.reasons = _reasons(
+                bundle, answer.confidence, answer.novelty, self.min_confidence
+            )
             answer.abstains = bool(answer.reasons)
-            answer.members = {name: _by_class(bundle, q[i]) for name, q in members.items()}
+            answer.members = {
+                name: _by_class(bundle, q[i]) for name, q in members.items()
+            }
             answer.cam = maps[i]
             answer.cam_class = bundle.classes[aim[i]] if cam else ""
 
@@ -326,7 +399,10 @@ class Predictor:
         if bundle.combine == "rank":
             references = [m.bundle.reference for m in bundle.members]
             if any(r is None for r in references):
-                raise ConfigError(f"{bundle.folder} ranks its members, but not every one has a reference.npz: copy it again.")
+                raise ConfigError(
+                    f"{bundle.folder} ranks its members, but not every one has a"
+                    " reference.npz: copy it again."
+                )
         mixed = [self._mix(m.bundle, seen) for m in bundle.members]
         return mix_probabilities(mixed, [m.weight for m in bundle.members], references)
 
@@ -360,8 +436,12 @@ class Predictor:
         found = []
         for i in range(0, len(squares), batch_size):
             inputs = self._of_squares(squares[i : i + batch_size], metadata, i)
-            seen = {key: self._seers[key].predict(given) for key, given in inputs.items()}
-            found.append(temper(self._mix(self.bundle, seen), self.bundle.decision.temperature))
+            seen = {
+                key: self._seers[key].predict(given) for key, given in inputs.items()
+            }
+            found.append(
+                temper(self._mix(self.bundle, seen), self.bundle.decision.temperature)
+            )
         return np.concatenate(found)
 
     def maps(
@@ -379,7 +459,9 @@ class Predictor:
         for i in range(0, len(squares), batch_size):
             part = slice(i, i + batch_size)
             inputs = self._of_squares(squares[part], metadata, i)
-            found.append(resize_maps(self._maps(inputs, target[part], method), squares.shape[1]))
+            found.append(
+                resize_maps(self._maps(inputs, target[part], method), squares.shape[1])
+            )
         return np.concatenate(found)
 
     def _of_squares(self, squares: np.ndarray, metadata, start: int) -> dict:
@@ -402,7 +484,9 @@ class Predictor:
         for path in paths:
             batch.append(path)
             if len(batch) == batch_size:
-                yield from self(batch, metadata=metadata_rows(metadata, batch), **options)
+                yield from self(
+                    batch, metadata=metadata_rows(metadata, batch), **options
+                )
                 batch = []
         if batch:
             yield from self(batch, metadata=metadata_rows(metadata, batch), **options)
@@ -435,10 +519,13 @@ def read_metadata(path: str | Path) -> pd.DataFrame:
     table = read_table(Path(path))
     if "image" not in table:
         raise ConfigError(
-            f"{path} has no column 'image' with the names of the files; it has {', '.join(map(str, table))}."
+            f"{path} has no column 'image' with the names of the files; it has"
+            f" {', '.join(map(str, table))}."
         )
     if not {"age", "sex", "site"} & set(table):
-        raise ConfigError(f"{path} has none of the columns age, sex and site: name them so.")
+        raise ConfigError(
+            f"{path} has none of the columns age, sex and site: name them so."
+        )
     return table
 
 
@@ -449,7 +536,11 @@ def metadata_rows(
     "Age, sex and site of these images."
     if table is None:
         return None
-    known = table.assign(image=table["image"].astype(str)).drop_duplicates("image").set_index("image")
+    known = (
+        table.assign(image=table["image"].astype(str))
+        .drop_duplicates("image")
+        .set_index("image")
+    )
     names = [os.path.basename(str(p)) for p in paths]
     keys = [n if n in known.index else os.path.splitext(n)[0] for n in names]
     return known.reindex(keys).reset_index(drop=True)
@@ -461,12 +552,16 @@ def find_images(
     "Paths of all images, each once, in order; ConfigError where a source has none."
     found = []
     for source in map(str, sources):
-        if os.path.isdir(source) or (source.lower().endswith(".zip") and os.path.isfile(source)):
+        if os.path.isdir(source) or (
+            source.lower().endswith(".zip") and os.path.isfile(source)
+        ):
             paths = [image.path for image in list_images(source)[0]]
         elif os.path.isfile(source) or ".zip::" in source.lower():
             paths = [source]
         elif glob.has_magic(source):
-            paths = sorted(p for p in glob.glob(source, recursive=True) if os.path.isfile(p))
+            paths = sorted(
+                p for p in glob.glob(source, recursive=True) if os.path.isfile(p)
+            )
         else:
             raise ConfigError(f"there is no file or folder {source!r}.")
         if not paths:
@@ -495,8 +590,14 @@ def answers_table(
         }
         for a in answers
     ]
-    numbers = {"confidence": float, "novelty": float, **{f"p_{c}": float for c in classes}}
-    texts = dict.fromkeys(("image", "predicted", "reasons", "classes_90", "notes", "error"), str)
+    numbers = {
+        "confidence": float,
+        "novelty": float,
+        **{f"p_{c}": float for c in classes},
+    }
+    texts = dict.fromkeys(
+        ("image", "predicted", "reasons", "classes_90", "notes", "error"), str
+    )
     columns = list(rows[0]) if rows else None
     return pd.DataFrame(rows, columns=columns).astype(numbers | texts if rows else {})
 
@@ -536,9 +637,11 @@ def write_answers(
     return path
 
 
-def _writer(part: Path, suffix: str, stack: contextlib.ExitStack) -> Callable[[pd.DataFrame], None]:
+def _writer(
+    part: Path, suffix: str, stack: contextlib.ExitStack
+) -> Callable[[pd.DataFrame], None]:
     if suffix == ".csv":
-        file = stack.enter_context(open(part, "w", encoding="utf-8", newline=""))
+        file = stack.enter_context(part.open("w", encoding="utf-8", newline=""))
         return lambda table: table.to_csv(file, index=False, header=file.tell() == 0)
     import pyarrow
     import pyarrow.parquet
@@ -548,7 +651,9 @@ def _writer(part: Path, suffix: str, stack: contextlib.ExitStack) -> Callable[[p
     def write(table: pd.DataFrame) -> None:
         data = pyarrow.Table.from_pandas(table, preserve_index=False)
         if not opened:
-            opened.append(stack.enter_context(pyarrow.parquet.ParquetWriter(part, data.schema)))
+            opened.append(
+                stack.enter_context(pyarrow.parquet.ParquetWriter(part, data.schema))
+            )
         opened[0].write_table(data.cast(opened[0].schema))
 
     return write
@@ -587,5 +692,8 @@ def sentence(answer: Answer, bundle: Bundle) -> str:
     likely = f"{bundle.decision.coverage:.0%} set: {', '.join(answer.classes_90)}"
     notes = f" Note: {' '.join(answer.notes)}" if answer.notes else ""
     if answer.abstains:
-        return f"{answer.name}: no answer. {' '.join(answer.reasons)} (Most probable: {share}; {likely}.){notes}"
+        return (
+            f"{answer.name}: no answer. {' '.join(answer.reasons)} (Most probable:"
+            f" {share}; {likely}.){notes}"
+        )
     return f"{answer.name}: {share}; {likely}.{notes}"
