@@ -41,7 +41,7 @@ def raw(network: CamNetwork, given, target: int) -> list[np.ndarray]:
 def check_gradient(model, layer, given, target=1) -> None:
     "Raised where the gradient is, each image's logit grows by as much as the gradient says."
     network = CamNetwork(model, layer=layer)
-    logits, features, maps, gradients = raw(network, given, target)
+    logits, _, maps, gradients = raw(network, given, target)
     beside = [x for x in model.inputs if x.name == "metadata"]
     tensors = [model.get_layer(network.layer).output, *beside]
     upper = keras.Model(tensors, model.get_layer("logits").output)
@@ -84,7 +84,7 @@ def test_gradient_with_metadata(fusion):
     given = inputs(32, fused=True)
     check_gradient(model, "", given)
     network = CamNetwork(model)
-    p, features, maps = network.explain(given, 1)
+    p, features, _ = network.explain(given, 1)
     np.testing.assert_allclose(p, probabilities(model, [given]), atol=1e-6)
     assert features.shape == (3, 64)
     other = network.explain(given | {"metadata": given["metadata"][::-1]}, 1)
