@@ -81,7 +81,7 @@ def _set_sentence(answer, bundle) -> str:
             f"To be right for {share} of images, nothing can be ruled out here: each of "
             f"the {len(bundle.classes)} classes remains possible."
         )
-    names = [f"**{_plain(bundle.titles.get(c, c))}**" for c in codes]
+    names = [f"**{_plain(bundle.titles[c])}**" for c in codes]
     if len(names) == 1:
         return f"To be right for {share} of images, this one class is enough here: {names[0]}."
     return (
@@ -153,7 +153,7 @@ def _table(people: Sequence[tuple]) -> pd.DataFrame | None:
 
 def _ask(predictor, lock, files: Sequence[_File], people: Sequence[tuple]) -> list[_Result]:
     "One result a file."
-    images, names = [f.data for f in files], [f.name for f in files]
+    images, names = [f.data for f in files], [_visible(f.name) for f in files]
     try:
         with lock:
             answers = predictor(images, names=names, metadata=_table(people))
@@ -164,7 +164,7 @@ def _ask(predictor, lock, files: Sequence[_File], people: Sequence[tuple]) -> li
             return [_ask(predictor, lock, [f], [p])[0] for f, p in pairs]
         _log.exception("an image could not be answered")
         reason = str(error) if isinstance(error, ConfigError) else (
-            "this image could not be worked on: the log of the server says why."
+            f"{names[0]} could not be worked on: the log of the server says why."
         )
         return [_Result(people[0], error=reason)]
 
@@ -195,10 +195,10 @@ def _results(predictor, lock, files: Sequence[_File], people: dict) -> dict[str,
 def _reading(done: int, total: int) -> str:
     return "Reading the image" if total == 1 else f"Reading images: {done} of {total}"
 
-# %% ../nbs/24_app.ipynb #0839243b
+# %% ../nbs/24_app.ipynb #dbd3592c
 _NOTICE = (
-    "This page is for research. It is no medical device and gives no diagnosis. If a spot on "
-    "your skin worries you, show it to a doctor, whatever this page says."
+    "This is no medical device. If a spot on your skin worries you, show it to a doctor, "
+    "whatever this page says."
 )
 _SYNTHETIC = (
     "This network has only seen images drawn by a program. What it says about a photograph "
@@ -224,6 +224,7 @@ def page(
         st.error(_plain(error), title="There is no network to ask")
         return
     bundle = predictor.bundle
+    st.caption(f"What the network {_plain(bundle.name)} says about an image, and how sure it is")
     st.info(_NOTICE, title="Research only, no diagnosis")
     if bundle.synthetic:
         st.warning(_SYNTHETIC, title="Trained on generated images")
@@ -235,7 +236,7 @@ def page(
     if files:
         chosen = _overview(bundle, files, results)
         _detail(predictor, lock, chosen, results[chosen.key])
-    _about(bundle, model)
+    _about(bundle)
 
 
 def _choose_files() -> list[_File]:
@@ -243,8 +244,7 @@ def _choose_files() -> list[_File]:
 
     uploads = st.file_uploader(
         "Images of skin lesions, taken through a dermatoscope",
-        # Types, not endings: what a file holds is decided by reading it.
-        type=["image/jpeg", "image/png"],
+        type=["jpg", "jpeg", "png"],
         accept_multiple_files=True,
         max_upload_size=_LIMIT_MB,
         key="uploads",
@@ -281,9 +281,9 @@ def _overview(bundle, files: list[_File], results: dict[str, _Result]) -> _File:
     "One line a file, if there are several; the file to show in full."
     import streamlit as st
 
+    st.header("Result" if len(files) == 1 else "Results", anchor=False)
     if len(files) == 1:
         return files[0]
-    st.header("Results", anchor=False, divider="gray")
     found = [_short(bundle, results[f.key]) for f in files]
     refused, silent = found.count("not read"), found.count("no answer")
     parts = [f"{len(files) - refused - silent} answered"]
@@ -291,12 +291,11 @@ def _overview(bundle, files: list[_File], results: dict[str, _Result]) -> _File:
     parts += [f"{refused} not read"] * bool(refused)
     st.markdown(f"{len(files)} images: {_listed(parts, 'and')}.")
     table = pd.DataFrame({
-        "Image": [_plain(f.name, 40) for f in files],
+        "Image": [f"{i}\\. {_plain(_visible(f.name, 40))}" for i, f in enumerate(files, 1)],
         "Result": [_plain(_capital(text)) for text in found],
     })
-    table.index += 1
     with st.container(height=320 if len(files) > 7 else "content", border=False):
-        st.table(table, border="horizontal", alt="Result of each image")
+        st.table(table, hide_index=True, border="horizontal", alt="Result of each image")
     records = [_record(bundle, f, results[f.key]) for f in files]
     st.download_button(
         "All results (JSON)", _json(records), "dermnb.json", "application/json",
@@ -318,64 +317,75 @@ def _detail(predictor, lock, file: _File, result: _Result) -> None:
     import streamlit as st
 
     bundle, answer = predictor.bundle, result.answer
-    with st.container(key="answer"):
-        if result.error:
-            st.error(_plain(_capital(result.error)), title="This file was not read")
-            st.text(_visible(file.name))
-            return
-        left, right = st.columns([2, 3], gap="medium")
-        left.image(answer.square, width="stretch", alt="The image as the network sees it")
-        with left:
-            st.text(_visible(file.name))
-            if file.generated:
-                st.caption("Drawn by a program: it shows no patient.")
-            for note in answer.notes:
-                st.caption(_plain(note))
-        with right:
-            if answer.abstains:
-                reasons = "\n".join(f"- {_plain(reason)}" for reason in answer.reasons)
-                st.warning(
-                    f"The network abstains, because:\n\n{reasons}", title="No answer"
-                )
-            else:
-                _say(bundle, answer)
-            _ask_person(predictor, file)
-        if answer.abstains and not st.toggle(
-            "Show what was computed all the same; it is not to be relied on",
-            key=f"anyway {file.key}",
-        ):
-            _downloads(bundle, file, result)
-            return
-        _probabilities(bundle, answer)
-        _members(bundle, answer)
-        st.fragment(_map)(predictor, lock, file, result)
+    if result.error:
+        st.error(_plain(result.error), title="This file was not read")
+        return
+    said, picture = st.columns([3, 2], gap="medium")  # on a phone in this order
+    with picture:
+        st.image(
+            _square(bundle, file), width="stretch", alt="The part of the image that is looked at"
+        )
+        st.caption(_plain(_visible(file.name)))
+        if file.generated:
+            st.caption("Drawn by a program: it shows no patient.")
+        for note in answer.notes:
+            st.caption(_plain(note))
+    with said:
+        if answer.abstains:
+            reasons = "\n".join(f"- {_plain(reason)}" for reason in answer.reasons)
+            st.subheader("No answer", anchor=False)
+            st.warning(f"The network abstains:\n\n{reasons}")
+        else:
+            _say(bundle, answer)
+        if bundle.wants_metadata:
+            _ask_person(bundle, file)
+    if answer.abstains and not st.toggle(
+        "Show what was computed all the same; it is not to be relied on",
+        key=f"anyway {file.key}",
+    ):
+        _downloads(bundle, file, result)
+        return
+    _probabilities(bundle, answer)
+    _members(bundle, answer)
+    st.fragment(_map)(predictor, lock, file, result)
+
+
+def _square(bundle, file: _File) -> np.ndarray:
+    "The part of the image that the networks see, uint8 (448, 448, 3); kept while on view."
+    import streamlit as st
+    from dermnb.predict import CAM_SIZE, read_image, square_of
+
+    key, square = st.session_state.get("square", ("", None))
+    if key != file.key:
+        sizes = [leaf.classifier for _, _, leaf in bundle.networks]
+        method = next((c.resize for c in sizes if c.image_size), "pad")
+        square = square_of(read_image(file.data), CAM_SIZE, method)
+        st.session_state["square"] = file.key, square
+    return square
 
 
 def _say(bundle, answer) -> None:
     "The answer in words."
     import streamlit as st
 
-    st.caption("The network's answer")
     st.subheader(_plain(_capital(answer.title)), anchor=False)
     share = _percent(answer.confidence)
     if bundle.decision.n:
         st.markdown(
-            f"**Confidence {share}.** Of 100 validation images that it was as sure of, it was "
-            f"right about {round(100 * answer.confidence)} times."
+            f"**Confidence {share}.** Where it is as sure as this it should be right about "
+            f"{round(100 * answer.confidence)} times in 100, of images like those it was calibrated on."
         )
     else:
         st.markdown(f"**Confidence {share}.** How often it is right then was not measured.")
     st.markdown(_set_sentence(answer, bundle))
 
 
-def _ask_person(predictor, file: _File) -> None:
+def _ask_person(bundle, file: _File) -> None:
     "Age, sex and site, for networks that use them."
     import streamlit as st
 
-    encoders = [leaf.classifier.encoder for _, _, leaf in predictor.bundle.networks]
+    encoders = [leaf.classifier.encoder for _, _, leaf in bundle.networks]
     encoders = [e for e in encoders if e is not None]
-    if not encoders:
-        return
     people = st.session_state["people"]
     age, sex, site = people.get(file.key) or (None, None, None)
     with st.expander("Age, sex and site (optional)", expanded=bool(people.get(file.key))):
@@ -397,51 +407,16 @@ def _ask_person(predictor, file: _File) -> None:
         people[file.key] = person
         st.rerun()
 
-# %% ../nbs/24_app.ipynb #40116db3
-_BLUE, _GREY = "#3b82b4", "#9ba6b0"  # both readable on white and on black
-
-
+# %% ../nbs/24_app.ipynb #5887606b
 def _probabilities(bundle, answer) -> None:
     import streamlit as st
 
     st.subheader("Probabilities", anchor=False)
-    ranked = sorted(answer.probabilities.items(), key=lambda pair: -pair[1])
-    table = pd.DataFrame({
-        "Class": [_capital(bundle.titles.get(code, code)) for code, _ in ranked],
-        "p": [p for _, p in ranked],
-        "Probability": [_percent(p) for _, p in ranked],
-    })
-    best = table["Class"][0]
-    bar = {
-        "mark": {"type": "bar", "height": 9, "cornerRadiusEnd": 3},
-        "encoding": {
-            "x": {"field": "p", "type": "quantitative", "axis": None, "scale": {"domain": [0, 1]}},
-            "color": {
-                "condition": {"test": f"datum.p == {ranked[0][1]!r}", "value": _BLUE},
-                "value": _GREY,
-            },
-        },
-    }
-    words = {
-        "mark": {"type": "text", "dy": -13, "baseline": "middle", "fontSize": 14},
-        "encoding": {"text": {"field": "Class"}, "x": {"datum": 0}},
-    }
-    words["mark"]["align"] = "left"
-    right = {
-        "mark": {**words["mark"], "align": "right"},
-        "encoding": {"text": {"field": "Probability"}, "x": {"datum": 1}},
-    }
-    y = {"field": "Class", "type": "nominal", "sort": None, "axis": None}
-    st.vega_lite_chart(
-        table,
-        {"layer": [bar, words, right], "encoding": {"y": y}, "height": {"step": 42}},
-        width="stretch",
-        alt=f"Bars of the probabilities: {best} {_percent(ranked[0][1])} and others; the "
-        "table below has them all.",
-    )
-    with st.expander("As a table"):
-        table["Class"] = [_plain(name) for name in table["Class"]]
-        st.table(table[["Class", "Probability"]], hide_index=True, border="horizontal")
+    with st.container(gap="xsmall"):
+        for code, p in sorted(answer.probabilities.items(), key=lambda pair: -pair[1]):
+            name = _plain(_capital(bundle.titles[code]))
+            name = f"**{name}**" if code == answer.predicted else name
+            st.progress(min(p, 1.0), f"{name}, {_percent(p)}")
 
 
 def _members(bundle, answer) -> None:
@@ -453,13 +428,13 @@ def _members(bundle, answer) -> None:
     rows = []
     for name, p in answer.members.items():
         code = max(p, key=p.get)
-        rows.append((_plain(name), _plain(_capital(bundle.titles.get(code, code))), _percent(p[code])))
+        rows.append((_plain(name), _plain(_capital(bundle.titles[code])), _percent(p[code])))
     agree = sum(max(p, key=p.get) == answer.predicted for p in answer.members.values())
     st.markdown(
         f"{agree} of {len(rows)} networks put the same class first as all of them together."
     )
     st.table(
-        pd.DataFrame(rows, columns=["Network", "Its first class", "Value"]),
+        pd.DataFrame(rows, columns=["Network", "Its first class", "Probability"]),
         hide_index=True,
         border="horizontal",
         alt="What each network of the ensemble says",
@@ -474,10 +449,11 @@ def _map(predictor, lock, file: _File, result: _Result) -> None:
     bundle, answer = predictor.bundle, result.answer
     st.subheader("Where it looked", anchor=False)
     codes = sorted(answer.probabilities, key=lambda c: -answer.probabilities[c])
-    target = st.selectbox(
+    picture, controls = st.columns([3, 2], gap="medium")
+    target = controls.selectbox(
         "Map for the class",
         codes,
-        format_func=lambda c: _capital(bundle.titles.get(c, c)),
+        format_func=lambda c: _capital(bundle.titles[c]),
         key=f"class {file.key}",
     )
     try:
@@ -486,23 +462,22 @@ def _map(predictor, lock, file: _File, result: _Result) -> None:
         st.caption(_plain(_capital(str(error))))
         _downloads(bundle, file, result)
         return
-    opacity = st.slider("Opacity of the map", 0, 100, 50, 5, format="%d %%", key="opacity")
-    title = bundle.titles.get(target, target)
-    pixels = overlay(answer.square, cam, opacity / 100)
-    st.image(
-        pixels,
-        width="stretch",
-        alt=f"The image under a map of what speaks for {title}: {_where(cam)}.",
-    )
-    st.image(_legend(), width="stretch", alt="Colours of the map, from dark blue to yellow")
-    low, high = st.columns(2)
-    low.caption("Dark blue: hardly matters")
-    high.caption("Yellow: speaks most for it", text_alignment="right")
-    st.caption(
-        f"Grad-CAM for **{_plain(title)}**: {_where(cam)}. The map shows what the network "
-        "used, not what is medically relevant, and each image has its own scale."
-    )
-    _downloads(bundle, file, result, pixels, target)
+    title, place = _plain(bundle.titles[target]), _where(cam)
+    with controls:
+        opacity = st.slider("Opacity of the map", 0, 100, 50, 5, format="%d %%", key="opacity")
+        st.caption(
+            f"Grad-CAM for **{title}**: {place}. It shows what the network used, not what is "
+            "medically relevant. Each map has its own scale."
+        )
+    pixels = overlay(_square(bundle, file), cam, opacity / 100)
+    with picture:
+        st.image(pixels, width="stretch", alt=f"The image under a map for {title}: {place}")
+        st.image(_legend(), width="stretch", alt="Colours of the map, from dark blue to yellow")
+        low, high = st.columns(2, wrap=False)
+        low.caption("Dark blue: hardly matters")
+        high.caption("Yellow: speaks for it", text_alignment="right")
+    with controls:
+        _downloads(bundle, file, result, pixels, target)
 
 
 def _cam(predictor, lock, file: _File, person: tuple, target: str) -> np.ndarray:
@@ -555,6 +530,7 @@ def _record(bundle, file: _File, result: _Result) -> dict:
         "generated_image": file.generated,
         "metadata": dict(zip(("age", "sex", "site"), result.person)),
         **answer,
+        "image": file.name,
     }
 
 
@@ -584,20 +560,21 @@ def _downloads(bundle, file: _File, result: _Result, pixels=None, target: str = 
             )
 
 
-def _about(bundle, model: str | Path) -> None:
+def _about(bundle) -> None:
     import streamlit as st
 
     with st.expander("About this network"):
-        st.markdown(f"**{_plain(bundle.name)}** {_plain(bundle.version)}")
-        names = [_plain(bundle.titles.get(c, c)) for c in bundle.classes]
-        st.markdown(f"It tells apart {len(names)} classes: {_listed(names, 'and')}.")
-        card = Path(model) / "README.md"
-        if card.is_file():
-            # A card comes with the network: its images could be asked of another server.
-            text = card.read_text(encoding="utf-8", errors="replace").replace("![", "[")
-            st.markdown(re.sub(r"(?m)^(#{1,4}) ", r"##\1 ", text), anchors=False)
+        st.caption(f"{_plain(bundle.name)}, written by dermnb {_plain(bundle.version)}")
+        st.markdown(_card(bundle.card) or "It has no model card.", anchors=False)
 
-# %% ../nbs/24_app.ipynb #36897449
+
+def _card(text: str) -> str:
+    "A model card as a part of the page: no head for machines, no images, small headings."
+    text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
+    # A card comes with the network: its images could be asked of another server.
+    return re.sub(r"(?m)^(#{1,3}) ", r"###\1 ", text.replace("![", "[")).strip()
+
+# %% ../nbs/24_app.ipynb #e8dd5065
 _OPTIONS = {
     "browser.gatherUsageStats": "false",
     "client.toolbarMode": "minimal",
@@ -673,15 +650,16 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _check_model(model: str | Path) -> Path:
-    "The folder, if it holds a network or several."
+    "The folder, if it or its `model` holds a network or several."
     folder = Path(model).resolve()
-    if not any((folder / name).is_file() for name in ("labels.json", "ensemble.json")):
+    inner = folder / "model" if (folder / "model").is_dir() else folder
+    if not any((inner / name).is_file() for name in ("model.keras", "ensemble.json")):
         raise ConfigError(
-            f"{folder} holds no network: name the model folder of a finished run."
+            f"{folder} holds no network: give the `model` folder of a finished run."
         )
     return folder
 
-# %% ../nbs/24_app.ipynb #97a27115
+# %% ../nbs/24_app.ipynb #0c04cc82
 if __name__ == "__main__" and "__file__" in globals():
     from dermnb.app import page  # not the one above, which is another in each run
 
