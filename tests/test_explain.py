@@ -1,0 +1,219 @@
+"""Checks of explanations, on models and maps whose answers are known."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from scipy import stats
+
+from dermnb.core import ConfigError
+from dermnb.explain import (
+    _random_field,
+    border_only,
+    central_masks,
+    cover_lesion,
+    deletion_insertion,
+    inside_share,
+    randomisation,
+    rank_correlation,
+    redraw_weights,
+)
+from dermnb.gradcam import CamNetwork
+from dermnb.models import build_classifier, load_classifier, save_classifier
+
+REPO = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def pictures(rng, n=3, side=16) -> np.ndarray:
+    return rng.integers(0, 256, (n, side, side, 3)).astype("uint8")
+
+
+def test_loads_no_framework():
+    code = (
+        "import sys, dermnb.explain;"
+        "sys.exit(any(m in sys.modules for m in ('keras', 'tensorflow', 'jax')))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO)
+
+
+def test_no_order_beats_that_of_a_sum(rng):
+    "If each pixel counts for itself, its contribution is the best of all maps."
+    images = pictures(rng)
+    weights = rng.normal(size=(16, 16))
+    shown = []
+
+    def ask(given):
+        assert given.dtype == "uint8" and given.shape == images.shape
+        shown.append(given)
+        p = 0.5 + (given.mean(axis=3) / 255 * weights).sum((1, 2)) / 200
+        return np.stack([1 - p, p], axis=1)
+
+    deletion_insertion(ask, images, np.zeros((3, 16, 16)), [1] * 3, steps=1)
+    assert len(shown) == 2  # nothing gone, and everything
+    blurred = shown[1]
+    lost = (images.mean(axis=3) - blurred.mean(axis=3)) * weights
+    shown.clear()
+    best = deletion_insertion(ask, images, lost, [1] * 3, steps=8)
+    assert len(shown) == 4 * 8 - 2
+    np.testing.assert_array_equal(shown[0], images)
+    np.testing.assert_array_equal(shown[1], blurred)
+    for _ in range(5):
+        other = deletion_insertion(ask, images, rng.random((3, 16, 16)), [1] * 3, steps=8)
+        assert (best["deletion"]["area"] < other["deletion"]["area"]).all()
+        assert (best["insertion"]["area"] > other["insertion"]["area"]).all()
+        # The baseline is that of the seed, whatever the map.
+        for part in ("deletion", "insertion"):
+            np.testing.assert_array_equal(other[part]["random"], best[part]["random"])
+    for part in (best["deletion"], best["insertion"]):
+        # The trapezium rule over the curve of one image; their mean is that of the curves.
+        assert part["area"].mean() == pytest.approx(np.trapezoid(part["curve"], best["share"]))
+        assert part["area"].shape == part["random_area"].shape == (3,)
+        assert part["curve"].shape == part["random"].shape == (9,)
+    # The other class loses what this one gains.
+    turned = deletion_insertion(ask, images, lost, [0] * 3, steps=8)["deletion"]["area"]
+    np.testing.assert_allclose(turned, 1 - best["deletion"]["area"], atol=1e-12)
+    mixed = deletion_insertion(ask, images, lost, [0, 1, 0], steps=8)["deletion"]["area"]
+    np.testing.assert_allclose(mixed[:2], [turned[0], best["deletion"]["area"][1]])
+
+
+def test_random_order_is_no_better_than_a_random_map(rng):
+    "A map that knows nothing has the baseline's area, up to chance."
+    side, n = 32, 200
+    images = np.zeros((n, side, side, 3), "uint8")
+    where = rng.integers(0, side - 8, (n, 2))
+    for image, (y, x) in zip(images, where, strict=True):
+        image[y : y + 8, x : x + 8] = 255
+
+    def ask(given):
+        p = np.stack(
+            [g[y : y + 8, x : x + 8].mean() / 255 for g, (y, x) in zip(given, where, strict=True)]
+        )
+        return np.stack([1 - p, p], axis=1)
+
+    maps = np.stack([_random_field(rng, 8, side) for _ in range(n)])
+    found = deletion_insertion(ask, images, maps, [1] * n, steps=8)["deletion"]
+    difference = found["area"] - found["random_area"]
+    assert abs(difference.mean()) < 3 * difference.std() / np.sqrt(n)
+
+
+def test_rank_correlation(rng):
+    a = rng.random((4, 5, 5)).round(1)  # with ties
+    b = rng.random((4, 5, 5)).round(1)
+    expected = [stats.spearmanr(x.ravel(), y.ravel()).statistic for x, y in zip(a, b, strict=True)]
+    np.testing.assert_allclose(rank_correlation(a, b), expected)
+    np.testing.assert_allclose(rank_correlation(a, np.exp(3 * a)), 1)
+    np.testing.assert_allclose(rank_correlation(a, -a), -1)
+    np.testing.assert_array_equal(rank_correlation(a, np.ones_like(a)), 0)
+
+
+def values(model) -> dict:
+    return {x.name: x.get_weights() for x in model.layers if x.weights}
+
+
+def changed(a, b) -> set[str]:
+    a, b = values(a), values(b)
+    assert a.keys() == b.keys()
+    pairs = {k: zip(a[k], b[k], strict=True) for k in a}
+    return {k for k, v in pairs.items() if not all(np.array_equal(x, y) for x, y in v)}
+
+
+@pytest.mark.parametrize("fusion", ["concat", "metablock"])
+def test_redrawn_of_a_saved_network(fusion, tmp_path, rng):
+    "With metadata, batch normalisation and half precision, and the softmax of a saved one."
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = build_classifier(
+            "cnn", 3, 16, [8], batch_norm=True, fusion=fusion, metadata_columns=4
+        )
+    finally:
+        keras.config.set_dtype_policy("float32")
+    for layer in model.layers:  # as if trained: no value is that of an initialiser
+        layer.set_weights([w + rng.uniform(0.1, 0.2, w.shape) for w in layer.get_weights()])
+    save_classifier(model, tmp_path, "abc")
+    model = load_classifier(tmp_path).model
+    head = {"head_dense_1", "head_bn_1", "logits"}
+    assert changed(model, redraw_weights(model, "head")) == head
+    every = redraw_weights(model, "all")
+    assert changed(model, every) == set(values(model))
+    assert not changed(every, redraw_weights(model, "all"))
+    assert changed(every, redraw_weights(model, "all", seed=1)) > {"conv1", "logits"}
+    given = {"image": pictures(rng), "metadata": rng.normal(size=(3, 4))}
+
+    def maps_of(models):
+        return np.mean([CamNetwork(m, "cnn").explain(given, [0, 1, 2])[2] for m in models], 0)
+
+    before = maps_of([model, every])
+    found = randomisation([model, every], maps_of, draws=1)
+    assert list(found) == ["head", "all"]
+    assert all(v.shape == (3,) and np.abs(v).max() <= 1 for v in found.values())
+    np.testing.assert_array_equal(maps_of([model, every]), before)
+    same = randomisation([model], lambda models: before, draws=2)
+    np.testing.assert_allclose([same["head"], same["all"]], 1)
+
+
+def test_preprocessing_is_not_redrawn(rng):
+    model = build_classifier("efficientnetb0", 3, 32)
+    norm = next(x for x in model.layers if isinstance(x, keras.layers.Normalization))
+    other = redraw_weights(model, "all")
+    given = pictures(rng, side=32).astype("float32")
+    outputs = [
+        keras.ops.convert_to_numpy(keras.Model(m.input, m.get_layer(norm.name).output)(given))
+        for m in (model, other)
+    ]
+    np.testing.assert_array_equal(*outputs)
+    assert norm.name not in changed(model, other)
+    assert "stem_conv" in changed(model, other)
+
+
+def test_inside_share(rng):
+    masks = rng.random((5, 9, 9)) < 0.3
+    maps = rng.random((5, 9, 9)) * np.array([1, 1e-9, 1e9, 1, 1])[:, None, None]
+    share, area = inside_share(maps, masks)
+    rest, other = inside_share(maps, ~masks)
+    np.testing.assert_allclose(share + rest, 1)
+    np.testing.assert_allclose(area + other, 1)
+    np.testing.assert_allclose(inside_share(np.full_like(maps, 2), masks)[0], area)
+    np.testing.assert_allclose(inside_share(maps, 255 * masks)[0], share)
+
+
+def test_covered_and_border(rng):
+    images, masks = pictures(rng, side=20), np.zeros((3, 20, 20), bool)
+    masks[0, 5:8, 6:9] = True
+    masks[1] = True
+    covered = cover_lesion(images, masks, margin=0.1)
+    inside = np.zeros((20, 20), bool)
+    inside[3:10, 4:11] = True
+    np.testing.assert_array_equal(covered[0][~inside], images[0][~inside])
+    mean = images[0][~inside].mean(axis=0).round()
+    assert (covered[0][inside] == mean).all()
+    assert (covered[1] == images[1].mean((0, 1)).round()).all()
+    np.testing.assert_array_equal(covered[2], images[2])
+    border = border_only(images, 0.1)
+    assert (border != images).any(axis=(0, 3)).sum() == 16 * 16
+    np.testing.assert_array_equal(border_only(border, 0.1), border)
+    for size in (16, 33):
+        middle = central_masks(2, size)
+        assert middle.shape == (2, size, size) and middle.dtype == bool
+        np.testing.assert_array_equal(middle, middle[:, ::-1, ::-1])
+        assert middle.mean() == pytest.approx(0.33, abs=0.02)
+
+
+def test_bad_input(rng):
+    images = pictures(rng)
+    maps = np.zeros((3, 16, 16))
+    with pytest.raises(ConfigError, match="must be uint8"):
+        cover_lesion(images.astype("float32"), maps)
+    with pytest.raises(ConfigError, match="maps of shape"):
+        deletion_insertion(None, images, maps[:2], [0, 0, 0])
+    with pytest.raises(ConfigError, match="1 step or more"):
+        deletion_insertion(None, images, maps, [0, 0, 0], steps=0)
+    with pytest.raises(ConfigError, match="border width 0 "):
+        border_only(images, 0)
