@@ -7,10 +7,12 @@ import sys
 import time
 from html.parser import HTMLParser
 
+import pandas as pd
 import pytest
 from fabricate import (
     ISIC8,
     make_ensemble,
+    make_explanation,
     make_predictions,
     make_run,
     make_study,
@@ -18,6 +20,7 @@ from fabricate import (
 )
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
+from dermnb.calibrate import calibration_summary, fit_decision
 from dermnb.core import ConfigError, read_json, write_json
 from dermnb.report import (
     build_report,
@@ -26,6 +29,7 @@ from dermnb.report import (
     clean_html,
     load_run,
     load_suite_runs,
+    may_be_shown,
     notebook_html,
 )
 
@@ -537,6 +541,212 @@ def test_two_classes(tmp_path):
     assert "50 images a class, hash abc; shared by all runs" in page.prose
     run = Page(folder / "all" / "report.html")
     assert "Positive class: malignant" in run.prose and "train_model" in run.text
+
+
+def test_how_sure_a_run_is(suite):
+    run = load_run(suite / "xception")
+    classes = list(run.record["classes"])
+    decision = fit_decision(run.predictions, classes)
+    found = calibration_summary(run.predictions, classes, decision)["splits"]["test"]
+    page = Page(suite / "xception" / "report.html")
+    text = section(page, "How sure it is", "Where it looks")
+    assert "#certainty" in page.links and "certainty" in page.ids
+    assert f"validation images best is {decision.temperature:.2f}: below 1" in text
+    for part in ("before", "after"):
+        assert f"{found['log_loss'][part]['value']:.3f}" in text
+    cell = found["coverage"]
+    assert f"{cell['value']:.3f} ({cell['low']:.3f} to {cell['high']:.3f})" in text
+    for row in found["per_class"]:
+        assert f"{row['class']} {row['n']} {row['lesions']} {row['coverage']['value']:.3f}" in text
+    for row in found["risk"]:
+        assert f"{row['risk']['value']:.3f}" in text
+    assert f"at least {decision.min_confidence:.3f}" in text
+    assert "about and not exactly" in text and "not for each class" in text
+    # And beside the others on the page of the suite.
+    page = Page(suite / "index.html")
+    text = section(page, "How sure the runs are", "Where the runs look")
+    assert "1 of 4 runs (cnn)" in text and f"xception {decision.temperature:.2f}" in text
+    assert f"{cell['value']:.3f}" in text and f"{found['aurc']['value']:.3f}" in text
+    figure = page.text[page.text.index('id="risk-coverage"') :]
+    assert all(f'"name":"{r}"' in figure for r in ("cnn", "xception", "efficientnetb5"))
+
+
+def test_nothing_to_be_sure_of(tmp_path):
+    folder = tmp_path / "s"
+    common = {"resamples": 20, "notebook": False}
+    table = make_predictions(list(ISIC8), 200)
+    make_run(folder / "no_val", predictions=table[table["split"] == "test"], **common)
+    few = pd.concat([table[table["split"] == "val"][:5], table[table["split"] == "test"]])
+    make_run(folder / "few", predictions=few, **common)
+    make_run(folder / "lost", **common)
+    (folder / "lost" / "predictions.parquet").unlink()
+    page = Page(build_report(folder))
+    assert "no predictions that can be read: lost" in page.prose.lower()
+    text = Page(folder / "no_val" / "report.html").prose
+    assert "There are no validation images to fit anything on" in text
+    assert "allow no sets" in Page(folder / "few" / "report.html").prose
+    assert "no predictions table" in Page(folder / "lost" / "report.html").prose
+
+
+def test_validation_images_that_are_unlike_the_test_images_are_said(tmp_path):
+    two = {"benign": "Benign", "malignant": "Malignant"}
+    table = make_predictions(list(two), 900, 0.8, 0, [0.8, 0.2])
+    val, benign = table["split"] == "val", table["y_true"] == "benign"
+    even = table[~val | ~benign | (table["lesion_id"].str[-2:] > "75")]
+    folder = tmp_path / "s"
+    make_run(folder / "even", predictions=even, classes=two, resamples=50, notebook=False)
+    text = Page(build_report(folder)).prose
+    assert "In even classes are not as common among validation images" in text
+    text = Page(folder / "even" / "report.html").prose
+    assert "need not fit the other" in text
+    assert "benign: 0.50 of validation images, 0.81 of test images" in text
+
+
+def test_where_a_run_looks(suite):
+    page = Page(suite / "xception" / "report.html")
+    text = section(page, "Where it looks", "Settings")
+    assert "looks" in page.ids and "Grad-CAM at layer conv_2 of xception" in text
+    assert "0.040 (\N{MINUS SIGN}0.020 to 0.100) with those before: they do depend" in text
+    assert "lowers the probability sooner than doing so at random" in text
+    assert "within the lesion masks, which take up 0.310" in text
+    # Covered, it is right far more often than naming the commonest class would be.
+    assert "an accuracy of 0.800 (0.740 to 0.860), clearly above the 0.670" in text
+    assert "something other than the lesion gives the answer away" in text
+    assert "no proof" in text and "120 images of 100 lesions" in text
+    for id in ("shortcuts", "removal", "mean-map"):
+        assert f'data-figure="{id}"' in page.text
+    assert "uniform noise 20 18 0.900" in text and "a false alarm" in text
+    assert "DEMO_0000002 : true BCC , predicted AK , confidence 0.93" in text
+    assert page.text.count('src="data:image/jpeg') == 16
+    assert page.text.count(' alt="') >= 16
+    page = Page(suite / "index.html")
+    text = section(page, "Where the runs look", "Learning curves")
+    assert "no shortcut is shown, which is not to say that there is none" in text  # cnn
+    assert "something other than the lesion" in text  # xception
+    assert "Not explained: efficientnetb5 and efficientnetb7" in text
+    assert "data:image" not in page.text.replace('href="data:,"', "")
+    text = Page(suite / "efficientnetb5" / "report.html").prose
+    assert "has not been explained. dermnb explain RUN_FOLDER --data-dir DIR" in text
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ({"covered": 0.8, "border": 0.75}, "The border of the image alone gives an accuracy"),
+        ({"covered": 0.5, "border": 0.85}, "alone gives an accuracy of 0.850"),
+        ({"covered": 0.65, "majority": 0.9, "plain": 0.5}, "Neither is clearly above"),
+        ({"covered": 0.72, "majority": 0.9}, "a balanced accuracy of 0.220"),
+        ({"masks": "central"}, "no lesion masks: an ellipse in the middle"),
+        ({"shortcuts": {}, "gallery": [], "deletion": None, "foreign": []}, "Showing first"),
+        ({"randomisation": {k: {"value": 0.9, "low": 0.8, "high": 0.95, "n": 9} for k in
+          ("head", "all")}}, "hardly depend on what was learned"),
+    ],
+)  # fmt: skip
+def test_what_a_map_is_said_to_show(tmp_path, numbers, said):
+    run = make_run(tmp_path / "s" / "a", lesions=100, resamples=10, notebook=False)
+    make_explanation(run, **numbers)
+    assert said in Page(build_run_page(run)).prose
+    assert Page(build_suite_page(tmp_path / "s")).ids
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"lesions": "many"},
+        {"deletion": {"area": 0.3}},
+        {"mean_map": [[0.1, 0.2], [0.3]]},
+        {"gallery": [{"image_id": "x"}]},
+        {"shortcuts": {"plain": {}}},
+        {"layers": 3},
+    ],
+)
+def test_an_explanation_that_cannot_be_read_is_said(tmp_path, record):
+    run = make_run(tmp_path / "s" / "a", lesions=60, resamples=10, notebook=False)
+    make_explanation(run, **record)
+    build_report(tmp_path / "s")
+    assert "explain.json is there but cannot be read" in Page(run / "report.html").prose
+    (run / "explain.json").write_text("{")
+    assert "cannot be read" in Page(build_run_page(run)).prose
+
+
+def test_photographs_are_shown_only_where_asked_and_allowed(tmp_path):
+    folder = tmp_path / "s"
+    make_run(folder / "a", synthetic=False, lesions=60, resamples=10, notebook=False)
+    run = folder / "a"
+    make_explanation(run, synthetic=False, license="CC BY-NC 4.0")
+
+    def pictures():
+        return Page(run / "report.html").text.count("data:image/")
+
+    build_report(folder)
+    text = Page(run / "report.html").prose
+    assert not pictures() and "dermnb report DIR --photographs" in text
+    build_report(folder, photographs=True)
+    text = Page(run / "report.html").prose
+    assert pictures() == 16 and "Photographs: HAM10000. Tschandl et al." in text
+    assert "data:image/" not in (folder / "index.html").read_text()
+    build_report(folder)
+    assert not pictures()  # and gone again
+    with pytest.raises(ConfigError, match="single file"):
+        build_report(folder, single_file=True, photographs=True)
+    # Both records must allow it, and both must say that images are generated.
+    for license, synthetic in (("all rights reserved", False), ("unknown", True)):
+        make_explanation(run, synthetic=synthetic, license=license)
+        with pytest.raises(ConfigError, match="a: photographs under the licence"):
+            build_report(folder, photographs=True)
+        build_report(folder)
+        assert not pictures()
+
+
+@pytest.mark.parametrize(
+    ("licence", "allowed"),
+    [
+        ("CC0 1.0", True),
+        ("CC-0", True),
+        ("CC BY 4.0", True),
+        ("CC BY-NC 4.0", True),
+        ("Creative Commons Attribution-NonCommercial 4.0 International", True),
+        ("CC BY-NC-ND 4.0", False),
+        ("CC BY 4.0 for non-members only", False),
+        ("not CC0", False),
+        ("stated for each image", False),
+        ("", False),
+    ],
+)
+def test_licences(licence, allowed):
+    assert may_be_shown(licence) is allowed
+
+
+def test_a_gallery_cannot_reach_beyond_its_run_or_write_html(tmp_path):
+    run = make_run(tmp_path / "s" / "a", lesions=60, resamples=10, notebook=False)
+    make_explanation(run)
+    other = make_run(tmp_path / "s" / "b", lesions=60, resamples=10, notebook=False)
+    make_explanation(other)
+    bad = "<img src=x onerror=alert(1)>"
+    row = {
+        "image_id": bad, "y_true": bad, "predicted": '"><script>alert(1)</script>',
+        "confidence": 0.5, "group": bad, "file": "gallery/0_image.jpg", "map": "gallery/0_map.jpg",
+    }  # fmt: skip
+    rows = [
+        row,
+        row | {"file": "../b/gallery/0_image.jpg"},
+        row | {"file": str(other / "gallery" / "0_image.jpg")},
+        row | {"file": "run.json"},
+        row | {"file": "gallery/absent.jpg"},
+    ]
+    hostile = {"kind": bad, "n": 0, "refused": 0}
+    make_explanation(
+        run, gallery=rows, foreign=[hostile], layers={bad: bad}, method=bad, split=bad
+    )
+    build_report(tmp_path / "s")
+    page = Page(run / "report.html")
+    assert page.text.count("data:image/") == 2
+    for path in (run / "report.html", tmp_path / "s" / "index.html"):
+        assert not re.search(r"<img src=x|<script>alert", path.read_text())
+        assert bad in Page(path).prose
+    for file in (run / "gallery").iterdir():
+        file.unlink()
+    assert "not in the folder of this run" in Page(build_run_page(run)).prose
 
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
