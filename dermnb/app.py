@@ -24,7 +24,6 @@ import os
 import re
 import signal
 import socket
-import string
 import subprocess
 import threading
 from collections.abc import Sequence
@@ -38,8 +37,8 @@ from PIL import Image
 from . import __version__
 from .core import ConfigError
 
-# %% ../nbs/24_app.ipynb #3198bf23
-_MARKS = str.maketrans({c: f"\\{c}" for c in string.punctuation})
+# %% ../nbs/24_app.ipynb #38c0f438
+_MARKS = str.maketrans({c: f"\\{c}" for c in r"\`*_{}[]()<>#+-.!|$:~&^=@"})
 
 
 def _visible(text: str, length: int = 60) -> str:
@@ -604,7 +603,9 @@ def serve(
 
     Raises `ConfigError` if there is no model, no Streamlit, or something else at the port.
     """
-    model = _check_model(model)
+    from dermnb.bundle import bundle_folder
+
+    model = bundle_folder(model).resolve()
     if importlib.util.find_spec("streamlit") is None:
         raise ConfigError("the app needs Streamlit: pip install 'dermnb[app]'.")
     _check_port(host, port)
@@ -647,17 +648,6 @@ def _check_port(host: str, port: int) -> None:
         raise ConfigError(
             f"the app cannot listen on {host}, port {port}: {reason.lower()}; choose another."
         ) from None
-
-
-def _check_model(model: str | Path) -> Path:
-    "The folder, if it or its `model` holds a network or several."
-    folder = Path(model).resolve()
-    inner = folder / "model" if (folder / "model").is_dir() else folder
-    if not any((inner / name).is_file() for name in ("model.keras", "ensemble.json")):
-        raise ConfigError(
-            f"{folder} holds no network: give the `model` folder of a finished run."
-        )
-    return folder
 
 # %% ../nbs/24_app.ipynb #0c04cc82
 if __name__ == "__main__" and "__file__" in globals():
