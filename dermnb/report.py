@@ -1848,7 +1848,7 @@ def _unlike_splits(run: RunResult) -> str:
         said = found.summary["splits"][split]
         shares.append({r["class"]: r["n"] / said["n"] for r in said["per_class"]})
     val, test = shares
-    most = max(val, key=lambda c: abs(val[c] - test[c]))
+    most = max(val, key=lambda c: round(abs(val[c] - test[c]), 6))  # of equals the first
     if abs(val[most] - test[most]) < OTHER_SHARES:
         return ""
     return f"{most}: {val[most]:.2f} of validation images, {test[most]:.2f} of test images"
