@@ -2406,6 +2406,8 @@ def _shortcut_table(cuts: Mapping) -> dict:
 def _looks_block(run: RunResult, photographs: bool) -> dict:
     "The section of a run's page."
     e = run.explanation
+    if e is None and run.get("config", "metadata") == "only":
+        return {"nothing": "This network knows metadata only and sees no image."}
     if e is None or "error" in e:
         return {"command": HOW_TO_EXPLAIN, "error": (e or {}).get("error", "")}
     note, block = _note(run.synthetic), {"sentences": _looks_sentences(e)}

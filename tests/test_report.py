@@ -629,6 +629,13 @@ def test_where_a_run_looks(suite):
     assert "has not been explained. dermnb explain RUN_FOLDER --data-dir DIR" in text
 
 
+def test_a_network_without_images_looks_nowhere(tmp_path):
+    common = {"lesions": 60, "resamples": 10, "notebook": False}
+    run = make_run(tmp_path / "s" / "a", metadata="only", **common)
+    text = Page(build_run_page(run)).prose
+    assert "sees no image" in text and "dermnb explain" not in text
+
+
 @pytest.mark.parametrize(
     ("numbers", "said"),
     [
