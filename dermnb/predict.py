@@ -392,7 +392,7 @@ class Predictor:
         bundle, n = self.bundle, len(answers)
         leaves = [leaf for _, _, leaf in bundle.networks]
         inputs = {id(x): _inputs(x.classifier, squares, metadata, n) for x in leaves}
-        seen = {key: self._seers[key].predict(given) for key, given in inputs.items()}
+        seen = self._look(inputs, cam)
         mixed = self._mix(bundle, seen)
         p = temper(mixed, bundle.decision.temperature)
         novelty = self._novelty(seen)
@@ -402,7 +402,7 @@ class Predictor:
         members = {m.name: self._mix(m.bundle, seen) for m in bundle.members}
         best = p.argmax(axis=1)
         aim = best if target is None else np.full(n, bundle.classes.index(target))
-        maps = self._maps(inputs, aim, method) if cam else [None] * n
+        maps = self._maps(seen, aim, method, CAM_SIZE) if cam else [None] * n
         for i, answer in enumerate(answers):
             code = bundle.classes[best[i]]
             answer.predicted, answer.title = code, bundle.titles[code]
@@ -445,15 +445,23 @@ class Predictor:
             return None
         return sum(w * score for w, score in scored) / sum(w for w, _ in scored)
 
-    def _maps(self, inputs: dict, target: np.ndarray, method: str) -> np.ndarray:
+    def _look(self, inputs: dict, cam: bool) -> dict:
+        "Of each network its answers and features, and what its maps are made from."
+        seen = {}
+        for key, given in inputs.items():
+            seer = self._seers[key]
+            seen[key] = seer.see(given) if cam and seer.layer else seer.predict(given)
+        return seen
+
+    def _maps(self, seen: dict, target: np.ndarray, method: str, size: int):
         from dermnb.gradcam import combine_maps
 
         found = [
-            (weight, self._seers[id(leaf)].explain(inputs[id(leaf)], target, method)[2])
+            (weight, self._seers[id(leaf)].maps(seen[id(leaf)], target, method))
             for _, weight, leaf in self.bundle.networks
-            if leaf.classifier.image_size and weight > 0
+            if self._seers[id(leaf)].layer and weight > 0
         ]
-        return combine_maps([m for _, m in found], [w for w, _ in found], CAM_SIZE)
+        return combine_maps([m for _, m in found], [w for w, _ in found], size)
 
     def probabilities(
         self,
@@ -465,12 +473,8 @@ class Predictor:
         found = []
         for i in range(0, len(squares), batch_size):
             inputs = self._of_squares(squares[i : i + batch_size], metadata, i)
-            seen = {
-                key: self._seers[key].predict(given) for key, given in inputs.items()
-            }
-            found.append(
-                temper(self._mix(self.bundle, seen), self.bundle.decision.temperature)
-            )
+            mixed = self._mix(self.bundle, self._look(inputs, False))
+            found.append(temper(mixed, self.bundle.decision.temperature))
         return np.concatenate(found)
 
     def maps(
@@ -482,15 +486,12 @@ class Predictor:
         batch_size: int = 64,
     ) -> np.ndarray:
         "Maps (N, S, S) in 0 to 1 of squares of any size; high is important."
-        from dermnb.gradcam import resize_maps
-
         found = []
         for i in range(0, len(squares), batch_size):
             part = slice(i, i + batch_size)
             inputs = self._of_squares(squares[part], metadata, i)
-            found.append(
-                resize_maps(self._maps(inputs, target[part], method), squares.shape[1])
-            )
+            seen = self._look(inputs, True)
+            found.append(self._maps(seen, target[part], method, squares.shape[1]))
         return np.concatenate(found)
 
     def _of_squares(self, squares: np.ndarray, metadata, start: int) -> dict:

@@ -35,7 +35,10 @@ def raw(network: CamNetwork, given, target: int) -> list[np.ndarray]:
     "Logits, features, and the layer's maps and gradients before they become one map."
     given = network._given(given)
     wanted = np.full(len(given["image"]), target, "int32")
-    return [keras.ops.convert_to_numpy(x) for x in network._explain(given, wanted)]
+    logits, features, _ = network._see(given)
+    seen = network.see(given)
+    found = logits, features, seen.given[0], network._slope(seen.given, wanted)
+    return [keras.ops.convert_to_numpy(x) for x in found]
 
 
 def check_gradient(model, layer, given, target=1) -> None:
@@ -114,9 +117,9 @@ def test_maps(method):
     same = network.explain(given.round(), 1, method)[2]
     np.testing.assert_array_equal(whole_numbers, same)
     if BACKEND == "tensorflow":
-        traces = [network._explain, network._predict]
+        traces = [network._see, network._slope, network._predict]
         network.predict(given), network.predict(given[:2])
-        assert [x.experimental_get_tracing_count() for x in traces] == [1, 1]
+        assert [x.experimental_get_tracing_count() for x in traces] == [1, 1, 1]
 
 
 def test_published_equations():
