@@ -119,10 +119,11 @@ def test_row(name, eagerly):
     network = CamNetwork(model)
     assert network.layer == spec.last_conv
     # What Grad-CAM is made of, so that one pass serves all that is asked here.
-    found = network._explain({"image": images(size)}, np.full(2, 2, "int32"))
-    logits, features, maps, slope = map(keras.ops.convert_to_numpy, found)
-    assert logits.shape == (2, 3) and logits.dtype == "float32"
-    assert np.all(np.isfinite(logits))
+    p, features, given = network.see(images(size))
+    slope = network._slope(given, np.full(2, 2, "int32"))
+    features, maps, slope = map(keras.ops.convert_to_numpy, (features, given[0], slope))
+    assert model.output.shape[1:] == (3,) and model.output.dtype == "float32"
+    assert p.shape == (2, 3) and np.all(np.isfinite(p))
     assert features.shape == (2, spec.features)
     assert maps.shape == slope.shape == (2, *model.get_layer(spec.last_conv).output.shape[1:])
     assert slope.dtype == "float32" and np.all(np.isfinite(slope)) and slope.any()
