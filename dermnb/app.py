@@ -552,7 +552,7 @@ def _downloads(bundle, file: _File, result: _Result, pixels=None, target: str = 
         if pixels is not None:
             st.download_button(
                 "Image with map (PNG)",
-                lambda: _encoded(pixels),
+                _encoded(pixels),
                 f"{stem}_{target}_gradcam.png",
                 "image/png",
                 on_click="ignore",
@@ -614,9 +614,9 @@ def serve(
         "server.port": str(port),
         "server.headless": str(not browser).lower(),
     }
-    if host in _LOOPBACK:  # no other name of this machine, as after DNS rebinding
-        options["server.allowedHosts"] = "127.0.0.1,localhost,[::1]"
     flags = [f"--{key}={value}" for key, value in options.items()]
+    if host in _LOOPBACK:  # no other name of this machine, as after DNS rebinding
+        flags += [f"--server.allowedHosts={name}" for name in _LOOPBACK]
     command = [sys.executable, "-m", "streamlit", "run", str(Path(__file__).resolve())]
     environment = {"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ}
     shown = f"[{host}]" if ":" in host else host

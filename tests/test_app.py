@@ -429,7 +429,8 @@ def test_serve_is_private_unless_told_otherwise(models, monkeypatch):
     assert app.serve(models.sure, host="0.0.0.0", port=port) == 0
     options = [dict(x[2:].split("=", 1) for x in c if x.startswith("--") and "=" in x) for c in commands]
     assert options[0]["server.address"] == "127.0.0.1" and options[1]["server.address"] == "0.0.0.0"
-    assert "localhost" in options[0]["server.allowedHosts"] and "server.allowedHosts" not in options[1]
+    assert "--server.allowedHosts=127.0.0.1" in commands[0]
+    assert "server.allowedHosts" in options[0] and "server.allowedHosts" not in options[1]
     for found in options:
         assert found["browser.gatherUsageStats"] == "false"
         assert found["server.enableXsrfProtection"] == found["server.enableCORS"] == "true"
