@@ -395,7 +395,7 @@ class Predictor:
         seen = self._look(inputs, cam)
         mixed = self._mix(bundle, seen)
         p = temper(mixed, bundle.decision.temperature)
-        novelty = self._novelty(seen)
+        novelty = self._novelty(inputs, seen)
         sets = np.ones(p.shape, bool)
         if bundle.decision.set_threshold is not None:
             sets = conformal_sets(p, bundle.decision.set_threshold)
@@ -435,9 +435,9 @@ class Predictor:
         mixed = [self._mix(m.bundle, seen) for m in bundle.members]
         return mix_probabilities(mixed, [m.weight for m in bundle.members], references)
 
-    def _novelty(self, seen: dict) -> np.ndarray | None:
+    def _novelty(self, inputs: dict, seen: dict) -> np.ndarray | None:
         scored = [
-            (weight, leaf.novelty.score(seen[id(leaf)][1]))
+            (weight, leaf.novelty.score(seen[id(leaf)][1], _image(inputs[id(leaf)])))
             for _, weight, leaf in self.bundle.networks
             if leaf.novelty is not None and weight > 0
         ]
@@ -557,6 +557,11 @@ def read_metadata(path: str | Path) -> pd.DataFrame:
             f"{path} has none of the columns age, sex and site: name them so."
         )
     return table
+
+
+def _image(given) -> np.ndarray | None:
+    given = given.get("image") if isinstance(given, dict) else given
+    return None if given is None else given.astype("uint8")
 
 
 def metadata_rows(

@@ -325,7 +325,7 @@ def known_images(config: ExperimentConfig, data: Data, model: keras.Model) -> No
         return None
     progress("looking at training images")
     split = data.manifest["split"].to_numpy()
-    seer, found = CamNetwork(model, config.backbone), []
+    seer, found, squares = CamNetwork(model, config.backbone), [], []
     for part in ("train", "val"):
         positions = sample_known(data.manifest["label"].to_numpy(), split == part)
         rows = data.store.rows(data.manifest["image_id"].iloc[positions])
@@ -337,7 +337,8 @@ def known_images(config: ExperimentConfig, data: Data, model: keras.Model) -> No
                 given = {"image": given, "metadata": data.metadata[positions[chosen]]}
             parts.append(seer.predict(given)[1])
         found.append(np.concatenate(parts) if parts else np.zeros((0, 1), "float32"))
-    return fit_novelty(*found)
+        squares.append(data.store.read(rows))
+    return fit_novelty(*found, *squares)
 
 # %% ../nbs/15_train.ipynb #433d788f
 def _split_summary(data: Data) -> dict:
