@@ -572,7 +572,9 @@ def explain_run(
     progress("randomising weights")
     networks = [leaf.classifier.model for _, _, leaf in predictor.bundle.networks]
     correlation = randomisation(
-        networks, lambda models: predictor.with_models(models).maps(squares, target, rows)
+        networks,
+        lambda models: predictor.with_models(models).maps(squares, target, rows),
+        draws=1,  # a network takes seconds to build, and there are many images
     )
     progress("deleting and inserting")
     curves = deletion_insertion(ask, squares, maps, target)

@@ -1,28 +1,36 @@
 """Checks of explanations, on models and maps whose answers are known."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import keras
 import numpy as np
+import pandas as pd
 import pytest
+from PIL import Image
 from scipy import stats
 
-from dermnb.core import ConfigError
+from dermnb.core import ConfigError, make_config, read_json
+from dermnb.ensemble import run_ensemble
 from dermnb.explain import (
     _random_field,
     border_only,
     central_masks,
     cover_lesion,
     deletion_insertion,
+    explain_run,
     inside_share,
     randomisation,
     rank_correlation,
     redraw_weights,
+    runs_of,
 )
 from dermnb.gradcam import CamNetwork
 from dermnb.models import build_classifier, load_classifier, save_classifier
+from dermnb.predict import Predictor
+from dermnb.train import run_experiment
 
 REPO = Path(__file__).parents[1]
 
@@ -217,3 +225,78 @@ def test_bad_input(rng):
         deletion_insertion(None, images, maps, [0, 0, 0], steps=0)
     with pytest.raises(ConfigError, match="border width 0 "):
         border_only(images, 0)
+
+
+@pytest.fixture(scope="module")
+def suite(demo_dir, tmp_path_factory):
+    "Two small runs, one with metadata, and their ensemble."
+    folder = tmp_path_factory.mktemp("suite")
+    small = {"image_size": 32, "epochs": 1, "batch_size": 16, "bootstrap": 100}
+    small["data_dir"] = str(demo_dir)
+    for name, metadata in (("plain", "none"), ("fused", "concat")):
+        config = make_config({**small, "run": name, "metadata": metadata})
+        run_experiment(config, folder / name)
+    both = {"run": "both", "members": ["plain", "fused"], "member_weights": [1, 3]}
+    run_ensemble(make_config({**both, "bootstrap": 100}), folder / "both")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["plain", "fused", "both"])
+def test_a_run_is_looked_into(suite, demo_dir, name):
+    report = explain_run(suite / name, str(demo_dir), images=10)
+    assert report == read_json(suite / name / "explain.json")
+    assert report["n"] == 10 and report["masks"] == "dataset" and report["synthetic"]
+    tested = pd.read_parquet(suite / name / "predictions.parquet").set_index("image_id")
+    for entry in report["gallery"]:
+        row = tested.loc[entry["image_id"]]
+        assert row["split"] == "test" and row["y_true"] == entry["y_true"]
+        right = entry["y_true"] == entry["predicted"]
+        assert entry["group"].startswith("right" if right else "wrong")
+        for file in (entry["file"], entry["map"]):
+            assert Image.open(suite / name / file).size == (224, 224)
+    for part in ("deletion", "insertion"):
+        found = report[part]
+        assert len(found["curve"]) == len(found["random"]) == len(found["share"]) == 11
+        area = np.trapezoid(found["curve"], found["share"])
+        assert found["area"]["value"] == pytest.approx(area) and found["area"]["n"] == 10
+    assert all(-1 <= r["value"] <= 1 for r in report["randomisation"].values())
+    plain = report["shortcuts"]["plain"]["accuracy"]
+    shown = tested.loc[tested["split"] == "test"]
+    assert 0 <= plain["value"] <= 1 and report["shortcuts"]["majority"] >= 1 / len(shown)
+    assert {f["kind"] for f in report["foreign"]} >= {"uniform noise", "one colour"}
+    assert sum(f["refused"] for f in report["foreign"]) >= 40
+    assert list(report["fields"].values()) == [16] * (2 if name == "both" else 1)
+
+
+def test_a_bundle_of_an_earlier_version_is_completed(suite, demo_dir, tmp_path):
+    old = tmp_path / "suite"
+    shutil.copytree(suite, old)
+    whole = Predictor(old / "both")
+    for name in ("plain", "fused", "both"):
+        for file in ("decision.json", "README.md", "novelty.npz"):
+            (old / name / "model" / file).unlink(missing_ok=True)
+    shutil.rmtree(old / "both" / "model" / "members")
+    with pytest.raises(ConfigError, match="dermnb explain"):
+        Predictor(old / "both")
+    assert [run.name for run in runs_of(old)] == ["fused", "plain", "both"]
+    explain_run(old / "both", str(demo_dir), images=4)
+    again = Predictor(old / "both")
+    assert again.bundle.decision == whole.bundle.decision
+    image = next((demo_dir / "ISIC_2019_Training_Input").glob("*.jpg"))
+    one, other = (p([image])[0] for p in (whole, again))
+    assert one.probabilities == pytest.approx(other.probabilities)
+    assert one.novelty == pytest.approx(other.novelty, rel=1e-3)
+
+
+def test_what_cannot_be_looked_into(suite, demo_dir, tmp_path):
+    from dermnb.synthetic import generate_demo
+
+    with pytest.raises(ConfigError, match="neither a finished run"):
+        runs_of(tmp_path)
+    other = generate_demo(tmp_path / "demo", lesions=5, seed=1)
+    with pytest.raises(ConfigError, match="not in the data folder"):
+        explain_run(suite / "plain", str(other))
+    shutil.copytree(suite / "plain", tmp_path / "lost")
+    (tmp_path / "lost" / "model" / "model.keras").unlink()
+    with pytest.raises(ConfigError, match="has lost its network"):
+        explain_run(tmp_path / "lost", str(demo_dir))
