@@ -106,7 +106,8 @@ def _example(title: str) -> bytes:
 def _encoded(image: np.ndarray, kind: str = "PNG") -> bytes:
     "An image file of these pixels and of nothing else."
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, kind, **({"quality": 90} if kind == "JPEG" else {}))
+    options = {"JPEG": {"quality": 90}, "PNG": {"compress_level": 3}}  # quick ones
+    Image.fromarray(image).save(buffer, kind, **options[kind])
     return buffer.getvalue()
 
 # %% ../nbs/24_app.ipynb #f2fe7280
