@@ -138,17 +138,25 @@ def explain(
     images: Annotated[int, typer.Option(min=2, help="Test images to look into.")] = 64,
 ):
     "See where finished runs look and whether that is worth looking at; report it."
+    from dermnb.core import ConfigError
     from dermnb.explain import explain_run, runs_of
     from dermnb.report import build_report
 
     suites, runs = {}, [run for folder in folders for run in runs_of(folder)]
     _load_keras()
+    failed = False
     for run in runs:
         print(f"{run} ...", file=sys.stderr, flush=True)
-        explain_run(run, data_dir, images)
+        try:
+            explain_run(run, data_dir, images)
+        except ConfigError as error:  # the other runs can still be looked into
+            print(f"dermnb: {error}", file=sys.stderr)
+            failed = True
         suites[run.parent] = (run.parent / "suite.json").is_file()
     for suite in [folder for folder, is_suite in suites.items() if is_suite]:
         print(build_report(suite))
+    if failed:
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -160,6 +168,7 @@ def predict(
     cam: Annotated[str, typer.Option(help="Write the map over the image: a PNG, or a folder.")] = "",
     target: Annotated[str, typer.Option(help="Class of the map; else the predicted.")] = "",
     method: Annotated[str, typer.Option(help="gradcam or gradcam++.")] = "gradcam",
+    layer: Annotated[str, typer.Option(help="Layer of the map, of a single network.")] = "",
     metadata: Annotated[str, typer.Option(help="CSV with image, age, sex, site.")] = "",
     min_confidence: Annotated[
         float, typer.Option(min=-1, max=1, help="Abstain below; -1: as the bundle says.")
@@ -177,7 +186,8 @@ def predict(
     table = ask.read_metadata(metadata) if metadata else None
     bundle_folder(model)
     _load_keras()
-    predictor = ask.Predictor(model, None if min_confidence < 0 else min_confidence)
+    least = None if min_confidence < 0 else min_confidence
+    predictor = ask.Predictor(model, least, layer)
     options = {"cam": bool(cam), "target": target or None, "method": method}
     answers = predictor.stream(paths, metadata=table, **options)
     refused = 0

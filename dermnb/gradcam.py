@@ -196,7 +196,8 @@ class CamNetwork:
     def _maps(self, model, backbone):
         if self.layer not in {x.name for x in model.layers}:
             spec = get_backbone(backbone)
-            raise unknown_name("layer", self.layer, (*spec.blocks, spec.last_conv))
+            known = dict.fromkeys((*spec.blocks, spec.last_conv))
+            raise unknown_name("layer", self.layer, known)
         maps = model.get_layer(self.layer).output
         if len(maps.shape) != 4:
             raise ConfigError(

@@ -38,7 +38,7 @@ def frameworks_after(statement: str) -> set[str]:
 @pytest.mark.parametrize(
     "module",
     ["core", "synthetic", "datasets", "splits", "images", "backbones", "evaluate", "runs"]
-    + ["figures", "report", "suites", "cli"],
+    + ["calibrate", "bundle", "predict", "explain", "figures", "report", "suites", "cli"],
 )
 def test_module_loads_no_framework(module):
     assert frameworks_after(f"import dermnb.{module}") == set()
