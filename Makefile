@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: install report test lab lock export clean
+.PHONY: install report test bench lab lock export clean
 
 install: $(VENV)/.installed
 
@@ -21,6 +21,12 @@ test: install  ## notebooks clean, export in step, every notebook and test passe
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/in_step.py
 	$(BIN)/nbdev_test --n_workers 2 --do_print --timing
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+bench: install  ## how fast an ensemble answers on this machine: reports/benchmarks/serving.html
+	mkdir -p reports/benchmarks
+	$(BIN)/papermill --no-progress-bar nbs/benchmarks/serving.ipynb reports/benchmarks/serving.ipynb
+	$(BIN)/python -c "from dermnb import report, suites; n = 'reports/benchmarks/serving.ipynb'; \
+	  suites.make_publishable(n, True); print(report.build_notebook_page(n))"
 
 lab: install  ## open the notebooks
 	$(BIN)/jupyter lab nbs

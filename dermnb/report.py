@@ -9,7 +9,7 @@ __all__ = ['EN_DASH', 'MINUS', 'FEW_LESIONS', 'LEAK_MARK', 'LEAK_TITLE', 'MANY_E
            'SUITE_SECTIONS', 'ALWAYS', 'IF_ANY', 'OPEN_RUNS', 'RunResult', 'load_run', 'load_suite_runs', 'number',
            'interval', 'count', 'listing', 'ranked', 'grouped', 'summary_sentences', 'limit_sentences', 'interval_note',
            'clean_html', 'notebook_html', 'write_plotly_js', 'split_shared', 'Certainty', 'may_be_shown',
-           'build_run_page', 'build_suite_page', 'build_report']
+           'build_run_page', 'build_suite_page', 'build_report', 'build_notebook_page']
 
 # %% ../nbs/21_report.ipynb #efd6b14e
 import base64
@@ -3341,3 +3341,20 @@ def build_report(
         for run in done:
             _build_run_page(run.folder, lambda run=run: run, False, photographs)
     return _build_suite_page(folder, suite, runs, single_file)
+
+# %% ../nbs/21_report.ipynb #49c9c0d1
+def build_notebook_page(
+    notebook: str | Path,  # executed
+    page: str | Path = "",  # empty: beside it
+) -> Path:
+    "An executed notebook as a page of its own, with its code folded."
+    notebook = Path(notebook)
+    page = Path(page) if str(page) else notebook.with_suffix(".html")
+    text = _render(
+        "page.html.j2",
+        [],
+        title=notebook.stem,
+        notebook=Markup(notebook_html(notebook)),
+        code_css=True,
+    )
+    return _write(page, text)
