@@ -250,8 +250,8 @@ def _choose_files() -> list[_File]:
         key="uploads",
     )
     st.caption(
-        "Images stay in the memory of the computer that runs this page. They are never "
-        "written to disk, and are gone when you remove them or close the page."
+        "Images stay in the memory of the computer that runs this page, until you remove "
+        "them or some minutes after you close the page. They are never written to disk."
     )
     examples = st.pills(
         "No image at hand? Take a generated one:",
