@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['page', 'serve']
 
-# %% ../nbs/24_app.ipynb #ecf8d440
+# %% ../nbs/24_app.ipynb #5ec44eb7
 import sys
 from pathlib import Path
 
@@ -15,7 +15,7 @@ if __name__ == "__main__" and "__file__" in globals():
     __package__ = "dermnb"
     sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).parent]
 
-# %% ../nbs/24_app.ipynb #58d9ff2e
+# %% ../nbs/24_app.ipynb #daa663b3
 import importlib.util
 import io
 import json
@@ -37,7 +37,7 @@ from PIL import Image
 from . import __version__
 from .core import ConfigError
 
-# %% ../nbs/24_app.ipynb #38c0f438
+# %% ../nbs/24_app.ipynb #e9d80985
 _MARKS = str.maketrans({c: f"\\{c}" for c in r"\`*_{}[]()<>#+-.!|$:~&^=@"})
 
 
@@ -53,7 +53,7 @@ def _plain(text: str, length: int = 1000) -> str:
     "Markdown that shows exactly this text."
     return _visible(text, length).translate(_MARKS)
 
-# %% ../nbs/24_app.ipynb #6be0be99
+# %% ../nbs/24_app.ipynb #39a97887
 def _listed(words: Sequence[str], last: str = "or") -> str:
     "Words as in a sentence: a, b or c."
     *most, end = words
@@ -88,8 +88,12 @@ def _set_sentence(answer, bundle) -> str:
         f"{_listed(names)}."
     )
 
-# %% ../nbs/24_app.ipynb #8d66c1ce
-_EXAMPLES = {"Melanoma": ("MEL", 3), "Naevus": ("NV", 5), "Vascular lesion": ("VASC", 8)}
+# %% ../nbs/24_app.ipynb #85f69d54
+_EXAMPLES = {
+    "Melanoma": ("MEL", 3),
+    "Naevus": ("NV", 5),
+    "Vascular lesion": ("VASC", 8),
+}
 
 
 @lru_cache
@@ -110,7 +114,7 @@ def _encoded(image: np.ndarray, kind: str = "PNG") -> bytes:
     Image.fromarray(image).save(buffer, kind, **options[kind])
     return buffer.getvalue()
 
-# %% ../nbs/24_app.ipynb #f2fe7280
+# %% ../nbs/24_app.ipynb #6f4dafc0
 _LIMIT_MB = 50  # an upload
 _MOST = 50  # files at a time
 _BATCH = 8  # files between two steps of the progress bar
@@ -147,11 +151,15 @@ def _table(people: Sequence[tuple]) -> pd.DataFrame | None:
     "Metadata as networks take it; None if nobody said anything."
     if not any(people):
         return None
-    rows = [dict(zip(("age", "sex", "site"), person or (None,) * 3)) for person in people]
+    rows = [
+        dict(zip(("age", "sex", "site"), person or (None,) * 3)) for person in people
+    ]
     return pd.DataFrame(rows, columns=["age", "sex", "site"])
 
 
-def _ask(predictor, lock, files: Sequence[_File], people: Sequence[tuple]) -> list[_Result]:
+def _ask(
+    predictor, lock, files: Sequence[_File], people: Sequence[tuple]
+) -> list[_Result]:
     "One result a file."
     images, names = [f.data for f in files], [_visible(f.name) for f in files]
     try:
@@ -163,13 +171,17 @@ def _ask(predictor, lock, files: Sequence[_File], people: Sequence[tuple]) -> li
             pairs = zip(files, people, strict=True)
             return [_ask(predictor, lock, [f], [p])[0] for f, p in pairs]
         _log.exception("an image could not be answered")
-        reason = str(error) if isinstance(error, ConfigError) else (
-            f"{names[0]} could not be worked on: the log of the server says why."
+        reason = (
+            str(error)
+            if isinstance(error, ConfigError)
+            else (f"{names[0]} could not be worked on: the log of the server says why.")
         )
         return [_Result(people[0], error=reason)]
 
 
-def _results(predictor, lock, files: Sequence[_File], people: dict) -> dict[str, _Result]:
+def _results(
+    predictor, lock, files: Sequence[_File], people: dict
+) -> dict[str, _Result]:
     "Results by file, of these files only; asks for those that are not there yet."
     import streamlit as st
 
@@ -177,7 +189,8 @@ def _results(predictor, lock, files: Sequence[_File], people: dict) -> dict[str,
     for key in set(known) - {f.key for f in files}:
         del known[key]
     new = [
-        f for f in files
+        f
+        for f in files
         if f.key not in known or known[f.key].person != people.get(f.key, ())
     ]
     if new:
@@ -195,7 +208,7 @@ def _results(predictor, lock, files: Sequence[_File], people: dict) -> dict[str,
 def _reading(done: int, total: int) -> str:
     return "Reading the image" if total == 1 else f"Reading images: {done} of {total}"
 
-# %% ../nbs/24_app.ipynb #dbd3592c
+# %% ../nbs/24_app.ipynb #3f27e399
 _NOTICE = (
     "This is no medical device. If a spot on your skin worries you, show it to a doctor, "
     "whatever this page says."
@@ -224,7 +237,9 @@ def page(
         st.error(_plain(error), title="There is no network to ask")
         return
     bundle = predictor.bundle
-    st.caption(f"What the network {_plain(bundle.name)} says about an image, and how sure it is")
+    st.caption(
+        f"What the network {_plain(bundle.name)} says about an image, and how sure it is"
+    )
     st.info(_NOTICE, title="Research only, no diagnosis")
     if bundle.synthetic:
         st.warning(_SYNTHETIC, title="Trained on generated images")
@@ -260,7 +275,9 @@ def _choose_files() -> list[_File]:
         key="examples",
     )
     if len(uploads) > _MOST:
-        st.warning(f"Only the first {_MOST} of {len(uploads)} images are read: remove some.")
+        st.warning(
+            f"Only the first {_MOST} of {len(uploads)} images are read: remove some."
+        )
     files = [_File(u.file_id, u.name, u.getvalue()) for u in uploads[:_MOST]]
     return files + [
         _File(f"example {title}", f"{title} (generated)", _example(title), True)
@@ -290,15 +307,24 @@ def _overview(bundle, files: list[_File], results: dict[str, _Result]) -> _File:
     parts += [f"{silent} without an answer"] * bool(silent)
     parts += [f"{refused} not read"] * bool(refused)
     st.markdown(f"{len(files)} images: {_listed(parts, 'and')}.")
-    table = pd.DataFrame({
-        "Image": [f"{i}\\. {_plain(_visible(f.name, 40))}" for i, f in enumerate(files, 1)],
-        "Result": [_plain(_capital(text)) for text in found],
-    })
+    table = pd.DataFrame(
+        {
+            "Image": [
+                f"{i}\\. {_plain(_visible(f.name, 40))}" for i, f in enumerate(files, 1)
+            ],
+            "Result": [_plain(_capital(text)) for text in found],
+        }
+    )
     with st.container(height=320 if len(files) > 7 else "content", border=False):
-        st.table(table, hide_index=True, border="horizontal", alt="Result of each image")
+        st.table(
+            table, hide_index=True, border="horizontal", alt="Result of each image"
+        )
     records = [_record(bundle, f, results[f.key]) for f in files]
     st.download_button(
-        "All results (JSON)", _json(records), "dermnb.json", "application/json",
+        "All results (JSON)",
+        _json(records),
+        "dermnb.json",
+        "application/json",
         on_click="ignore",
     )
     numbers = {f.key: i for i, f in enumerate(files, 1)}
@@ -323,7 +349,9 @@ def _detail(predictor, lock, file: _File, result: _Result) -> None:
     said, picture = st.columns([3, 2], gap="medium")  # on a phone in this order
     with picture:
         st.image(
-            _square(bundle, file), width="stretch", alt="The part of the image that is looked at"
+            _square(bundle, file),
+            width="stretch",
+            alt="The part of the image that is looked at",
         )
         st.caption(_plain(_visible(file.name)))
         if file.generated:
@@ -376,7 +404,9 @@ def _say(bundle, answer) -> None:
             f"{round(100 * answer.confidence)} times in 100, of images like those it was calibrated on."
         )
     else:
-        st.markdown(f"**Confidence {share}.** How often it is right then was not measured.")
+        st.markdown(
+            f"**Confidence {share}.** How often it is right then was not measured."
+        )
     st.markdown(_set_sentence(answer, bundle))
 
 
@@ -388,7 +418,9 @@ def _ask_person(bundle, file: _File) -> None:
     encoders = [e for e in encoders if e is not None]
     people = st.session_state["people"]
     age, sex, site = people.get(file.key) or (None, None, None)
-    with st.expander("Age, sex and site (optional)", expanded=bool(people.get(file.key))):
+    with st.expander(
+        "Age, sex and site (optional)", expanded=bool(people.get(file.key))
+    ):
         sexes = sorted({s for e in encoders for s in e.sexes})
         sites = sorted({s for e in encoders for s in e.sites})
 
@@ -407,7 +439,7 @@ def _ask_person(bundle, file: _File) -> None:
         people[file.key] = person
         st.rerun()
 
-# %% ../nbs/24_app.ipynb #5887606b
+# %% ../nbs/24_app.ipynb #ef5202d9
 def _probabilities(bundle, answer) -> None:
     import streamlit as st
 
@@ -428,7 +460,9 @@ def _members(bundle, answer) -> None:
     rows = []
     for name, p in answer.members.items():
         code = max(p, key=p.get)
-        rows.append((_plain(name), _plain(_capital(bundle.titles[code])), _percent(p[code])))
+        rows.append(
+            (_plain(name), _plain(_capital(bundle.titles[code])), _percent(p[code]))
+        )
     agree = sum(max(p, key=p.get) == answer.predicted for p in answer.members.values())
     st.markdown(
         f"{agree} of {len(rows)} networks put the same class first as all of them together."
@@ -464,15 +498,23 @@ def _map(predictor, lock, file: _File, result: _Result) -> None:
         return
     title, place = _plain(bundle.titles[target]), _where(cam)
     with controls:
-        opacity = st.slider("Opacity of the map", 0, 100, 50, 5, format="%d %%", key="opacity")
+        opacity = st.slider(
+            "Opacity of the map", 0, 100, 50, 5, format="%d %%", key="opacity"
+        )
         st.caption(
             f"Grad-CAM for **{title}**: {place}. It shows what the network used, not what is "
             "medically relevant. Each map has its own scale."
         )
     pixels = overlay(_square(bundle, file), cam, opacity / 100)
     with picture:
-        st.image(pixels, width="stretch", alt=f"The image under a map for {title}: {place}")
-        st.image(_legend(), width="stretch", alt="Colours of the map, from dark blue to yellow")
+        st.image(
+            pixels, width="stretch", alt=f"The image under a map for {title}: {place}"
+        )
+        st.image(
+            _legend(),
+            width="stretch",
+            alt="Colours of the map, from dark blue to yellow",
+        )
         low, high = st.columns(2, wrap=False)
         low.caption("Dark blue: hardly matters")
         high.caption("Yellow: speaks for it", text_alignment="right")
@@ -490,7 +532,9 @@ def _cam(predictor, lock, file: _File, person: tuple, target: str) -> np.ndarray
         del maps[other]
     if key not in maps:
         with st.spinner("Drawing the map"), lock:
-            (answer,) = predictor([file.data], cam=True, target=target, metadata=_table([person]))
+            (answer,) = predictor(
+                [file.data], cam=True, target=target, metadata=_table([person])
+            )
         maps[key] = answer.cam
     return maps[key]
 
@@ -518,7 +562,9 @@ def _legend() -> np.ndarray:
 
 def _record(bundle, file: _File, result: _Result) -> dict:
     "What is downloaded of one file, as plain values."
-    answer = {"error": result.error} if result.answer is None else result.answer.to_dict()
+    answer = (
+        {"error": result.error} if result.answer is None else result.answer.to_dict()
+    )
     return {
         "notice": _NOTICE,
         "model": {
@@ -538,7 +584,9 @@ def _json(value) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False)
 
 
-def _downloads(bundle, file: _File, result: _Result, pixels=None, target: str = "") -> None:
+def _downloads(
+    bundle, file: _File, result: _Result, pixels=None, target: str = ""
+) -> None:
     import streamlit as st
 
     stem = re.sub(r"[^\w-]+", "_", Path(file.name).stem)[:60].strip("_") or "image"
@@ -574,7 +622,7 @@ def _card(text: str) -> str:
     # A card comes with the network: its images could be asked of another server.
     return re.sub(r"(?m)^(#{1,3}) ", r"###\1 ", text.replace("![", "[")).strip()
 
-# %% ../nbs/24_app.ipynb #e8dd5065
+# %% ../nbs/24_app.ipynb #12e40507
 _OPTIONS = {
     "browser.gatherUsageStats": "false",
     "client.toolbarMode": "minimal",
@@ -650,7 +698,7 @@ def _check_port(host: str, port: int) -> None:
             f"the app cannot listen on {host}, port {port}: {reason.lower()}; choose another."
         ) from None
 
-# %% ../nbs/24_app.ipynb #0c04cc82
+# %% ../nbs/24_app.ipynb #29b520ec
 if __name__ == "__main__" and "__file__" in globals():
     from dermnb.app import page  # not the one above, which is another in each run
 

@@ -60,7 +60,9 @@ def opened(model):
 
 def upload(page, *files):
     "The page after it has been given (name, content) pairs, which replace those before."
-    page.file_uploader[0].set_value([(n, data, "image/jpeg") for n, data in files]).run()
+    page.file_uploader[0].set_value(
+        [(n, data, "image/jpeg") for n, data in files]
+    ).run()
     assert not page.exception
     return page
 
@@ -79,7 +81,15 @@ def photos():
 
 
 def said(page, *types):
-    types = types or ("header", "subheader", "caption", "markdown", "warning", "error", "progress")
+    types = types or (
+        "header",
+        "subheader",
+        "caption",
+        "markdown",
+        "warning",
+        "error",
+        "progress",
+    )
     found = []
     for x in page.main:
         if x.type == "progress":
@@ -117,9 +127,16 @@ def test_an_answer_has_class_confidence_bars_set_and_map(models, photos):
     sentence = said(page, "markdown")[1]
     assert "To be right for 90 % of images" in sentence
     kept = [title for title in TITLES.values() if title in sentence]
-    assert len(kept) == len(answer.classes_90) % 3 or "nothing can be ruled out" in sentence
+    assert (
+        len(kept) == len(answer.classes_90) % 3
+        or "nothing can be ruled out" in sentence
+    )
     alts = [i.proto.imgs[0].alt for i in page.get("image")]
-    assert len(alts) == 3 and f"map for {answer.title}" in alts[1] and "blue to yellow" in alts[2]
+    assert (
+        len(alts) == 3
+        and f"map for {answer.title}" in alts[1]
+        and "blue to yellow" in alts[2]
+    )
     assert page.selectbox[0].value == answer.predicted
     assert [b.proto.label for b in page.get("download_button")] == [
         "Result (JSON)",
@@ -173,15 +190,27 @@ def test_bad_files_get_a_sentence_each_and_the_others_their_answers(models, phot
     refused, read = bad_files(photos)
     files = [(n, data) for n, (data, _) in (refused | read).items()]
     page = upload(opened(models.sure), *files)
-    assert f"{len(files)} images: {len(read)} answered and {len(refused)} not read." in said(page)
+    assert (
+        f"{len(files)} images: {len(read)} answered and {len(refused)} not read."
+        in said(page)
+    )
     table = page.table[0].value
     assert list(table["Result"][: len(refused)]) == ["Not read"] * len(refused)
     options = page.selectbox[0].proto.options
-    assert options[0] == "1. text.jpg" and "onerror" in options[9] and "\u202e" not in options[9]
-    expected = zip(page.session_state["results"].items(), (refused | read).items(), strict=True)
+    assert (
+        options[0] == "1. text.jpg"
+        and "onerror" in options[9]
+        and "\u202e" not in options[9]
+    )
+    expected = zip(
+        page.session_state["results"].items(), (refused | read).items(), strict=True
+    )
     for (key, result), (name, (_, part)) in expected:
         if name in refused:
-            assert part in result.error and result.error.endswith("."), (name, result.error)
+            assert part in result.error and result.error.endswith("."), (
+                name,
+                result.error,
+            )
         else:
             assert part in " ".join(result.answer.notes), (name, result.answer.notes)
         if name not in ("bomb.png", HOSTILE, "clear.png"):
@@ -205,7 +234,9 @@ def test_names_are_text_wherever_they_are_shown(models, photos):
     for text in shown:
         text = text.replace("\\\\", "")
         for mark in "<>*$[]:":
-            assert all(text[i - 1] == "\\" for i, c in enumerate(text) if c == mark), text
+            assert all(
+                text[i - 1] == "\\" for i, c in enumerate(text) if c == mark
+            ), text
     for text in marked:
         assert "\u202e" not in text and "\n\n" not in text.strip("\n")
 
@@ -289,10 +320,14 @@ def test_members_are_shown_one_by_one(models, photos):
     best = [TITLES[max(p, key=p.get)] for p in answer.members.values()]
     assert list(table["Its first class"]) == best
     agree = sum(b == answer.title for b in best)
-    assert f"{agree} of 2 networks put the same class first" in " ".join(said(page, "markdown"))
+    assert f"{agree} of 2 networks put the same class first" in " ".join(
+        said(page, "markdown")
+    )
 
 
-def test_one_image_that_breaks_something_costs_the_others_nothing(models, photos, monkeypatch):
+def test_one_image_that_breaks_something_costs_the_others_nothing(
+    models, photos, monkeypatch
+):
     ask = Predictor.__call__
 
     def fail(self, images, **options):
@@ -303,7 +338,10 @@ def test_one_image_that_breaks_something_costs_the_others_nothing(models, photos
     monkeypatch.setattr(Predictor, "__call__", fail)
     page = upload(opened(models.sure), *[(f"{i}.jpg", photos[i]) for i in range(3)])
     assert [bool(r.error) for r in results(page)] == [False, True, False]
-    assert results(page)[1].error == "1.jpg could not be worked on: the log of the server says why."
+    assert (
+        results(page)[1].error
+        == "1.jpg could not be worked on: the log of the server says why."
+    )
     monkeypatch.setattr(Predictor, "__call__", ask)
     assert not upload(page, ("1.jpg", photos[1])).error
 
@@ -328,7 +366,9 @@ def test_downloads_hold_the_answer_and_nothing_of_the_file(models, photos):
     sent = encoded(image, exif=exif)
     page = upload(opened(models.sure), ("../mole of mine.jpg", sent))
     result = results(page)[0]
-    upright = np.asarray(Image.open(io.BytesIO(sent)).transpose(Image.Transpose.ROTATE_270))
+    upright = np.asarray(
+        Image.open(io.BytesIO(sent)).transpose(Image.Transpose.ROTATE_270)
+    )
     square = page.session_state["square"][1]
     assert np.abs(square[:, :, 0].mean() - upright[20:140, :, 0].mean()) < 4
     turned = np.asarray(Image.fromarray(square).resize((12, 12))).astype(int)
@@ -340,7 +380,9 @@ def test_downloads_hold_the_answer_and_nothing_of_the_file(models, photos):
     record = json.loads(app._json(app._record(bundle, file, result)))
     assert record["probabilities"] == pytest.approx(result.answer.probabilities)
     assert record["image"] == file.name and "diagnosis" not in record
-    assert "no medical device" in record["notice"] and "SecretCamera" not in app._json(record)
+    assert "no medical device" in record["notice"] and "SecretCamera" not in app._json(
+        record
+    )
     png = app._encoded(square)
     with Image.open(io.BytesIO(png)) as again:
         assert not again.info and not again.getexif() and again.size == (448, 448)
@@ -349,7 +391,9 @@ def test_downloads_hold_the_answer_and_nothing_of_the_file(models, photos):
 
 def test_a_network_that_sees_no_image_has_no_map(tmp_path, photos):
     run, _ = make_bundle(tmp_path, "ages", fusion="only")
-    page = upload(opened(with_decision(run, "old", min_confidence=0.0)), ("a.jpg", photos[0]))
+    page = upload(
+        opened(with_decision(run, "old", min_confidence=0.0)), ("a.jpg", photos[0])
+    )
     assert any("there is no map" in text for text in said(page, "caption"))
     assert not page.slider and len(page.get("download_button")) == 1
 
@@ -427,13 +471,23 @@ def test_serve_is_private_unless_told_otherwise(models, monkeypatch):
         port = probe.getsockname()[1]
     assert app.serve(models.sure, port=port) == 0
     assert app.serve(models.sure, host="0.0.0.0", port=port) == 0
-    options = [dict(x[2:].split("=", 1) for x in c if x.startswith("--") and "=" in x) for c in commands]
-    assert options[0]["server.address"] == "127.0.0.1" and options[1]["server.address"] == "0.0.0.0"
+    options = [
+        dict(x[2:].split("=", 1) for x in c if x.startswith("--") and "=" in x)
+        for c in commands
+    ]
+    assert (
+        options[0]["server.address"] == "127.0.0.1"
+        and options[1]["server.address"] == "0.0.0.0"
+    )
     assert "--server.allowedHosts=127.0.0.1" in commands[0]
-    assert "server.allowedHosts" in options[0] and "server.allowedHosts" not in options[1]
+    assert (
+        "server.allowedHosts" in options[0] and "server.allowedHosts" not in options[1]
+    )
     for found in options:
         assert found["browser.gatherUsageStats"] == "false"
-        assert found["server.enableXsrfProtection"] == found["server.enableCORS"] == "true"
+        assert (
+            found["server.enableXsrfProtection"] == found["server.enableCORS"] == "true"
+        )
         assert found["server.fileWatcherType"] == "none"
         assert found["client.showErrorDetails"] == "none"
         assert found["server.maxUploadSize"] == "50"

@@ -20,7 +20,11 @@ from dermnb.core import read_json, write_json
 
 pytest.importorskip("streamlit")
 api = pytest.importorskip("playwright.sync_api")
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BROWSER = (
+    shutil.which("chromium")
+    or shutil.which("chromium-browser")
+    or shutil.which("google-chrome")
+)
 pytestmark = pytest.mark.skipif(not BROWSER, reason="no Chromium on this machine")
 
 # What reaches over the right edge, but for what scrolls inside a box of its own.
@@ -48,7 +52,9 @@ def address(tmp_path_factory):
     port = free_port()
     code = f"import sys; from dermnb.app import serve; sys.exit(serve({str(run)!r}, port={port}))"
     home = tmp_path_factory.mktemp("home")  # with no settings of Streamlit's in it
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=home, env=os.environ | {"HOME": str(home)})
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=home, env=os.environ | {"HOME": str(home)}
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(300):
@@ -69,7 +75,9 @@ def address(tmp_path_factory):
 @pytest.fixture(scope="module")
 def browser():
     with api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        found = playwright.chromium.launch(
+            executable_path=BROWSER, args=["--no-sandbox"]
+        )
         yield found
         found.close()
 
@@ -81,12 +89,16 @@ def image(name="mole.jpg"):
 
 
 def test_a_person_uploads_reads_and_moves_the_slider(browser, address):
-    context = browser.new_context(viewport={"width": 390, "height": 844}, accept_downloads=True)
+    context = browser.new_context(
+        viewport={"width": 390, "height": 844}, accept_downloads=True
+    )
     page, asked, complaints = context.new_page(), [], []
     page.set_default_timeout(60_000)
     page.on("request", lambda r: asked.append(r.url))
     page.on("websocket", lambda s: asked.append(s.url))
-    page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
+    page.on(
+        "console", lambda m: complaints.append(m.text) if m.type == "error" else None
+    )
     page.on("pageerror", lambda e: complaints.append(str(e)))
     page.goto(address)
     page.get_by_text("Research only, no diagnosis").wait_for()
@@ -129,13 +141,19 @@ def test_a_person_uploads_reads_and_moves_the_slider(browser, address):
         assert saved.size == (448, 448) and not saved.info and not saved.getexif()
 
     # A file that is none, beside the first: the page lives and says so.
-    upload.set_input_files({"name": "notes.png", "mimeType": "image/png", "buffer": b"no image"})
+    upload.set_input_files(
+        {"name": "notes.png", "mimeType": "image/png", "buffer": b"no image"}
+    )
     page.get_by_text("2 images: 1 answered and 1 not read.").wait_for()
     # One that the page does not take at all.
-    upload.set_input_files({"name": "notes.pdf", "mimeType": "application/pdf", "buffer": b"%PDF"})
+    upload.set_input_files(
+        {"name": "notes.pdf", "mimeType": "application/pdf", "buffer": b"%PDF"}
+    )
     page.get_by_text("application/pdf files are not allowed").wait_for()
 
-    hosts = {url.split("/")[2] for url in asked if not url.startswith(("data:", "blob:"))}
+    hosts = {
+        url.split("/")[2] for url in asked if not url.startswith(("data:", "blob:"))
+    }
     assert hosts == {address.split("/")[2]}, hosts
     assert not complaints, complaints
     context.close()
@@ -143,13 +161,22 @@ def test_a_person_uploads_reads_and_moves_the_slider(browser, address):
 
 def test_other_pages_cannot_use_it(address):
     "No upload without the token, no answer under another name than this machine's."
-    request = urllib.request.Request(f"{address}/_stcore/upload_file/x/y", b"data", method="PUT")
+    request = urllib.request.Request(
+        f"{address}/_stcore/upload_file/x/y", b"data", method="PUT"
+    )
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request, timeout=10)
     assert refused.value.code == 403
     here = address.removeprefix("http://")
-    headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
-    headers |= {"Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==", "Sec-WebSocket-Protocol": "streamlit"}
+    headers = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Version": "13",
+    }
+    headers |= {
+        "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==",
+        "Sec-WebSocket-Protocol": "streamlit",
+    }
     for host, status in ((here, 101), (here.replace("127.0.0.1", "evil.example"), 403)):
         connection = http.client.HTTPConnection(here, timeout=10)
         connection.request("GET", "/_stcore/stream", headers=headers | {"Host": host})
