@@ -291,7 +291,7 @@ def _limits(record: Mapping, metrics: Mapping, decision: Decision) -> list[str]:
         )
     else:
         lines.append(
-            f"The sets of classes cover about {decision.coverage:.0%} of images *like"
+            f"The sets of classes cover about {100 * decision.coverage:.0f} % of images *like"
             f" the {decision.n} validation images taken together*; a rare class may be"
             " covered far less often."
         )
@@ -365,7 +365,7 @@ def model_card(
         "",
         "## Scores",
         "",
-        f"With {metrics['level']:.0%} intervals by bootstrap over lesions.",
+        f"With {100 * (metrics['level']):.0f} % intervals by bootstrap over lesions.",
         "",
     ]
     parts = list(metrics["splits"])
@@ -392,7 +392,7 @@ def model_card(
     if decision.n:
         lines.append(
             f"Temperature {decision.temperature:.3f}. A class belongs to the"
-            f" {decision.coverage:.0%} set if its probability is at least"
+            f" {100 * decision.coverage:.0f} % set if its probability is at least"
             f" {1 - decision.set_threshold:.3f}."
             if decision.set_threshold is not None
             else f"Temperature {decision.temperature:.3f}."

@@ -232,12 +232,12 @@ def _reasons(
     if confidence < least:
         decided = bundle.decision.min_confidence == least
         why = (
-            f", as for the least certain {1 - bundle.decision.answered:.0%} of the"
+            f", as for the least certain {100 * (1 - bundle.decision.answered):.0f} % of the"
             " validation images"
         )
         reasons.append(
             "The answer is too uncertain: the most probable class has"
-            f" {confidence:.0%}, and below {least:.0%} no answer is"
+            f" {100 * confidence:.0f} %, and below {100 * least:.0f} % no answer is"
             f" given{why if decided else ''}."
         )
     return reasons
@@ -723,8 +723,8 @@ def sentence(answer: Answer, bundle: Bundle) -> str:
     "An answer in a line or two of plain text."
     if answer.error:
         return f"{answer.name}: refused. {answer.error}"
-    share = f"{answer.title} ({answer.predicted}) {answer.confidence:.0%}"
-    likely = f"{bundle.decision.coverage:.0%} set: {', '.join(answer.classes_90)}"
+    share = f"{answer.title} ({answer.predicted}) {100 * answer.confidence:.0f} %"
+    likely = f"{100 * bundle.decision.coverage:.0f} % set: {', '.join(answer.classes_90)}"
     notes = f" Note: {' '.join(answer.notes)}" if answer.notes else ""
     if answer.abstains:
         return (

@@ -14,6 +14,7 @@ import pytest
 
 from dermnb.core import read_json
 from dermnb.runs import validate_run
+from dermnb.suites import load_suite, resolve_suite
 
 ROOT = Path(__file__).resolve().parent.parent
 DERMNB = Path(sys.executable).parent / "dermnb"
@@ -111,7 +112,10 @@ def test_ham10000(reports, demo_dir):
 
 
 def test_isic2019(reports, demo_dir):
-    _, runs, _ = run_smoke("isic2019", reports, demo_dir)
+    _, runs, page = run_smoke("isic2019", reports, demo_dir)
+    looked = read_json(reports / "isic2019-smoke" / "cnn" / "explain.json")
+    assert looked["n"] == 8 and looked["masks"] == "dataset" and "Where it looks" in page
+    assert not (reports / "isic2019-smoke" / "efficientnetb5" / "explain.json").exists()
     assert runs["cnn"]["config"]["loss"] == "focal"
     assert runs["cnn"]["stages"][0]["decay"] == "plateau"
     assert runs["efficientnetb5"]["config"]["optimizer"] == "sgd"
@@ -120,7 +124,9 @@ def test_isic2019(reports, demo_dir):
 def test_backbones(reports, demo_dir):
     _, runs, _ = run_smoke("backbones", reports, demo_dir)
     networks = {r["model"]["backbone"] for r in runs.values()}
-    assert networks >= {"cnn", "xception", "efficientnetb5", "efficientnetb7"}
+    assert networks >= {"cnn", "xception", "efficientnetb5"}
+    plan = resolve_suite(load_suite("backbones"), profile="gpu")
+    assert {"efficientnetb7"} | networks >= {p.config.backbone for p in plan} >= {"efficientnetb7"}
 
 
 def test_multimodal(reports, demo_dir):
