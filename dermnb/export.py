@@ -239,7 +239,8 @@ probabilities = session.run(["probabilities"], inputs)[0]""",
         _open_litert,
         "tensorflow",
         (),
-        """from ai_edge_litert.interpreter import Interpreter
+        """# pip install ai-edge-litert
+from ai_edge_litert.interpreter import Interpreter
 
 runner = Interpreter("model.tflite").get_signature_runner("serving_default")
 probabilities = runner(**inputs)["probabilities"]""",
