@@ -231,17 +231,28 @@ def export_model(
     model: Model,
     form: Annotated[str, typer.Option("--format", help="onnx, litert or saved_model.")],
     out: Annotated[str, typer.Option(help="Folder to write; else beside the model.")] = "",
+    check_on: Annotated[
+        list[str], typer.Option(help="Images to compare on; else generated lesions.")
+    ] = (),
 ):
     "Write a network or ensemble for other programs, and check that it answers the same."
     from dermnb.bundle import bundle_folder, load_bundle
+    from dermnb.predict import find_images, read_image
 
-    bundle_folder(model)
+    folder = bundle_folder(model)
+    paths = find_images(check_on)[:64] if check_on else []
     _load_keras()
     from dermnb.export import export_bundle
 
-    bundle = load_bundle(model)
-    record = export_bundle(bundle, out or bundle.folder.parent / f"{bundle.folder.name}-{form}", form)
-    print(record)
+    images = [read_image(path).pixels() for path in paths] or None
+    target = out or folder.parent / f"{folder.name}-{form}"
+    record = export_bundle(load_bundle(folder), target, form, images)
+    check = record["check"]
+    print(target)
+    print(
+        f"answers as dermnb does, to {check['greatest_difference']:.1g}, on "
+        f"{check['images']} images in {check['runtime']} {check['version']}"
+    )
 
 
 def _load_keras():

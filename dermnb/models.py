@@ -84,7 +84,7 @@ class MetadataEncoder:
         unknown = np.isnan(age)
         columns = [np.where(unknown, 0, (age - self.age_mean) / self.age_sd), unknown]
         for name, known in self._kinds():
-            of = pd.Categorical(table.get(name, empty), categories=list(known)).codes
+            of = pd.Index(list(known), dtype=object).get_indexer(table.get(name, empty))
             # Code -1, missing, picks the last column.
             columns += list(np.eye(len(known) + 1)[of].T)
         return np.stack(columns, axis=1).astype("float32")

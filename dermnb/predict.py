@@ -28,7 +28,7 @@ from .calibrate import conformal_sets, temper
 from .core import ConfigError, unknown_name
 from .datasets import list_images, read_image_bytes, read_table
 from .ensemble import mix_probabilities
-from .images import FORMATS, resize_image
+from .images import FORMATS, resize_image, to_rgb
 
 # %% ../nbs/18_predict.ipynb #8453003e
 MAX_BYTES = 50 * 10**6
@@ -43,6 +43,14 @@ class Picture:
     name: str
     data: bytes | Image.Image  # what `dermnb.images.resize_image` takes
     notes: tuple[str, ...] = ()  # what was converted, in plain words
+
+    def pixels(self) -> np.ndarray:
+        "The whole image, upright, uint8 (H, W, 3); ConfigError if it is broken inside."
+        image = self.data
+        with _decoding(self.name):
+            if isinstance(image, bytes):
+                image = Image.open(io.BytesIO(image), formats=FORMATS)
+            return np.asarray(to_rgb(image))
 
 
 def file_name(path: str | Path) -> str:
@@ -164,18 +172,23 @@ def square_of(
     method: str,  # how to resize: crop, stretch or pad
 ) -> np.ndarray:  # uint8 (size, size, 3)
     "The square that a network sees; ConfigError if the file is broken inside."
-    try:
+    with _decoding(picture.name):
         return resize_image(picture.data, size, method)
-    except Exception as error:  # Pillow raises many kinds for broken files
-        if isinstance(error, ConfigError):
-            raise
+
+
+@contextlib.contextmanager
+def _decoding(name: str):
+    "Turns what Pillow raises for broken files, which is of many kinds, into a sentence."
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
         cut = "truncated" in str(error) or "broken data stream" in str(error)
-        why = (
-            "it ends too early, as after an interrupted transfer"
-            if cut
-            else _reason(error)
-        )
-        raise ConfigError(f"{picture.name} cannot be decoded: {why}.") from None
+        why = _reason(error)
+        if cut:
+            why = "it ends too early, as after an interrupted transfer"
+        raise ConfigError(f"{name} cannot be decoded: {why}.") from None
 
 # %% ../nbs/18_predict.ipynb #8bd5cb80
 CAM_SIZE = 448  # pixels a side of the map, and of the image under it
