@@ -23,6 +23,7 @@ from dermnb.core import ConfigError, read_json, write_json
 from dermnb.evaluate import probability_columns
 from dermnb.predict import Predictor, find_images, read_image, square_of, write_answers
 
+ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = probability_columns(CLASSES)
 
 
@@ -289,3 +290,34 @@ def test_the_command_line(runs, images, tmp_path):
     wrong = dermnb("predict", tmp_path / "a.png", "--model", tmp_path)
     assert wrong.returncode == 2 and wrong.stderr.startswith("dermnb: ")
     assert wrong.stdout == "" and len(wrong.stderr.splitlines()) == 1
+
+
+REAL = Path(os.environ.get("DERMNB_REAL_DATA", ROOT / ".." / "shared" / "data"))
+ARCHIVE = REAL / "ham10000" / "HAM10000_images_part_1.zip"
+
+
+@pytest.mark.skipif(
+    not ARCHIVE.is_file(),
+    reason=f"real images are absent: set DERMNB_REAL_DATA (looked in {REAL})",
+)
+def test_photographs_and_their_export(runs, tmp_path):
+    "An ensemble on photographs, and the ONNX file of it run by onnxruntime."
+    runtime = pytest.importorskip("onnxruntime")
+    from dermnb.export import export_bundle
+
+    folder, _ = make_ensemble(tmp_path, runs, [0.3, 0.7])
+    predictor = Predictor(folder)
+    paths = find_images([ARCHIVE])[:12]
+    answers = predictor(paths)
+    assert [a.name for a in answers] == [p.rpartition("/")[2].rpartition("::")[2] for p in paths]
+    assert not any(a.error or a.notes for a in answers)
+    pictures = [read_image(p) for p in paths]
+    export_bundle(predictor.bundle, tmp_path / "onnx", "onnx", [p.pixels() for p in pictures])
+    session = runtime.InferenceSession(tmp_path / "onnx" / "model.onnx")
+    given = {
+        f"image_{size}_crop": np.stack([square_of(p, size, "crop") for p in pictures])
+        for size in (32, 24)
+    }
+    given = {k: v.astype("float32") for k, v in given.items()}
+    (found,) = session.run(["probabilities"], given)
+    assert np.abs(found - table_of(answers)).max() < 1e-4
