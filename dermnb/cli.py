@@ -179,15 +179,16 @@ def predict(
     from dermnb.bundle import bundle_folder
 
     paths = ask.find_images(images)
-    if cam.lower().endswith(".png") and len(paths) > 1:
-        raise ask.ConfigError(
-            f"--cam {cam} is one file for {len(paths)} images: give the name of a folder."
-        )
-    table = ask.read_metadata(metadata) if metadata else None
+    targets = iter(ask.cam_paths(cam, paths) if cam else ())
+    table = ask.read_metadata(metadata, paths) if metadata else None
+    ask.check_method(method)
+    ask.check_table(out)
     bundle_folder(model)
     _load_keras()
     least = None if min_confidence < 0 else min_confidence
     predictor = ask.Predictor(model, least, layer)
+    if metadata and not predictor.bundle.wants_metadata:
+        raise ask.ConfigError(f"{predictor.bundle.name} takes no metadata: leave out --metadata.")
     options = {"cam": bool(cam), "target": target or None, "method": method}
     answers = predictor.stream(paths, metadata=table, **options)
     refused = 0
@@ -196,8 +197,9 @@ def predict(
         def tell(answer):
             nonlocal refused
             refused += bool(answer.error)
+            target = next(targets, None)
             if cam and not answer.error:
-                ask.save_cam(answer, cam)
+                ask.save_cam(answer, target)
             if json:
                 print(jsonlib.dumps(answer.to_dict(), ensure_ascii=False), flush=True)
             elif not out:
@@ -237,12 +239,16 @@ def export_model(
 ):
     "Write a network or ensemble for other programs, and check that it answers the same."
     from dermnb.bundle import bundle_folder, load_bundle
+    from dermnb.core import unknown_name
     from dermnb.predict import find_images, read_image
 
     folder = bundle_folder(model)
     paths = find_images(check_on)[:64] if check_on else []
+    from dermnb.export import FORMS, export_bundle
+
+    if form not in FORMS:
+        raise unknown_name("format", form, FORMS)
     _load_keras()
-    from dermnb.export import export_bundle
 
     images = [read_image(path).pixels() for path in paths] or None
     target = out or folder.parent / f"{folder.name}-{form}"

@@ -330,6 +330,7 @@ def _open_archive(path: str) -> zipfile.ZipFile:
 
 def read_image_bytes(
     path: str,  # of a file, or archive.zip::member
+    most: int = 0,  # bytes that it may have; 0: any number
 ) -> bytes:
     "The undecoded bytes of an image; safe to call from several threads."
     if pd.isna(path) or not str(path):
@@ -339,12 +340,18 @@ def read_image_bytes(
         )
     archive, _, member = str(path).rpartition("::")
     try:
-        if archive.lower().endswith(".zip"):
-            return _open_archive(archive).read(member)
-        return Path(path).read_bytes()
+        packed = archive.lower().endswith(".zip")
+        opened = _open_archive(archive) if packed else None
+        size = opened.getinfo(member).file_size if packed else os.stat(path).st_size
+        if most and size > most:
+            raise ConfigError(
+                f"{path} has {size / 1e6:.0f} MB: images may have at most {most / 1e6:.0f} MB."
+            )
+        return opened.read(member) if packed else Path(path).read_bytes()
     except (FileNotFoundError, KeyError):
         raise ConfigError(f"the image {path} is no longer there.") from None
-    except (OSError, zipfile.BadZipFile, zipfile.zlib.error, EOFError) as error:
+    # Encrypted members raise a RuntimeError, unknown compression a NotImplementedError.
+    except (OSError, zipfile.BadZipFile, zipfile.zlib.error, EOFError, RuntimeError) as error:
         raise ConfigError(f"the image {path} cannot be read: {error}.") from None
 
 # %% ../nbs/02_datasets.ipynb #f189a14a

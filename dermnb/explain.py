@@ -21,9 +21,8 @@ from scipy import stats
 
 from dermnb.bundle import (
     Novelty,
-    fit_novelty,
     is_complete,
-    sample_known,
+    known_images,
     take_members,
     write_bundle,
 )
@@ -77,8 +76,8 @@ def rank_correlation(
 ) -> np.ndarray:
     """Spearman's correlation of two maps of each image, `(N,)` in -1..1.
 
-    1: the same places in the same order of importance; 0: nothing in common, and also
-    where a map is the same everywhere.
+    1: the same places in the same order of importance; 0: nothing in common. NaN where
+    a map is the same everywhere, and so ranks nothing.
     """
     a, b = np.asarray(a, "float64"), np.asarray(b, "float64")
     if a.shape != b.shape or a.ndim != 3:
@@ -86,12 +85,13 @@ def rank_correlation(
             f"maps of shapes {a.shape} and {b.shape} cannot be compared: "
             "both must be (N, h, w)."
         )
-    found = np.zeros(len(a))
+    found = np.full(len(a), np.nan)
     for i, pair in enumerate(zip(a, b, strict=True)):
         x, y = (stats.rankdata(m.ravel()) for m in pair)
         x, y = x - x.mean(), y - y.mean()
         size = np.sqrt((x @ x) * (y @ y))
-        found[i] = x @ y / size if size > 0 else 0
+        if size > 0:
+            found[i] = x @ y / size
     return found.clip(-1, 1)
 
 
@@ -101,25 +101,35 @@ def randomisation(
     draws: int = 3,  # how often weights are drawn; the mean over them is given
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Rank correlation of each image's map before and after drawing weights anew.
+    """How alike each image's map is before and after drawing weights anew, 0..1.
 
-    `head` and `all`, each `(N,)`: near 0 is good, near 1 says that the map ignores those
-    weights. `models` are left as they are.
+    The absolute rank correlation, so that an inverted copy counts as a copy; its mean
+    over the draws. `head` and `all` are `(N,)`, and so are `head_chance` and
+    `all_chance`: the same of the new map and the old map of *another* image, which is
+    what smooth maps have in common anyway. Above chance says that the map shows the
+    image and not what was learned. NaN where every map of an image is even. `models`
+    are left as they are.
     """
     before = maps_of(list(models))
     found = {}
     for part in ("head", "all"):
         seeds = iter(np.random.default_rng(seed).integers(2**31, size=draws * len(models)))
-        found[part] = np.mean(
-            [
-                rank_correlation(
-                    before, maps_of([redraw_weights(m, part, next(seeds)) for m in models])
-                )
-                for _ in range(draws)
-            ],
-            axis=0,
-        )
+        same, other = [], []
+        for _ in range(draws):
+            after = maps_of([redraw_weights(m, part, next(seeds)) for m in models])
+            same.append(np.abs(rank_correlation(before, after)))
+            other.append(np.abs(rank_correlation(np.roll(before, 1, axis=0), after)))
+        found[part], found[f"{part}_chance"] = _known_mean(same), _known_mean(other)
     return found
+
+
+def _known_mean(values: Sequence[np.ndarray]) -> np.ndarray:
+    "The mean over the first axis of what is no NaN."
+    values = np.asarray(values)
+    known = np.isfinite(values)
+    total = np.where(known, values, 0).sum(axis=0)
+    n = known.sum(axis=0)
+    return np.divide(total, n, out=np.full(total.shape, np.nan), where=n > 0)
 
 # %% ../nbs/19_explain.ipynb #74fed7ee
 def deletion_insertion(
@@ -386,23 +396,17 @@ def _novelty_of(folder: Path, manifest: pd.DataFrame) -> Novelty | None:
         return None
     seer = CamNetwork(classifier.model, classifier.meta.get("backbone", ""))
     split = pd.read_parquet(folder / "split.parquet")
-    names, found, squares = split["image_id"].astype(str), [], []
-    for part in ("train", "val"):
-        among = (split["split"] == part).to_numpy()
-        rows = _rows(manifest, names.iloc[sample_known(split["label"].to_numpy(), among)], folder)
-        size, method = classifier.image_size, classifier.resize
-        images = [read_pixels(path, size, method) for path in rows["path"]]
-        images = np.stack(images) if images else np.zeros((0, size, size, 3), "uint8")
-        parts = []
-        for i in range(0, len(rows), 64):
-            given = images[i : i + 64].astype("float32")
-            if classifier.encoder is not None:
-                beside = classifier.encoder.encode(rows.iloc[i : i + 64])
-                given = {"image": given, "metadata": beside}
-            parts.append(seer.predict(given)[1])
-        found.append(np.concatenate(parts) if parts else np.zeros((0, 1), "float32"))
-        squares.append(images)
-    return fit_novelty(*found, *squares)
+    names, size = split["image_id"].astype(str), classifier.image_size
+
+    def look(positions):
+        rows = _rows(manifest, names.iloc[positions], folder)
+        squares = [read_pixels(path, size, classifier.resize) for path in rows["path"]]
+        squares = np.stack(squares) if squares else np.zeros((0, size, size, 3), "uint8")
+        encoder = classifier.encoder
+        beside = None if encoder is None else encoder.encode(rows)
+        return seer.features(squares, beside), squares
+
+    return known_images(look, split["label"].to_numpy(), split["split"].to_numpy())
 
 # %% ../nbs/19_explain.ipynb #31d5951e
 @dataclass(frozen=True, eq=False)
@@ -574,7 +578,6 @@ def explain_run(
     correlation = randomisation(
         networks,
         lambda models: predictor.with_models(models).maps(squares, target, rows),
-        draws=1,  # a network takes seconds to build, and there are many images
     )
     progress("deleting and inserting")
     curves = deletion_insertion(ask, squares, maps, target)
@@ -601,6 +604,7 @@ def explain_run(
         "license": record["dataset"]["license"],
         "masks": "dataset" if sample.from_dataset else "central",
         "randomisation": {k: _mean(v, group) for k, v in correlation.items()},
+        "draws": 3,
         **{
             kind: _curve(curves[kind], curves["share"], group)
             for kind in ("deletion", "insertion")

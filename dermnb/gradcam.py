@@ -217,6 +217,22 @@ class CamNetwork:
         """
         return self._read(*self._predict(self._given(inputs)))
 
+    def features(
+        self,
+        squares: np.ndarray,  # uint8 (N, S, S, 3)
+        metadata: np.ndarray | None = None,  # (N, m), if the network takes any
+        batch_size: int = 64,
+    ) -> np.ndarray:
+        "Features float32 `(N, D)` of any number of images, batch by batch."
+        found = []
+        for i in range(0, len(squares), batch_size):
+            part = slice(i, i + batch_size)
+            given = {"image": squares[part]}
+            if metadata is not None:
+                given["metadata"] = metadata[part]
+            found.append(self.predict(given)[1])
+        return np.concatenate(found) if found else np.zeros((0, 1), "float32")
+
     def see(
         self,
         inputs,  # images (N, S, S, 3) in 0..255, or a dict of `image` and `metadata`

@@ -2177,9 +2177,10 @@ def _read_explanation(raw: Mapping) -> dict:
     read = {k: str(raw.get(k, "")) for k in ("split", "method", "license", "masks")}
     read |= {k: int(raw[k]) for k in ("n", "lesions")}
     read["synthetic"] = raw.get("synthetic") is True
+    read["draws"] = int(raw.get("draws", 1))
     read["layers"] = {str(k): str(v) for k, v in raw.get("layers", {}).items()}
     keys = {
-        "randomisation": ("head", "all"),
+        "randomisation": ("head", "all", "head_chance", "all_chance"),
         "deletion": ("area", "random_area", "difference"),
         "insertion": ("area", "random_area", "difference"),
         "inside": ("share", "area", "difference"),
@@ -2294,15 +2295,19 @@ def _removal_sentence(kind: str, result: Mapping) -> str:
 
 
 def _randomisation_sentence(cells: Mapping) -> str:
-    value = cells["all"]["value"]
-    if value is None:
+    found, chance = cells["all"], cells["all_chance"]
+    if found["value"] is None or chance["value"] is None:
         return ""
-    start = f"With all weights drawn anew, maps correlate {_spelled(cells['all'])} with those before: "
-    if value > 0.5:
+    start = (
+        f"With all weights drawn anew, maps resemble those before by {_spelled(found)}, and those "
+        f"of other images by {_spelled(chance)}: "
+    )
+    beyond = found["value"] - chance["value"]
+    if beyond > 0.4:
         return start + "they hardly depend on what was learned, so do not read them."
-    if value > 0.2:
+    if beyond > 0.1:
         return start + "in part they show the picture rather than what was learned."
-    return start + "they do depend on what was learned."
+    return start + "they depend on what was learned."
 
 
 def _looks_sentences(e: Mapping) -> list[str]:
@@ -2331,7 +2336,7 @@ def _looks_limits(e: Mapping) -> str:
     ]
     if "shortcuts" in e or "inside" in e:
         lines.append(
-            "A covered lesion still shows its size and outline, and its surroundings may hold "
+            "A covered lesion still shows its size and place, and its surroundings may hold "
             "signs of the disease; a network was never trained on such pictures."
             if e["masks"] == "dataset"
             else "The dataset has no lesion masks: an ellipse in the middle of the image stands for "
@@ -2441,13 +2446,21 @@ def _looks_block(run: RunResult, photographs: bool) -> dict:
     if "randomisation" in e:
         what = {"head": "The head", "all": "All weights"}
         block["randomisation"] = _table(
-            "Rank correlation of maps before and after weights are drawn anew; near 0 is good, near "
-            "1 says that maps ignore the weights.",
-            [("Drawn anew", False), ("Correlation", True), ("Images", True)],
+            "Resemblance of maps before and after weights are drawn anew: absolute rank "
+            f"correlation, mean of {e.get('draws', 1)} draws. Not above that with other images' "
+            "maps is good, near 1 says that maps ignore the weights. Intervals are over images "
+            "and not over draws.",
+            [
+                ("Drawn anew", False),
+                ("Same image", True),
+                ("Another image", True, "chance"),
+                ("Images", True),
+            ],
             [
                 [
                     _cell(what[k], num=False),
                     _estimate_cell(e["randomisation"][k]),
+                    _estimate_cell(e["randomisation"][f"{k}_chance"]),
                     _cell(count(e["randomisation"][k]["n"]), e["randomisation"][k]["n"]),
                 ]
                 for k in what
@@ -2614,20 +2627,26 @@ def _looks_overview(done: Sequence[RunResult], synthetic: bool) -> dict:
         def part(kind, name, e=e, none=none):
             return e.get(kind, {}).get(name, none)
 
+        def resemblance(what, part=part):
+            cell = _estimate_cell(part("randomisation", what))
+            chance = part("randomisation", f"{what}_chance")["value"]
+            cell["sub"] = f"{cell['sub']} ({number(chance)})"
+            return cell
+
         inside = _estimate_cell(part("inside", "share"))
         area = part("inside", "area")["value"]
         inside["sub"] = f"{inside['sub']} of {number(area)}" if area is not None else ""
         size = _cell(count(e["n"]), e["n"], f"{e['lesions']:,} lesions")
         rows.append(
             [_run_cell(run)]
-            + [_estimate_cell(part("randomisation", w)) for w in ("head", "all")]
+            + [resemblance(w) for w in ("head", "all")]
             + [_signed(part(w, "difference")) for w in ("deletion", "insertion")]
             + [inside, size]
         )
     columns = [
         ("Run", False),
-        ("Correlation, head drawn anew", True, "of maps before and after; near 0 is good"),
-        ("All weights drawn anew", True, "of maps before and after; near 0 is good"),
+        ("Resemblance, head drawn anew", True, "of maps before and after; in brackets: by chance"),
+        ("All weights drawn anew", True, "in brackets: by chance"),
         ("Deletion minus random", True, "below 0 speaks for the maps"),
         ("Insertion minus random", True, "above 0 speaks for the maps"),
         ("Mass inside the mask", True, "and the share of the image that the mask takes up"),

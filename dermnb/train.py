@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Stopwatch', 'Data', 'cache_dir', 'prepare_data', 'split_batches', 'build_model', 'copy_trunk', 'train_model',
-           'predict_splits', 'known_images', 'save_run', 'run_experiment']
+           'predict_splits', 'novelty_of', 'save_run', 'run_experiment']
 
 # %% ../nbs/15_train.ipynb #7a43f5d6
 import contextlib
@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from .backbones import BACKBONES
-from .bundle import Novelty, fit_novelty, sample_known, write_bundle
+from .bundle import Novelty, known_images, write_bundle
 from dermnb.core import (
     ConfigError,
     ExperimentConfig,
@@ -318,27 +318,21 @@ def predict_splits(
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
 
-# %% ../nbs/15_train.ipynb #359ce628
-def known_images(config: ExperimentConfig, data: Data, model: keras.Model) -> Novelty | None:
-    "Features of some training images and how far is too far; None where no image is seen."
+# %% ../nbs/15_train.ipynb #0fb6bb1f
+def novelty_of(config: ExperimentConfig, data: Data, model: keras.Model) -> Novelty | None:
+    "What the network's training images are like; None where no image is seen."
     if config.metadata == "only":
         return None
     progress("looking at training images")
-    split = data.manifest["split"].to_numpy()
-    seer, found, squares = CamNetwork(model, config.backbone), [], []
-    for part in ("train", "val"):
-        positions = sample_known(data.manifest["label"].to_numpy(), split == part)
-        rows = data.store.rows(data.manifest["image_id"].iloc[positions])
-        parts = []
-        for i in range(0, len(rows), config.batch_size):
-            chosen = slice(i, i + config.batch_size)
-            given = data.store.read(rows[chosen]).astype("float32")
-            if data.metadata is not None:
-                given = {"image": given, "metadata": data.metadata[positions[chosen]]}
-            parts.append(seer.predict(given)[1])
-        found.append(np.concatenate(parts) if parts else np.zeros((0, 1), "float32"))
-        squares.append(data.store.read(rows))
-    return fit_novelty(*found, *squares)
+    seer = CamNetwork(model, config.backbone)
+
+    def look(positions):
+        squares = data.store.read(data.store.rows(data.manifest["image_id"].iloc[positions]))
+        beside = None if data.metadata is None else data.metadata[positions]
+        return seer.features(squares, beside, config.batch_size), squares
+
+    labels, split = data.manifest["label"].to_numpy(), data.manifest["split"].to_numpy()
+    return known_images(look, labels, split)
 
 # %% ../nbs/15_train.ipynb #433d788f
 def _split_summary(data: Data) -> dict:
@@ -422,7 +416,7 @@ def save_run(
                 "metadata": asdict(data.encoder) if data.encoder else None,
             },
         )
-        novelty = known_images(config, data, model)
+        novelty = novelty_of(config, data, model)
     size = (folder / "model" / "model.keras").stat().st_size
     trainable = sum(int(np.prod(w.shape)) for w in model.trainable_weights)
     clock.seconds["total_s"] = sum(

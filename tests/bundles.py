@@ -74,11 +74,11 @@ def make_bundle(folder, name="tiny", size=32, seed=0, fusion="none", backbone="c
     kernel, bias = logits.get_weights()
     logits.set_weights([kernel * 20, bias])
     images = [Image.fromarray(image) for image in photographs()]
-    squares = np.stack([resize_image(image, size, "crop") for image in images]).astype("float32")
-    given = squares
+    squares = np.stack([resize_image(image, size, "crop") for image in images])
+    given = squares.astype("float32")
     if fusion != "none":
         rows = encoder.encode(pd.DataFrame({"age": np.linspace(20, 80, len(squares))}))
-        given = {"image": squares, "metadata": rows}
+        given = {"image": given, "metadata": rows}
     p, features = CamNetwork(model, backbone).predict(given)
     table = make_table(p)
     metadata = {"age_mean": 50.0, "age_sd": 15.0, "sexes": ["female", "male"], "sites": ["back"]}
@@ -87,7 +87,7 @@ def make_bundle(folder, name="tiny", size=32, seed=0, fusion="none", backbone="c
     run = Path(folder) / name
     save_classifier(model, run / "model", CLASSES, labels)
     metrics = evaluate(table, CLASSES, resamples=100)
-    novelty = fit_novelty(features[::2], features)
+    novelty = fit_novelty(features[::2], features, squares[::2], squares)
     write_bundle(run / "model", make_record(name, backbone), metrics, table, novelty)
     return run, table
 

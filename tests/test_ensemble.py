@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dermnb.core import ConfigError, ExperimentConfig, make_config, read_json, write_json
+from dermnb.core import ENSEMBLE_FIELDS, ConfigError, ExperimentConfig, make_config, read_json, write_json
 from dermnb.ensemble import (
     HOW,
     agreement,
@@ -340,6 +340,7 @@ def test_a_run_folder_that_counts_as_done_until_a_member_changes(suite, how):
         "weights": "",
     }
     saved = read_json(folder / "model" / "ensemble.json")
+    assert [m.pop("folder") for m in saved["members"]] == ["0_a", "1_b", "2_c"]
     assert saved == record["ensemble"] and saved["schema"] == 1
     assert saved["combine"] == how and saved["classes"] == list(CLASSES)
     assert [m["run"] for m in saved["members"]] == ["a", "b", "c"]
@@ -425,12 +426,12 @@ NOTEBOOK = ROOT / "nbs" / "experiments" / "ensemble.ipynb"
 
 def test_parameters_cell_has_the_defaults_of_the_config():
     cells = json.loads(NOTEBOOK.read_text())["cells"]
-    assert 8 <= len(cells) <= 14
+    assert 8 <= len(cells) <= 16
     assert not any("def " in "".join(c["source"]) for c in cells if c["cell_type"] == "code")
     (tagged,) = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
     values = {}
     exec("".join(tagged["source"]), {}, values)
-    fields = "suite run seed members combine member_weights bootstrap".split()
+    fields = [*ENSEMBLE_FIELDS, "data_dir"]
     assert values.pop("folder") == "" and list(values) == fields
     assert values == {f: ExperimentConfig.model_fields[f].default for f in fields}
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import keras
@@ -21,7 +22,15 @@ from dermnb.bundle import load_bundle
 from dermnb.calibrate import temper
 from dermnb.core import ConfigError, read_json, write_json
 from dermnb.evaluate import probability_columns
-from dermnb.predict import Predictor, find_images, read_image, square_of, write_answers
+from dermnb.predict import (
+    Predictor,
+    cam_paths,
+    find_images,
+    read_image,
+    read_metadata,
+    square_of,
+    write_answers,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = probability_columns(CLASSES)
@@ -91,14 +100,27 @@ def test_metadata_changes_the_answer_and_may_be_unknown(images, tmp_path):
     run, _ = make_bundle(tmp_path, "with_metadata", fusion="concat")
     predictor = Predictor(run)
     assert predictor.bundle.wants_metadata
-    rows = pd.DataFrame({"image": ["a.png", "b"], "age": ["20", "80"], "sex": ["male", None]})
+    table = tmp_path / "patients.csv"
+    table.write_text("image,age,sex\na.png,20,male\nb,80,\n")
     for name, image in zip(("a.png", "b.png"), images, strict=False):
         Image.fromarray(images[0]).save(tmp_path / name)
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
-    known = table_of(predictor.stream(paths, metadata=rows))
+    known = table_of(predictor.stream(paths, metadata=read_metadata(table, paths)))
     unknown = table_of(predictor.stream(paths))
     assert np.allclose(unknown[0], unknown[1]) and not np.allclose(known[0], known[1])
     assert predictor([images[0]], cam=True)[0].cam.max() <= 1
+    for text, said in (
+        ("image,weight\na.png,70\n", "any of age, sex and site"),
+        ("image,age\na.png,20\na.png,30\n", "twice"),
+        ("image,age\na.png,old\n", "no number of years"),
+        ("image,age\nz.png,20\n", "names none of the 2"),
+    ):
+        table.write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            read_metadata(table, paths)
+    table.write_text("image,age\na.png,20\n")
+    with pytest.raises(ConfigError, match="give their paths"):
+        read_metadata(table, ["one/a.png", "two/a.png"])
 
 
 def test_abstains_below_the_confidence_asked_for(runs, images):
@@ -179,6 +201,20 @@ def test_the_card_is_a_hub_card(runs):
     assert "generated images" in card and "must not be used on patients" in card
 
 
+def rewrite(path, old, new):
+    "A .keras file with one text in its description changed; without one, without weights."
+    other = path.with_suffix(".zip")
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(other, "w") as target:
+        for item in source.namelist():
+            data = source.read(item)
+            if item == "config.json" and old:
+                assert old in data
+                data = data.replace(old, new, 1)
+            if old or item != "model.weights.h5":
+                target.writestr(item, data)
+    other.replace(path)
+
+
 def damage(folder, what):
     "Make a good bundle a bad one."
     model = folder / "model"
@@ -187,14 +223,17 @@ def damage(folder, what):
         y = keras.layers.Lambda(lambda x: x[:, 0, 0], output_shape=(3,))(x)
         keras.Model(x, y).save(model / "model.keras")
     elif what == "module":
-        path, other = model / "model.keras", model / "other.zip"
-        with zipfile.ZipFile(path) as old, zipfile.ZipFile(other, "w") as new:
-            for item in old.namelist():
-                data = old.read(item)
-                if item == "config.json":
-                    data = data.replace(b'"module": "keras.layers"', b'"module": "os.path"', 1)
-                new.writestr(item, data)
-        other.replace(path)
+        rewrite(model / "model.keras", b'"module": "keras.layers"', b'"module": "os.path"')
+    elif what == "dotted":
+        rewrite(model / "model.keras", b'"class_name": "Dense"', b'"class_name": "layers.Lambda"')
+    elif what == "weights":
+        rewrite(model / "model.keras", None, None)
+    elif what in ("classes", "resize", "metadata"):
+        odd = {"classes": ["a", "b"], "resize": "zoom", "metadata": {"a": 1}}[what]
+        write_json(model / "labels.json", read_json(model / "labels.json") | {what: odd})
+    elif what == "limit":
+        found = dict(np.load(model / "novelty.npz"))
+        np.savez(model / "novelty.npz", **(found | {"threshold": np.nan}))
     elif what == "cut":
         path = model / "model.keras"
         path.write_bytes(path.read_bytes()[:2000])
@@ -213,6 +252,12 @@ def damage(folder, what):
     [
         ("lambda", "could run code: it is not loaded"),
         ("module", "could run code: it is not loaded"),
+        ("dotted", "could run code: it is not loaded"),
+        ("weights", "cannot be loaded"),
+        ("classes", "does not fit the network"),
+        ("resize", "unknown resize method"),
+        ("metadata", "cannot be loaded|does not fit"),
+        ("limit", "is not what dermnb writes"),
         ("cut", "is not a whole .keras file"),
         ("pickle", "cannot be read"),
         ("later", "later version"),
@@ -228,6 +273,31 @@ def test_a_bad_bundle_is_one_sentence(runs, tmp_path, what, said):
     damage(run, what)
     with pytest.raises(ConfigError, match=said):
         load_bundle(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"combine": "median"}, "unknown way to combine"),
+        ({"schema": 9}, "another version"),
+        ({"weight": float("inf")}, "weights must be"),
+        ({"folder": "../first"}, "must be a plain name"),
+        ({"link": True}, "is a link"),
+    ],
+)
+def test_a_bad_ensemble_is_one_sentence(runs, tmp_path, change, said):
+    model = make_ensemble(tmp_path, runs, [0.5, 0.5])[0] / "model"
+    record = read_json(model / "ensemble.json")
+    member = record["members"][0]
+    if "link" in change:
+        inside = model / "members" / member["folder"]
+        shutil.move(inside, tmp_path / "outside")
+        inside.symlink_to(tmp_path / "outside")
+    member.update({k: v for k, v in change.items() if k in ("weight", "folder")})
+    record.update({k: v for k, v in change.items() if k in ("combine", "schema")})
+    write_json(model / "ensemble.json", record)
+    with pytest.raises(ConfigError, match=said):
+        load_bundle(model)
 
 
 def test_hard_links_do_not_tie_runs_together(runs, tmp_path):
@@ -266,6 +336,41 @@ def test_finds_images_in_folders_archives_and_patterns(images, tmp_path):
         find_images([tmp_path / "*.jpg"])
 
 
+def test_maps_replace_no_image_and_no_other_map(tmp_path):
+    (tmp_path / "a.png").touch()
+    paths = ["one/x.jpg", "two/x.png", "two/y.jpg"]
+    names = [p.name for p in cam_paths("maps", paths)]
+    assert names == ["x_map.png", "x_map_2.png", "y_map.png"]
+    with pytest.raises(ConfigError, match="would replace the image"):
+        cam_paths(tmp_path / "a.png", [tmp_path / "a.png"])
+    with pytest.raises(ConfigError, match="one file for the maps of 3"):
+        cam_paths("maps.png", paths)
+
+
+@pytest.mark.parametrize("form", ["TIFF", "PNG", "JPEG", "BMP", "WEBP"])
+def test_damaged_files_are_refused_or_read(images, form):
+    "Whatever byte is wrong, it is an answer or a sentence, and never a traceback."
+    data = bytearray(encoded(Image.fromarray(images[0]), form))
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        broken = data.copy()
+        for place in rng.integers(0, min(len(data), 400), 3):
+            broken[place] = rng.integers(0, 256)
+        try:
+            square_of(read_image(bytes(broken)), 32, "crop")
+        except ConfigError as error:
+            assert len(str(error)) < 400
+
+
+def test_two_classes_have_a_threshold(runs, images):
+    bundle = load_bundle(runs[0][0])
+    for level, sure in ((0.0, True), (1.0, False)):
+        decision = replace(bundle.decision, positive="MEL", positive_threshold=level)
+        answer = Predictor(replace(bundle, decision=decision))(images[:1])[0]
+        assert answer.positive is sure and answer.to_dict()["positive"] is sure
+    assert Predictor(bundle)(images[:1])[0].positive is None
+
+
 def dermnb(*args):
     env = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
     run = "from dermnb.cli import main; main()"
@@ -282,10 +387,11 @@ def test_the_command_line(runs, images, tmp_path):
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert lines[0]["image"] == "a.png" and set(lines[0]["probabilities"]) == set(CLASSES)
+    assert lines[0]["image"] == "a.png" and lines[0]["path"] == str(tmp_path / "a.png")
+    assert set(lines[0]["probabilities"]) == set(CLASSES)
     assert "not an image" in lines[1]["error"]
     assert "1 of 2 images could not be read" in done.stderr
-    assert Image.open(tmp_path / "maps" / "a.png").size == (904, 448)
+    assert Image.open(tmp_path / "maps" / "a_map.png").size == (904, 448)
     assert list(pd.read_csv(tmp_path / "out.csv")["image"]) == ["a.png", "broken.jpg"]
     wrong = dermnb("predict", tmp_path / "a.png", "--model", tmp_path)
     assert wrong.returncode == 2 and wrong.stderr.startswith("dermnb: ")
