@@ -620,7 +620,7 @@ def _card(text: str) -> str:
     "A model card as a part of the page: no head for machines, no images, small headings."
     text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
     # A card comes with the network: its images could be asked of another server.
-    return re.sub(r"(?m)^(#{1,3}) ", r"###\1 ", text.replace("![", "[")).strip()
+    return re.sub(r"(?m)^(#{1,3}) ", r"###\1 ", re.sub(r"!+\[", "[", text)).strip()
 
 # %% ../nbs/24_app.ipynb #12e40507
 _OPTIONS = {

@@ -415,6 +415,8 @@ def model_card(
             )
     else:
         lines.append("None: there were no validation images.")
+    if decision.n and not 0.051 < decision.temperature < 19.9:
+        lines.append("The temperature is at its limit: these probabilities mean little.")
     lines += [
         "",
         "## Limits",

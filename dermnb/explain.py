@@ -37,7 +37,7 @@ from .runs import find_run
 # %% ../nbs/19_explain.ipynb #682eb403
 def redraw_weights(
     model,  # keras model of `build_classifier`, or as it was saved; is left as it is
-    part: str,  # "head" (all behind the pooling), or "all"
+    part: str,  # "head" (its dense layers and batch norm), or "all"
     seed: int = 0,
 ):
     "A copy of the network with that part's weights as before any training."
@@ -526,7 +526,7 @@ def _gallery(
             picked += [
                 (f"{'right' if hit else 'wrong'} and {name}", int(i)) for i in some
             ]
-    place = folder / "gallery"
+    place = folder / ".gallery.part"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     rows = sample.rows.iloc[[i for _, i in picked]]
@@ -537,7 +537,7 @@ def _gallery(
         shown = answer.square, overlay(answer.square, answer.cam)
         for path, image in zip(files.values(), shown, strict=True):
             small = Image.fromarray(image).resize((224, 224), Image.Resampling.LANCZOS)
-            small.save(folder / path, quality=85)
+            small.save(place / Path(path).name, quality=85)
         entries.append(
             {
                 "image_id": sample.table["image_id"].iloc[i],
@@ -628,6 +628,9 @@ def explain_run(
         "refused_test": None if refused is None else _mean(refused, group),
         "gallery": _gallery(folder, predictor, sample, p),
     }
+    # Pictures and captions change together, but for an instant.
+    shutil.rmtree(folder / "gallery", ignore_errors=True)
+    os.replace(folder / ".gallery.part", folder / "gallery")
     write_json(folder / "explain.json", report)
     return report
 

@@ -422,7 +422,7 @@ print(dict(zip({codes}, probabilities[0])))
 
 ## How it was checked
 
-With {package} {version}: {n} images, one alone and all at once. No probability differed
+With {package} {version}, on {n} images ({of}), one alone and all at once. No probability differed
 from dermnb's by more than {difference:.1g}; {tolerance:g} would have been refused.
 """
 
@@ -488,6 +488,7 @@ def _page(record: Mapping) -> str:
         package=check["runtime"],
         version=check["version"],
         n=check["images"],
+        of=check["of"],
         difference=check["greatest_difference"],
         tolerance=check["tolerance"],
     )
@@ -613,6 +614,7 @@ def export_bundle(
                 "runtime": made.runtime,
                 "version": import_module(made.runtime).__version__,
                 "images": len(pictures),
+                "of": "generated lesions and noise" if images is None else "images given",
                 "greatest_difference": difference,
                 "tolerance": TOLERANCE,
             },
