@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from dermnb.bundle import COMBINE
 from dermnb.core import ENSEMBLE_FIELDS, ConfigError, ExperimentConfig, make_config, read_json, write_json
 from dermnb.ensemble import (
-    HOW,
     agreement,
     combine,
     find_members,
@@ -99,7 +99,7 @@ def test_equal_weights_are_the_default_and_only_their_ratio_counts(made):
     np.testing.assert_allclose(one[1], [0.3, 0.3, 0.4])
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", COMBINE)
 def test_order_of_members_and_of_their_rows_does_not_matter(suite, how):
     forth, weights = combine(load_members(names(suite)), how)
     table = pd.read_parquet(suite / "b" / "predictions.parquet")
@@ -112,7 +112,7 @@ def test_order_of_members_and_of_their_rows_does_not_matter(suite, how):
     assert (p_of(forth) >= 0).all() and weights.sum() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", COMBINE)
 def test_members_that_agree_call_what_each_calls(made, how):
     member = load_members(names(made))[2]
     table, _ = combine([member, member, member], how)
@@ -126,7 +126,7 @@ def test_members_that_agree_call_what_each_calls(made, how):
         np.testing.assert_allclose(p_of(table), p_of(member.predictions), atol=1e-9)
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", COMBINE)
 def test_a_class_of_which_all_are_sure_stays_the_class(made, how):
     members = load_members(names(made))
     sure = members[0].predictions["image_id"].iloc[:10]
@@ -186,7 +186,7 @@ def test_test_images_have_no_say(suite):
         table.loc[rows, "y_true"] = "mel"
         return table
 
-    before = {how: combine(load_members(names(suite)), how) for how in HOW}
+    before = {how: combine(load_members(names(suite)), how) for how in COMBINE}
     for folder in names(suite):
         table = shuffled(pd.read_parquet(folder / "predictions.parquet"))
         table.to_parquet(folder / "predictions.parquet")
@@ -311,7 +311,7 @@ def test_without_validation_there_is_only_the_mean(suite):
 # The run folder
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", COMBINE)
 def test_a_run_folder_that_counts_as_done_until_a_member_changes(suite, how):
     change(suite / "b", leak={"lesions": 3, "val_images": 1, "test_images": 4})
     change(suite / "c", metadata={"fusion": "concat", "shuffled": False})
