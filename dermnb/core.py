@@ -70,6 +70,8 @@ class ExperimentConfig(BaseModel):
     test_list: str = ""  # CSV of the image ids that are the test; the rest is split
     balance: int = Field(0, ge=0)  # training images a class, drawn once; 0: as they are
     balance_val: bool = False  # as many validation images of each class as the rarest has
+    audit: Literal["hashes", "network", "none"] = "hashes"  # how the same lesion is found
+    allow_leakage: bool = False  # go on where test images are in training; pages say so
 
     image_size: int = Field(96, ge=16, le=1024)  # pixels, square
     resize: Literal["stretch", "crop", "pad"] = "crop"
@@ -130,6 +132,11 @@ class ExperimentConfig(BaseModel):
             raise ValueError(
                 f"schedule {self.schedule!r} freezes the backbone, which needs "
                 "pretrained weights: give weights or a base, or schedule 'scratch'"
+            )
+        if self.split == "image" and not self.allow_leakage:
+            raise ValueError(
+                "split 'image' puts photographs of one lesion on both sides: say "
+                "allow_leakage true, or take split 'lesion'"
             )
         if self.test_list and self.base:
             raise ValueError("a run with a base has its base's test images: no test_list")

@@ -50,6 +50,8 @@ MANIFEST_COLUMNS = [
     "license",
     "split",
     "mask",
+    "size_mm",
+    "skin_tone",
 ]
 
 # %% ../nbs/02_datasets.ipynb #b92beda2
@@ -458,16 +460,19 @@ def _known_text(column: pd.Series) -> pd.Series:
     return text.mask(text.isin(_UNKNOWN).fillna(True).astype(bool))
 
 
-def _years(column: pd.Series, where: str) -> pd.Series:
+_NUMBERS = {"age": "years", "size_mm": "millimetres"}  # columns and their units
+
+
+def _quantity(column: pd.Series, name: str, where: str) -> pd.Series:
     text = _known_text(column)
-    years = pd.to_numeric(text, errors="coerce").astype("float64")
-    wrong = text.notna().to_numpy() & years.isna().to_numpy()
+    values = pd.to_numeric(text, errors="coerce").astype("float64")
+    wrong = text.notna().to_numpy() & values.isna().to_numpy()
     if wrong.any():
         raise ConfigError(
-            f"{where}: age {text[wrong].iloc[0]!r} is not a number of years "
-            f"({wrong.sum():,} such cells)."
+            f"{where}: {name} {text[wrong].iloc[0]!r} is not a number of "
+            f"{_NUMBERS[name]} ({wrong.sum():,} such cells)."
         )
-    return years
+    return values
 
 
 def _find_table(folder: Path, *names: str) -> Path:
@@ -532,7 +537,7 @@ def read_isic2019(
             if name in extra:
                 table[column] = extra[name].to_numpy()
         if "age" in table:
-            table["age"] = _years(table["age"], str(extra_path))
+            table["age"] = _quantity(table["age"], "age", str(extra_path))
         table["split"] = split
         parts.append(table)
     if len(parts) == 1:
@@ -557,7 +562,7 @@ def _ham_table(path: Path) -> pd.DataFrame:
             "image_id": raw["image_id"],
             "labels": [() if pd.isna(x) else (x,) for x in raw["dx"]],
             "lesion_id": raw["lesion_id"],
-            "age": _years(raw["age"], str(path)) if "age" in raw else np.nan,
+            "age": _quantity(raw["age"], "age", str(path)) if "age" in raw else np.nan,
             "sex": raw.get("sex", pd.NA),
             "site": raw.get("localization", pd.NA),
             "source": raw.get("dataset", "HAM10000"),
@@ -604,11 +609,13 @@ def read_isic_archive(
         ("site", "anatom_site_general"),
         ("source", "attribution"),
         ("license", "copyright_license"),
+        ("skin_tone", "fitzpatrick_skin_type"),
     ):
         if name in raw:
             table[column] = raw[name]
-    if "age_approx" in raw:
-        table["age"] = _years(raw["age_approx"], str(path))
+    for column, name in (("age", "age_approx"), ("size_mm", "clin_size_long_diam_mm")):
+        if name in raw:
+            table[column] = _quantity(raw[name], column, str(path))
     return Source(table, *list_images(folder))
 
 # %% ../nbs/02_datasets.ipynb #05dcdcdb
@@ -625,6 +632,8 @@ _EXTRA_COLUMNS = (
     "source",
     "license",
     "split",
+    "size_mm",
+    "skin_tone",
 )
 
 
@@ -689,8 +698,8 @@ def _add_metadata(table: pd.DataFrame, stems: pd.Series, path: Path) -> tuple:
     for column in _EXTRA_COLUMNS:
         if column in extra:
             values = extra[column]
-            if column == "age":
-                values = _years(values, str(path))
+            if column in _NUMBERS:
+                values = _quantity(values, column, str(path))
             if column in table:
                 values = values.fillna(table[column].astype("string"))
             table[column] = values
@@ -773,8 +782,8 @@ def read_csv_dataset(
     for column in _EXTRA_COLUMNS:
         if columns[column] in raw:
             table[column] = raw[columns[column]]
-    if "age" in table:
-        table["age"] = _years(table["age"], str(path))
+    for column in set(_NUMBERS) & set(table):
+        table[column] = _quantity(table[column], column, str(path))
     if columns["path"] in raw:
         table["file"] = raw[columns["path"]]
     if "taxonomy" in mapping:
@@ -1050,7 +1059,7 @@ def _repeated_rows(table: pd.DataFrame, labels: list, paths: list) -> tuple[list
 def _finish(table: pd.DataFrame) -> pd.DataFrame:
     table = table.reindex(columns=MANIFEST_COLUMNS)
     for column in MANIFEST_COLUMNS:
-        if column == "age":
+        if column in _NUMBERS:
             table[column] = pd.to_numeric(table[column], errors="coerce").astype(
                 "float64"
             )
@@ -1058,6 +1067,7 @@ def _finish(table: pd.DataFrame) -> pd.DataFrame:
             table[column] = table[column].astype("string")
     table["sex"] = _known_text(table["sex"]).replace(_SEXES)
     table["site"] = _known_text(table["site"])
+    table["skin_tone"] = _known_text(table["skin_tone"])
     return table
 
 # %% ../nbs/02_datasets.ipynb #1e75e32a

@@ -156,14 +156,14 @@ def make_split(
     manifest: pd.DataFrame,  # one row an image: image_id, label, lesion_id, patient_id
     config: ExperimentConfig,  # split, split_seed, fractions, folds, fold, on_problem
 ) -> pd.DataFrame:  # a copy with split in train, val, test; rows in the same order
-    "Divide into training, validation and test; but for 'image', no lesion is in two."
+    "Divide into training, validation and test; a lesion is in two only with allow_leakage."
     manifest = manifest.reset_index(drop=True)
     unlabelled = int(manifest["label"].isna().sum())
     if unlabelled:
         raise ConfigError(f"{unlabelled} images have no label and cannot be split.")
     result = manifest.assign(split=_parts(manifest, config))
     result = result[result["split"] != ""].reset_index(drop=True)
-    check_split(result, by_lesion=config.split != "image")
+    check_split(result, by_lesion=not config.allow_leakage)
     return result
 
 
@@ -286,12 +286,15 @@ def official_problems(
 def _official_parts(manifest: pd.DataFrame, config: ExperimentConfig) -> np.ndarray:
     given = _given_parts(manifest)
     problems = official_problems(manifest)
+    if config.allow_leakage:  # as it was published, and marked as such
+        problems = problems.iloc[:0]
     if len(problems) and config.on_problem == "error":
         first = problems.iloc[0]
         raise ConfigError(
             f"the official split is not clean: {len(problems)} images share a lesion or "
             f"a patient with a part that must not know them (image {first.image_id!r}: "
-            f"{first.detail}); on_problem 'exclude' leaves them out."
+            f"{first.detail}); on_problem 'exclude' leaves them out, allow_leakage keeps "
+            "them and says so on every page."
         )
     part = given.copy()
     part[manifest["image_id"].isin(problems["image_id"]).to_numpy()] = ""
@@ -403,7 +406,7 @@ def inherit_split(
     spread = parent["split"].groupby(group_numbers(parent)).nunique() > 1
     if spread.any() and not config.test_list:
         config = config.model_copy(update={"split": "image"})
-    by_lesion = config.split != "image" and not spread.any()
+    by_lesion = not config.allow_leakage and not spread.any()
     if not spread.any():
         others = parent[~parent["image_id"].isin(both["image_id"])]
         both = pd.concat([both.assign(split=part), others], ignore_index=True)

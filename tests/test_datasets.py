@@ -786,6 +786,26 @@ def test_isic2019_tables_with_the_images_of_ham10000(tmp_path):
     assert (same.to_numpy() == own.label.to_numpy()).all()
 
 
+def test_size_and_skin_tone_of_an_archive_export_and_of_any_table(tmp_path):
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    put(
+        archive / "metadata.csv",
+        "isic_id,diagnosis_1,clin_size_long_diam_mm,fitzpatrick_skin_type\n"
+        "I0,Benign,4.5,III\nI1,Malignant,,\n",
+    )
+    manifest = load_dataset("isic_archive", archive, "binary", "exclude").manifest
+    assert manifest["size_mm"].tolist()[0] == 4.5 and manifest["size_mm"].isna()[1]
+    assert manifest["skin_tone"].fillna("").tolist() == ["iii", ""]
+    own = tmp_path / "own"
+    own.mkdir()
+    put(own / "t.csv", "image_id,label,size_mm\na,x,3\nb,y,wide\n")
+    assert "size_mm 'wide' is not a number of millimetres" in sentence(
+        load_dataset, "csv", own
+    )
+
+
+
 @needs_real
 def test_isic_archive_agrees_with_ham10000_and_states_licences():
     archive = load_dataset("isic_archive", REAL / "isic_archive")

@@ -236,7 +236,9 @@ def test_image_split_leaks_and_keeps_every_class_in_proportion(seed):
             "label": rng.choice(["a", "b", "c"], 300, p=[0.7, 0.2, 0.1])[lesion],
         }
     )
-    config = ExperimentConfig(split="image", split_seed=seed)
+    config = ExperimentConfig(
+        split="image", allow_leakage=True, split_seed=seed
+    )
     split = make_split(manifest, config)
     shares = pd.crosstab(split["label"], split["split"])
     expected = shares.sum(axis=1)
@@ -263,7 +265,7 @@ def test_image_split_leaks_and_keeps_every_class_in_proportion(seed):
 def test_image_split_still_refuses_a_part_without_images():
     manifest = pd.DataFrame({"image_id": ["a", "b"], "label": ["x", "x"]})
     with pytest.raises(ConfigError, match="leaves no"):
-        make_split(manifest, ExperimentConfig(split="image"))
+        make_split(manifest, ExperimentConfig(split="image", allow_leakage=True))
 
 
 def test_leak_between_validation_and_test_is_none_to_training():
@@ -322,7 +324,7 @@ def test_list_that_leaves_nothing_in_the_way_has_an_empty_table(tmp_path):
         ("image\nX1\nX2\n", {}, "none of the 2 images"),
         ("file\nX1\n", {}, "must have a column image_id, image or isic_id"),
         ("image\nI1\n", {"split": "kfold"}, "needs split 'lesion'"),
-        ("image\nI1\n", {"split": "image"}, "needs split 'lesion'"),
+        ("image\nI1\n", {"split": "image", "allow_leakage": True}, "needs split 'lesion'"),
         ("image\n", {}, "no rows"),
         (None, {}, "there is no file"),
     ],
@@ -399,7 +401,7 @@ def test_a_specialist_tests_on_nothing_that_its_base_trained_on(tmp_path, seed, 
 
 def test_an_image_level_base_hands_on_images_only():
     base, manifest = inheritance(1)
-    config = ExperimentConfig(split="image")
+    config = ExperimentConfig(split="image", allow_leakage=True)
     base = make_split(base.drop(columns="split"), config)
     result = inherit_split(manifest, base, ExperimentConfig(split="lesion"))
     kept = result.merge(base, on="image_id", suffixes=("", "_base"))
