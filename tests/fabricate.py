@@ -195,7 +195,7 @@ def make_run(
         columns = [f"p_{c}" for c in codes]
         p = predictions[columns].to_numpy() + right
         predictions.loc[rows, columns] = (p / p.sum(axis=1, keepdims=True))[rows]
-        config["split"] = "image"
+        config |= {"split": "image", "allow_leakage": True}
     metrics = evaluate(predictions, codes, resamples=resamples, positive=positive)
     write_json(folder / "metrics.json", metrics)
     predictions.to_parquet(folder / "predictions.parquet", index=False)

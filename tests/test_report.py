@@ -22,16 +22,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
 from dermnb.calibrate import calibration_summary, fit_decision
 from dermnb.core import ConfigError, read_json, write_json
-from dermnb.report import (
-    build_report,
-    build_run_page,
-    build_suite_page,
-    clean_html,
-    load_run,
-    load_suite_runs,
-    may_be_shown,
-    notebook_html,
-)
+from dermnb.pages import clean_html, notebook_html
+from dermnb.report import build_report, build_run_page, build_suite_page
+from dermnb.results import load_run, load_suite_runs
+from dermnb.trust import may_be_shown
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "col"}
 
