@@ -433,8 +433,8 @@ def log_losses(
     p = np.maximum(p, LEAST)
     return np.log(p.sum(axis=1)) - np.log(p[np.arange(len(y)), y])
 
-# %% ../nbs/10_evaluate.ipynb #b6b290d7
-CHUNK = 32  # resamples at a time; keeps the weights of 10,000 images in cache
+# %% ../nbs/10_evaluate.ipynb #3e3f476c
+CHUNK = 2**18  # weights at a time: as many as stay in cache
 
 
 def draw_groups(
@@ -442,9 +442,10 @@ def draw_groups(
     resamples: int,
     rng: np.random.Generator,
 ) -> Iterator[np.ndarray]:
-    "Arrays (groups, up to 32): how often each lesion occurs in each resample."
-    for first in range(0, resamples, CHUNK):
-        r = min(CHUNK, resamples - first)
+    "Arrays (groups, up to 512): how often each lesion occurs in each resample."
+    chunk = min(max(CHUNK // groups, 32), 512)
+    for first in range(0, resamples, chunk):
+        r = min(chunk, resamples - first)
         times = np.empty((r, groups), dtype=np.int32)
         for row in times:
             row[:] = np.bincount(rng.integers(0, groups, groups), minlength=groups)
