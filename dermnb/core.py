@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['Rate', 'ENSEMBLE_FIELDS', 'PACKAGES', 'ConfigError', 'unknown_name', 'ExperimentConfig', 'make_config', 'write_json',
-           'read_json', 'set_seed', 'provenance', 'now', 'duration', 'table_hash', 'progress', 'project_root']
+           'read_json', 'set_seed', 'provenance', 'now', 'duration', 'table_hash', 'progress', 'project_root',
+           'EnergyMeter']
 
-# %% ../nbs/00_core.ipynb #058e73b5
+# %% ../nbs/00_core.ipynb #344c01c0
+import ctypes
 import difflib
 import hashlib
 import importlib.metadata
@@ -16,10 +18,11 @@ import platform
 import random
 import subprocess
 import tempfile
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -372,3 +375,125 @@ def project_root() -> Path:
         if (folder / "settings.ini").exists():
             return folder
     return here
+
+# %% ../nbs/00_core.ipynb #20f5eacf
+def _package_counters(root: Path) -> dict[str, tuple[float, float]]:
+    "Joules that each processor package has counted, and where it starts again."
+    found = {}
+    for zone in sorted(root.glob("intel-rapl:*")):
+        # Parts of a package, and the platform that it is part of, would count it twice.
+        if zone.name.count(":") == 1 and _text(zone / "name").startswith("package"):
+            count, most = (_text(zone / f) for f in ("energy_uj", "max_energy_range_uj"))
+            found[zone.name] = int(count) / 1e6, int(most) / 1e6
+    if not found:
+        raise OSError("the machine shows no counter of theirs")
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except PermissionError:
+        raise OSError("only root may read their counters here") from None
+
+
+def _gpu_counters() -> dict[str, tuple[float, float]]:
+    "Joules that each NVIDIA GPU has used since its driver was loaded; no end to it."
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        raise OSError("there is no NVIDIA driver") from None
+
+    def ask(function: str, *given):
+        if code := getattr(nvml, function)(*given):
+            raise OSError(f"{function} answered {code}")
+
+    count, device, used = ctypes.c_uint(), ctypes.c_void_p(), ctypes.c_ulonglong()
+    ask("nvmlInit_v2")
+    try:
+        ask("nvmlDeviceGetCount_v2", ctypes.byref(count))
+        found = {}
+        for i in range(count.value):
+            ask("nvmlDeviceGetHandleByIndex_v2", i, ctypes.byref(device))
+            ask("nvmlDeviceGetTotalEnergyConsumption", device, ctypes.byref(used))
+            found[f"gpu:{i}"] = used.value / 1e3, 0.0
+    finally:
+        nvml.nvmlShutdown()
+    if not found:
+        raise OSError("the driver knows none")
+    return found
+
+
+class EnergyMeter:
+    """Energy that the processors and NVIDIA GPUs of this machine use within a `with`.
+
+    What cannot be read has a reason in place of a value, and never stops the work.
+    """
+
+    def __init__(
+        self,
+        root: str | Path = "/sys/class/powercap",  # where the packages' counters are
+        every: float = 5.0,  # seconds between two looks
+    ):
+        self.every = every
+        self._read = {"cpu": lambda: _package_counters(Path(root)), "gpu": _gpu_counters}
+        self._joules = dict.fromkeys(self._read, 0.0)
+        self._last: dict[str, float] = {}
+        self._fault: dict[str, str] = {}
+        self._lock, self._end = threading.Lock(), threading.Event()
+        self._started = self._seconds = 0.0
+
+    def __enter__(self) -> Self:
+        self._started = time.monotonic()
+        self._look()
+        if len(self._fault) < len(self._read):
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._look()
+        self._end.set()
+
+    def _watch(self) -> None:
+        while not self._end.wait(self.every):
+            self._look()
+
+    def _look(self) -> None:
+        with self._lock:
+            if self._end.is_set():
+                return
+            self._seconds = time.monotonic() - self._started
+            for part, read in self._read.items():
+                try:
+                    counters = {} if part in self._fault else read()
+                except (OSError, ValueError, AttributeError) as error:
+                    self._fault[part] = str(error)
+                    continue
+                for name, (count, most) in counters.items():
+                    step = count - self._last.get(name, count)
+                    self._joules[part] += step + most * (step < 0)
+                    self._last[name] = count
+
+    def result(self) -> dict:
+        """Plain values: seconds, cpu_joules, gpu_joules, joules (of both), note.
+
+        Joules are None where they cannot be read; the note is a sentence that says what
+        was counted and why the rest was not. May be asked within the `with`.
+        """
+        self._look()
+        with self._lock:
+            known = {p: j for p, j in self._joules.items() if p not in self._fault}
+            titles = {"cpu": "processor packages", "gpu": "NVIDIA GPUs"}
+            note = " and ".join(titles[p] for p in known)
+            note = (
+                f"Energy of all {note} of the machine, whatever else ran on it"
+                if known
+                else "No energy could be read"
+            )
+            faults = [f"; {titles[p]} not counted: {why}" for p, why in self._fault.items()]
+            return {
+                "seconds": round(self._seconds, 3),
+                **{f"{p}_joules": known.get(p) for p in self._joules},
+                "joules": sum(known.values()) if known else None,
+                "note": "".join([note, *faults]) + ".",
+            }
