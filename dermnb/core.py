@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Rate', 'ENSEMBLE_FIELDS', 'PACKAGES', 'ConfigError', 'unknown_name', 'ExperimentConfig', 'make_config', 'write_json',
            'read_json', 'set_seed', 'provenance', 'now', 'duration', 'table_hash', 'progress', 'project_root',
-           'EnergyMeter']
+           'cache_dir', 'EnergyMeter']
 
 # %% ../nbs/00_core.ipynb #344c01c0
 import ctypes
@@ -375,6 +375,11 @@ def project_root() -> Path:
         if (folder / "settings.ini").exists():
             return folder
     return here
+
+
+def cache_dir() -> Path:
+    "Where decoded images are kept: DERMNB_CACHE, or data/cache in the project."
+    return Path(os.environ.get("DERMNB_CACHE") or project_root() / "data" / "cache")
 
 # %% ../nbs/00_core.ipynb #20f5eacf
 def _package_counters(root: Path) -> dict[str, tuple[float, float]]:

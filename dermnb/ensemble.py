@@ -319,6 +319,7 @@ def save_ensemble(
         "dataset": first.record["dataset"],
         "split": first.record["split"],
         "leak": {key: max(leak[key] for leak in leaks) for key in _NO_LEAK},
+        "audit": _shared(members, "audit"),
         "train_draw": _shared(members, "train_draw"),
         "metadata": with_metadata[0] if with_metadata else None,
         "ensemble": ensemble,

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESAMPLES', 'redraw_weights', 'rank_correlation', 'randomisation', 'deletion_insertion', 'inside_share',
-           'cover_lesion', 'border_only', 'central_masks', 'runs_of', 'complete_bundle', 'foreign_pictures',
-           'explain_run']
+           'cover_lesion', 'border_only', 'central_masks', 'complete_bundle', 'foreign_pictures', 'explain_run']
 
 # %% ../nbs/19_explain.ipynb #a0ed6fa0
 import os
@@ -334,19 +333,6 @@ def _rows(manifest: pd.DataFrame, image_ids, run: Path) -> pd.DataFrame:
             " trained on."
         )
     return manifest.loc[image_ids]
-
-
-def runs_of(
-    folder: str | Path,  # of a run, or of a suite
-) -> list[Path]:
-    "Folders of finished runs, members before their ensembles; ConfigError without any."
-    folder = Path(folder)
-    if (folder / "run.json").is_file():
-        return [folder]
-    found = sorted(path.parent for path in folder.glob("[!.]*/run.json"))
-    if not found:
-        raise ConfigError(f"{folder} is neither a finished run nor a folder of some.")
-    return sorted(found, key=lambda run: (run / "model" / "ensemble.json").is_file())
 
 
 def complete_bundle(

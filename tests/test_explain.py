@@ -25,11 +25,11 @@ from dermnb.explain import (
     randomisation,
     rank_correlation,
     redraw_weights,
-    runs_of,
 )
 from dermnb.gradcam import CamNetwork
 from dermnb.models import build_classifier, load_classifier, save_classifier
 from dermnb.predict import Predictor
+from dermnb.runs import runs_of
 from dermnb.train import run_experiment
 
 REPO = Path(__file__).parents[1]

@@ -1,5 +1,7 @@
 """What a run makes of its config: metadata, balanced draws, and training on from another run."""
 
+import shutil
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -8,7 +10,15 @@ import pytest
 
 from dermnb.core import ConfigError, make_config, read_json
 from dermnb.runs import file_hash, is_done
-from dermnb.train import build_model, copy_trunk, prepare_data, run_experiment, split_batches
+from dermnb.train import (
+    FACTS,
+    build_model,
+    copy_trunk,
+    prepare_data,
+    run_experiment,
+    split_batches,
+    trained_before,
+)
 
 SMALL = {"image_size": 32, "epochs": 1, "batch_size": 16, "bootstrap": 100}
 
@@ -132,3 +142,46 @@ def test_run_without_images(demo_dir, tmp_path):
     record = read_json(folder / "run.json")
     assert record["model"]["title"] == "Age, sex and site alone"
     assert record["metadata"]["columns"][0] == "age"
+
+
+def test_a_leaking_split_stops_the_run_unless_allowed(demo_dir, tmp_path):
+    manifest = prepare_data(config_of(demo_dir)).manifest.groupby("label").head(12)
+    table = manifest[["image_id", "path", "label", "lesion_id"]].copy()
+    for path in table["path"]:
+        shutil.copy(path, tmp_path)
+    table["path"] = [Path(path).name for path in table["path"]]
+    table["split"] = ["test" if i % 3 == 0 else "train" for i in range(len(table))]
+    # One lesion id for each image, as of a source that does not know its lesions.
+    table["lesion_id"] = [f"L{i}" for i in range(len(table))]
+    twin = table.iloc[[1]].assign(image_id="twin", lesion_id="another", split="test")
+    pd.concat([table, twin]).to_csv(tmp_path / "table.csv", index=False)
+    values = {"dataset": "csv", "split": "official", "audit": "none"}
+    config = config_of(tmp_path, **values)
+    assert prepare_data(config).audit["method"] == "none"  # nothing was looked for
+    looked = config.model_copy(update={"audit": "hashes"})
+    with pytest.raises(ConfigError, match="allow_leakage"):
+        prepare_data(looked)
+    allowed = prepare_data(looked.model_copy(update={"allow_leakage": True}))
+    assert allowed.audit["leaks"]["same bytes"] == 1
+    assert {"twin", str(table["image_id"].iloc[1])} == {
+        allowed.audit["findings"][0][side] for side in "ab"
+    }
+
+
+def test_a_base_that_was_trained_on_test_images_of_another_dataset(base, demo_dir):
+    held = prepare_data(config_of(demo_dir)).manifest
+    split = pd.read_parquet(base / "split.parquet")
+    trained = set(split.query("split == 'train'")["image_id"])
+    renamed = held.assign(image_id="other_" + held["image_id"], split="test")
+    found = trained_before(renamed, base)
+    assert set(found["b"]) == trained & set(held["image_id"])
+    assert (found["a"] == "other_" + found["b"]).all()
+    assert set(found["finding"]) == {"across parts"}
+    assert set(found["part_b"]) == {f"train of {base.name}"}
+
+
+def test_what_a_run_records_beside_its_results(base):
+    record, split = read_json(base / "run.json"), pd.read_parquet(base / "split.parquet")
+    assert set(FACTS) <= set(split)
+    assert record["audit"]["method"] == "hashes" and record["audit"]["leaks"] == {}
+    assert record["audit"]["images"] >= len(split)
