@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA', 'METRICS', 'CLASS_METRICS', 'TARGET_SENSITIVITY', 'TARGET_SPECIFICITY', 'FLOOR_SENSITIVITY',
            'BINARY_METRICS', 'SPLITS', 'ROW_SUM_TOLERANCE', 'BINS', 'LEAST', 'CHUNK', 'MetricSpec',
            'probability_columns', 'check_predictions', 'scores_from_counts', 'RankedScores', 'confidence_bins',
-           'log_losses', 'draw_groups', 'TableScores', 'bootstrap_scores', 'estimate', 'lesion_numbers',
+           'log_losses', 'draw_groups', 'TableScores', 'bootstrap_scores', 'estimate', 'centred', 'lesion_numbers',
            'resampling_unit', 'unit_numbers', 'choose_threshold', 'choose_specific_threshold', 'positive_class',
            'evaluate', 'metrics_table', 'class_table']
 
@@ -588,6 +588,12 @@ def estimate(value: float, samples: np.ndarray, n: int, level: float) -> dict:
     return {"value": _number(value), "low": low, "high": high, "n": int(n)}
 
 
+def centred(value: float, samples: np.ndarray) -> np.ndarray:
+    "Samples moved so that their mean is the value, for what resampling makes larger."
+    known = samples[np.isfinite(samples)]
+    return samples + (value - known.mean()) if len(known) else samples
+
+
 def lesion_numbers(table: pd.DataFrame) -> np.ndarray:
     "A whole number for each image's lesion; an image without one is its own."
     lesion, image = table["lesion_id"], table["image_id"].astype(str)
@@ -657,9 +663,8 @@ def _evaluate_split(
     scores = TableScores(y, p, group, positive, *thresholds)
     overall, per_class, once_binary = scores.once()
     many, many_class, many_binary = scores.resample(resamples, rng)
-    error = many["calibration_error"]
-    shift = overall["calibration_error"][0] - error.mean()
-    many["calibration_error"] = np.clip(error + shift, 0, None)
+    error = "calibration_error"
+    many[error] = np.clip(centred(overall[error][0], many[error]), 0, None)
     counts = np.zeros((len(classes), len(classes)), dtype=int)
     np.add.at(counts, (y, p.argmax(axis=1)), 1)
     support, called = counts.sum(1), counts.sum(0)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from fabricate import make_predictions
 from scipy.special import softmax
-from sklearn.metrics import log_loss
+from sklearn.metrics import brier_score_loss, log_loss
 
 from dermnb.calibrate import (
     COLDEST,
@@ -19,12 +19,14 @@ from dermnb.calibrate import (
     calibration_summary,
     conformal_sets,
     conformal_threshold,
+    error_by_chance,
     fit_decision,
     fit_temperature,
     risk_coverage,
     temper,
 )
 from dermnb.core import ConfigError
+from dermnb.evaluate import evaluate
 
 CLASSES = ["a", "b", "c"]
 
@@ -213,6 +215,47 @@ def test_summary_is_that_of_the_table():
         assert row["coverage"]["value"] == pytest.approx(inside[y == c].mean())
         assert row["n"] == (y == c).sum()
     assert calibration_summary(table.sample(frac=1), CLASSES, decision, resamples=50) == summary
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_reliability_is_that_of_the_table(ties):
+    _, p, y = drawn(460, factor=2)
+    if ties:
+        p = p.round(1) + 1e-3
+        p /= p.sum(axis=1, keepdims=True)
+    table = pd.concat([table_of(p[:230], y[:230]), table_of(p[230:], y[230:], "test")])
+    decision = fit_decision(table, CLASSES)
+    summary = calibration_summary(table, CLASSES, decision, resamples=100)
+    whole = evaluate(table, CLASSES, resamples=50)
+    for split, found in summary["splits"].items():
+        part = slice(230) if split == "val" else slice(230, None)
+        stages = {"before": p[part], "after": temper(p[part], decision.temperature)}
+        for stage, q in stages.items():
+            rows, truth = found["reliability"][stage], y[part]
+            confidence, right = q.max(axis=1), q.argmax(axis=1) == truth
+            assert sum(row["n"] for row in rows) == len(truth) and 1 < len(rows) <= 15
+            sizes = [row["n"] for row in rows]
+            assert ties or max(sizes) - min(sizes) <= 1
+            for row, after in zip(rows, [*rows[1:], None], strict=True):
+                assert after is None or row["highest"] < after["lowest"]
+                inside = (confidence >= row["lowest"]) & (confidence <= row["highest"])
+                assert row["n"] == row["accuracy"]["n"] == inside.sum()
+                assert row["accuracy"]["value"] == pytest.approx(right[inside].mean())
+                assert row["confidence"] == pytest.approx(confidence[inside].mean())
+            gaps = [abs(r["confidence"] - r["accuracy"]["value"]) * r["n"] for r in rows]
+            error = found["calibration_error"]
+            assert error[stage]["value"] == pytest.approx(sum(gaps) / len(truth), abs=1e-9)
+            assert error[stage]["low"] < error[stage]["value"] < error[stage]["high"]
+            assert error["by_chance"][stage] == error_by_chance(confidence)
+            brier = brier_score_loss(truth, q, scale_by_half=False)
+            assert found["brier"][stage]["value"] == pytest.approx(brier, abs=1e-9)
+        for name in ("log_loss", "brier", "calibration_error"):
+            ends = [found[name][end]["value"] for end in ("before", "after", "difference")]
+            assert ends[2] == pytest.approx(ends[1] - ends[0])
+            scored = whole["splits"][split]["metrics"][name]["value"]
+            assert ends[0] == pytest.approx(scored, abs=1e-9)
+    assert found["calibration_error"]["difference"]["high"] < 0  # overconfident by 2
+    json.dumps(summary, allow_nan=False)
 
 
 def test_bootstrap_is_over_lesions():
