@@ -8,8 +8,9 @@ __all__ = ['LEAK_MARK', 'LEAK_TITLE', 'TAGS', 'PICTURE_LEFT_OUT', 'MANY_CELLS', 
            'clean_html', 'notebook_html', 'template_folder', 'render_page', 'write_page', 'write_plotly_js',
            'build_notebook_page']
 
-# %% ../nbs/23_pages.ipynb #315f1f3a
+# %% ../nbs/23_pages.ipynb #2c9475de
 import html
+import json
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -17,18 +18,25 @@ from importlib.resources import files
 from pathlib import Path
 
 import jinja2
-import plotly.graph_objects as go
 from markupsafe import Markup
-from plotly.io.json import to_json_plotly
 from plotly.offline import get_plotlyjs
 
 from . import __version__
-from .figures import TEMPLATE
+from .figures import SWAP, figure_template
 from .results import EN_DASH, MINUS, RunResult, interval, number
 
-# %% ../nbs/23_pages.ipynb #fc30839a
+# %% ../nbs/23_pages.ipynb #f86f7fcb
 def make_cell(text, v=None, sub="", num=True, **more) -> dict:
-    return {"text": text, "v": v, "sub": sub, "num": num, **more}
+    "`v` is what a column is sorted by, where that is not the text."
+    return {"text": text, "v": None if num and _is_number(text) else v, "sub": sub, "num": num, **more}
+
+
+def _is_number(text: str) -> bool:
+    "Whether the page can sort by the text itself."
+    return text == EN_DASH or text.translate(_DIGITS_ONLY).isdecimal()
+
+
+_DIGITS_ONLY = str.maketrans("", "", f"{MINUS}+,.")
 
 
 LEAK_MARK = "\N{WARNING SIGN} "
@@ -49,8 +57,7 @@ def shown_name(run: RunResult) -> str:
 
 
 def estimate_cell(estimate: Mapping) -> dict:
-    v = "" if estimate["value"] is None else f"{estimate['value']:.6f}"
-    return make_cell(number(estimate["value"]), v, interval(estimate))
+    return make_cell(number(estimate["value"]), sub=interval(estimate))
 
 
 def signed_cell(row: Mapping) -> dict:
@@ -60,7 +67,7 @@ def signed_cell(row: Mapping) -> dict:
     ends = ""
     if row["low"] is not None:
         ends = f"{row['low']:+.3f} to {row['high']:+.3f}".replace("-", MINUS)
-    return make_cell(f"{row['value']:+.3f}".replace("-", MINUS), f"{row['value']:.6f}", ends)
+    return make_cell(f"{row['value']:+.3f}".replace("-", MINUS), sub=ends)
 
 
 def make_table(caption, columns, rows, sortable=True, **more) -> dict:
@@ -81,31 +88,28 @@ def make_table(caption, columns, rows, sortable=True, **more) -> dict:
     }
 
 
-def make_plot(figure: go.Figure, id: str, alt: str, table: dict | None = None) -> dict:
+def make_plot(figure: Mapping, id: str, alt: str, table: dict | None = None) -> dict:
     "The title moves from the chart into HTML, where it wraps and can be read aloud."
-    chart = figure.to_plotly_json()
-    layout = {
-        k: v for k, v in chart["layout"].items() if k not in ("title", "template")
-    }
-    title, about = (figure.layout.title.text, figure.layout.title.subtitle.text)
-    top = 44 if "annotations" in layout else 30  # room for the tool bar
+    title = figure["layout"]["title"]
+    layout = {k: v for k, v in figure["layout"].items() if k not in ("title", "template")}
+    top = 44 if layout.get("annotations") else 30  # room for the tool bar
     layout["height"] += top - layout["margin"]["t"]
     layout["margin"] = layout["margin"] | {"t": top}
-    plain = Markup(title.replace("<br>", " "))  # escaped by the figure
+    plain = Markup(title["text"].replace("<br>", " "))  # escaped by the figure
     return {
         "id": id,
         "title": plain,
-        "about": Markup(about.replace("<br>", " ")),
+        "about": Markup(title["subtitle"]["text"].replace("<br>", " ")),
         "alt": f"{html.unescape(plain)}. {alt}",
         "height": layout["height"],
-        "json": script_json({"data": chart["data"], "layout": layout}),
+        "json": script_json({"data": figure["data"], "layout": layout}),
         "table": table,
     }
 
 
 def script_json(value: object) -> Markup:
     "JSON that cannot end the script element that holds it."
-    text = to_json_plotly(value)
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for char in "<>&":
         text = text.replace(char, f"\\u{ord(char):04x}")
     return Markup(text)
@@ -177,6 +181,7 @@ def _output_html(data: Mapping, pictures: bool, id: str) -> Mapping:
         if _is_picture(figure) and not pictures:
             return {"text/html": PICTURE_LEFT_OUT}
         kept = {"data": figure.get("data", []), "layout": figure.get("layout", {})}
+        kept = json.loads(json.dumps(kept), parse_constant=lambda _: None)  # NaN is no JSON
         height = int(kept["layout"].get("height") or 450)
         return {
             "text/html": f'<div class="plot" role="img" aria-label="Chart made by the code above" '
@@ -301,7 +306,7 @@ def render_page(template: str, sections, **values) -> str:
         .render(
             css=Markup(css),
             js=Markup((template_folder() / "page.js").read_text(encoding="utf-8")),
-            template=script_json(TEMPLATE.to_plotly_json()),
+            figure_looks=script_json({"light": figure_template(), "dark": figure_template(True), "swap": SWAP}),
             version=__version__,
             sections=sections,
             **plain,

@@ -63,7 +63,7 @@ from dermnb.sections import (
     claims_block,
     class_plots,
     class_table_rows,
-    confusion_plots,
+    confusion_plot,
     cost_plots,
     cost_table,
     curves_plot,
@@ -93,7 +93,7 @@ from dermnb.trust import (
 def summary_sentences(
     runs: Sequence[RunResult],  # all of the suite
 ) -> list[str]:
-    "What the suite found, in at most eight sentences."
+    "What the suite found, in at most five sentences."
     done = [r for r in runs if r.status == "done"]
     if not done:
         return [f"None of the {len(runs)} runs has results yet; see the reasons below."]
@@ -106,7 +106,11 @@ def summary_sentences(
     same, sets = same_test(judged), len({r.test_key for r in members})
     if len(runs) > 1:
         sentence = f"{len(done)} of {len(runs)} runs finished"
-        if same and len(judged) == len(done):
+        if not same:
+            sentence += (
+                "; they were not all measured on the same images, so their order says little"
+            )
+        elif len(judged) == len(done):
             sentence += (
                 f"; all were measured on the same {size_text(best.test)}"
                 if sets == 1
@@ -117,25 +121,10 @@ def summary_sentences(
     sentences = [f"{sentence}."]
     if leaky:
         sentences.append(_leak_sentence(leaky, len(leaky) == len(done)))
-    if not same:
-        sentences.append(
-            "The runs were not all measured on the same images, so their order says little."
-        )
-    sentences.append(_best_sentence(name, members, bool(rest), where, bool(leaky)))
+    sentence = _best_sentence(name, members, bool(rest), where, bool(leaky))
     if rest:
-        close = [n for n, g in rest if intervals_overlap(top, group_score(g))]
-        if best.test["lesions"] < FEW_LESIONS:
-            sentences.append("So few lesions tell no two runs apart.")
-        elif close:
-            sentences.append(
-                f"The interval of {listing(close)} overlaps with it, so their order may be "
-                "chance."
-                if len(close) == 1
-                else f"The intervals of {listing(close)} overlap with it, so their order may "
-                "be chance."
-            )
-        else:
-            sentences.append("No other run's interval reaches into that of the best.")
+        sentence = f"{sentence[:-1]}; {_order_clause(best, top, rest)}."
+    sentences.append(sentence)
     support = [row["n"] for row in best.test["per_class"]]
     common = best.test["per_class"][support.index(max(support))]["class"]
     sentences.append(
@@ -143,15 +132,21 @@ def summary_sentences(
         f"{max(support) / sum(support):.3f} and a balanced accuracy of {chance_of(best):.3f}."
     )
     sentences += _weakest_sentence(name, members, sets)
-    times = {r.name: r.get("timing", "train_s") for r in done}
-    times = {name: t for name, t in times.items() if t}
-    if len(set(times.values())) > 1:
-        fast, slow = min(times, key=times.get), max(times, key=times.get)
-        sentences.append(
-            f"Training took from {duration(times[fast])} ({fast}) to "
-            f"{duration(times[slow])} ({slow})."
-        )
     return sentences
+
+
+def _order_clause(best: RunResult, top: Mapping, rest: Sequence[tuple]) -> str:
+    "How far the first is known to be the first."
+    close = [n for n, g in rest if intervals_overlap(top, group_score(g))]
+    if best.test["lesions"] < FEW_LESIONS:
+        return "so few lesions tell no two runs apart"
+    if not close:
+        return "no other run's interval reaches into that of the best"
+    what = "interval" if len(close) == 1 else "intervals"
+    verb = "overlaps" if len(close) == 1 else "overlap"
+    return (
+        f"the {what} of {listing(close)} {verb} with it, so their order may be chance"
+    )
 
 
 def _leak_sentence(leaky: Sequence[RunResult], all_leak: bool) -> str:
@@ -334,6 +329,7 @@ def _build_run_page(folder: Path, load, force: bool, photographs: bool) -> Path:
             if f'content="{fingerprint}"' in file.read(2000):
                 return page
     run = load()
+    fingerprint = _run_fingerprint(folder, linked, photographs)  # loading may renew metrics
     write_plotly_js(folder.parent)
     scored = [(s, run.splits[s]) for s in ("test", "val") if s in run.splits]
     rows = [
@@ -350,7 +346,6 @@ def _build_run_page(folder: Path, load, force: bool, photographs: bool) -> Path:
     where = SPLIT_TITLES[scored[0][0]].lower()
     class_columns = [("Class", False), ("Images", True), ("Lesions", True)]
     class_columns += [(m.title, True, m.definition) for m in CLASS_METRICS.values()]
-    confusion = confusion_plots(run, "confusion", run.synthetic)
     notebook = folder / "notebook.ipynb"
     provenance = provenance_of(run)
     timing = run.get("timing", default={})
@@ -390,9 +385,7 @@ def _build_run_page(folder: Path, load, force: bool, photographs: bool) -> Path:
         ),
         absent=absent_sentence([run]),
         interval_note=interval_note(run.metrics),
-        counts=confusion["counts"],
-        shares=confusion["shares"],
-        confusion_table=confusion["table"],
+        confusion=confusion_plot(run, "confusion-plot", run.synthetic),
         curves=curves_plot([run], run.synthetic),
         certainty=certainty_block(run),
         looks=looks_block(run, photographs),
@@ -552,9 +545,8 @@ def _results(done: Sequence[RunResult], synthetic: bool) -> dict:
     )
     confusions = []
     for i, run in enumerate(done):
-        confusions.append(
-            confusion_plots(run, f"confusion-{i}", synthetic) | {"open": i < OPEN_RUNS}
-        )
+        plot = confusion_plot(run, f"confusion-{i}", synthetic)
+        confusions.append({"run": run.name, "plot": plot, "open": i < OPEN_RUNS})
     definitions = [*METRICS.values(), *CLASS_METRICS.values()]
     return {
         "metrics_table": leaderboard_tables(done, list(METRICS), {}),

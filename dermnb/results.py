@@ -15,6 +15,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,14 @@ import pandas as pd
 from .calibrate import Decision, calibration_summary, fit_decision, risk_coverage, temper
 from .compare import summarise_repeats
 from .core import ConfigError, make_config, read_json, write_json
-from .evaluate import BINARY_METRICS, CLASS_METRICS, METRICS, evaluate, probability_columns
+from dermnb.evaluate import (
+    BINARY_METRICS,
+    CLASS_METRICS,
+    METRICS,
+    SCHEMA,
+    evaluate,
+    probability_columns,
+)
 from .figures import HISTORY_COLUMNS, VIEWS
 from .runs import file_hash
 
@@ -123,12 +131,17 @@ def load_run(
     folder: str | Path,  # reports/<suite>/<run>
     name: str = "",  # shown on pages; default: the folder's name
 ) -> RunResult:
-    "Read a run folder; a `ConfigError` says which record is absent or unfit."
+    """Read a run folder; a `ConfigError` says which record is absent or unfit.
+
+    Metrics of an older schema are computed anew from the predictions, as they were, and kept.
+    """
     folder = Path(folder)
     for file in ("run.json", "metrics.json"):
         if not (folder / file).is_file():
             raise ConfigError(f"{folder} holds no finished run: {file} is absent.")
     record, metrics = (read_json(folder / f) for f in ("run.json", "metrics.json"))
+    if _is_old(metrics):
+        metrics = _renewed(folder, record, metrics)
     try:
         classes = list(record["classes"])
         scored = metrics["splits"].get("test") or metrics["splits"]["val"]
@@ -147,6 +160,47 @@ def load_run(
         if set(HISTORY_COLUMNS) <= set(table):
             history = table
     return RunResult(name or folder.name, folder, "done", "", record, metrics, history)
+
+
+def _is_old(metrics: Mapping) -> bool:
+    "Whether it was written before there were all of today's metrics."
+    try:
+        if metrics.get("schema", 1) > SCHEMA:
+            return False
+        scored = metrics["splits"].values()
+        return metrics.get("schema", 1) < SCHEMA or any(
+            set(METRICS) - set(s["metrics"]) or set(CLASS_METRICS) - set(row)
+            for s in scored
+            for row in s["per_class"]
+        )
+    except (AttributeError, KeyError, TypeError):
+        return False  # no metrics at all, which `load_run` says
+
+
+def _renewed(folder: Path, record: Mapping, old: Mapping) -> dict:
+    "Metrics of the same predictions with the same draws, written back."
+    try:
+        table = pd.read_parquet(folder / "predictions.parquet")
+    except (OSError, ValueError):
+        raise ConfigError(
+            f"{folder}: metrics.json is of an older dermnb, and without predictions.parquet it "
+            "cannot be computed anew; repeat the run."
+        ) from None
+    try:
+        classes = list(record["classes"])
+        settings = {k: old[k] for k in ("level", "resamples", "seed") if k in old}
+        positive = (record.get("dataset") or {}).get("positive") or ""
+        before = {s: m["confusion"] for s, m in old["splits"].items()}
+    except (AttributeError, KeyError, TypeError):
+        raise ConfigError(f"{folder}: run.json and metrics.json do not fit each other.") from None
+    metrics = evaluate(table, classes, **settings, positive=positive if len(classes) == 2 else "")
+    if before != {s: m["confusion"] for s, m in metrics["splits"].items()}:
+        raise ConfigError(
+            f"{folder}: metrics.json was not computed from predictions.parquet; repeat the run."
+        )
+    with suppress(OSError):  # a folder that cannot be written to is read all the same
+        write_json(folder / "metrics.json", metrics)
+    return metrics
 
 
 def load_suite_runs(

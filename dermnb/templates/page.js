@@ -1,5 +1,40 @@
 "use strict";
 (function () {
+  var looks = null, boxes = [], paper = false;
+  var scheme = window.matchMedia("(prefers-color-scheme: dark)");
+
+  function dark() {
+    return scheme.matches && !paper;
+  }
+
+  // The figure in the colours of the page; one with a look of its own keeps it.
+  function read(box) {
+    var text = document.getElementById(box.dataset.figure).textContent;
+    var figure = JSON.parse(text);
+    if (figure.layout.template) return figure;
+    if (dark()) {
+      text = text.replace(/"(#[0-9A-F]{6})"/g, function (all, colour) {
+        return looks.swap[colour] ? '"' + looks.swap[colour] + '"' : all;
+      });
+      figure = JSON.parse(text);
+    }
+    figure.layout.template = dark() ? looks.dark : looks.light;
+    if (paper) figure.layout.width = Math.min(box.clientWidth, 660);
+    return figure;
+  }
+
+  function show(box) {
+    var figure = read(box);
+    Plotly.react(box, figure.data, figure.layout, {
+      responsive: true,
+      displaylogo: false,
+      // Of plotly's own buttons, those that send nothing anywhere.
+      modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
+      showSendToCloud: false,
+      plotlyServerURL: "",
+    });
+  }
+
   // Figures are drawn when they come near the screen, or when the page is printed.
   function draw(box) {
     if (box.dataset.drawn) return;
@@ -9,20 +44,42 @@
       fallback.hidden = false;
       return;
     }
-    var source = document.getElementById(box.dataset.figure);
-    var figure = JSON.parse(source.textContent);
     fallback.remove();
-    if (!figure.layout.template) {
-      figure.layout.template = JSON.parse(document.getElementById("figure-template").textContent);
-    }
-    Plotly.newPlot(box, figure.data, figure.layout, {
-      responsive: true,
-      displaylogo: false,
-      // Of plotly's own buttons, those that send nothing anywhere.
-      modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
-      showSendToCloud: false,
-      plotlyServerURL: "",
+    show(box);
+  }
+
+  function redraw() {
+    boxes.forEach(function (box) {
+      if (box.dataset.drawn && typeof Plotly !== "undefined") show(box);
     });
+  }
+
+  function print(on) {
+    if (paper === on) return;
+    paper = on;
+    if (on) {
+      document.querySelectorAll("details:not(.code)").forEach(function (d) {
+        if (!d.open) d.dataset.closed = "1";
+        d.open = true;
+      });
+      boxes.forEach(draw);
+    } else {
+      document.querySelectorAll("details[data-closed]").forEach(function (d) {
+        d.open = false;
+        delete d.dataset.closed;
+      });
+    }
+    redraw();
+  }
+
+  // What a row is sorted by: the number that a cell shows, or its text; null is last.
+  function key(cell, numeric) {
+    if (!cell) return null;
+    var text = cell.dataset.v;
+    if (text === undefined) text = (numeric ? cell.firstChild || cell : cell).textContent.trim();
+    if (text === "" || (numeric && text === "\u2013")) return null;
+    if (!numeric) return text;
+    return Number(text.replace(/,/g, "").replace("\u2212", "-"));
   }
 
   function sortable(table) {
@@ -34,23 +91,17 @@
       head.appendChild(button);
       button.addEventListener("click", function () {
         var now = head.getAttribute("aria-sort");
-        var up = now ? now === "descending" : !head.classList.contains("num");
+        var numeric = head.classList.contains("n");
+        var up = now ? now === "descending" : !numeric;
         var sign = up ? 1 : -1;
         Array.prototype.forEach.call(table.tHead.rows[0].cells, function (other) {
           other.removeAttribute("aria-sort");
         });
         head.setAttribute("aria-sort", up ? "ascending" : "descending");
-        var key = function (row) {
-          var cell = row.cells[column];
-          if (!cell) return null;
-          var text = cell.dataset.v === undefined ? cell.textContent.trim() : cell.dataset.v;
-          if (text === "") return null;
-          return head.classList.contains("num") ? Number(text) : text;
-        };
         Array.prototype.slice
           .call(body.rows)
           .sort(function (a, b) {
-            var x = key(a), y = key(b);
+            var x = key(a.cells[column], numeric), y = key(b.cells[column], numeric);
             if (x === null || y === null) return (x === null) - (y === null);
             return sign * (typeof x === "number" ? x - y : x.localeCompare(y));
           })
@@ -59,8 +110,16 @@
     });
   }
 
+  // A link into a fold opens it.
+  function unfold() {
+    var target = location.hash.length > 1 && document.getElementById(location.hash.slice(1));
+    for (var at = target; at; at = at.parentElement) if (at.tagName === "DETAILS") at.open = true;
+    if (target) target.scrollIntoView();
+  }
+
   document.addEventListener("DOMContentLoaded", function () {
-    var boxes = Array.prototype.slice.call(document.querySelectorAll("[data-figure]"));
+    looks = JSON.parse(document.getElementById("figure-looks").textContent);
+    boxes = Array.prototype.slice.call(document.querySelectorAll("[data-figure]"));
     if ("IntersectionObserver" in window) {
       var near = new IntersectionObserver(
         function (entries) {
@@ -81,9 +140,12 @@
       boxes.forEach(draw);
     }
     document.querySelectorAll("table.sortable").forEach(sortable);
-    window.addEventListener("beforeprint", function () {
-      document.querySelectorAll("details:not(.code)").forEach(function (d) { d.open = true; });
-      boxes.forEach(draw);
-    });
+    window.addEventListener("hashchange", unfold);
+    unfold();
+    scheme.addEventListener("change", redraw);
+    window.addEventListener("beforeprint", function () { print(true); });
+    window.addEventListener("afterprint", function () { print(false); });
+    var media = window.matchMedia("print");
+    media.addEventListener("change", function () { print(media.matches); });
   });
 })();
