@@ -147,11 +147,13 @@ def audit(
     from pathlib import Path
 
     from dermnb.core import ConfigError
+    from dermnb.runs import runs_of
 
     method = "network" if network else "hashes"
-    runs = [t for t in targets if "=" not in t and Path(t).is_dir()]
-    if runs and (len(runs) < len(targets) or out):
+    folders = [t for t in targets if "=" not in t and Path(t).is_dir()]
+    if folders and (len(folders) < len(targets) or out):
         raise ConfigError("audit datasets, perhaps with --out, or finished runs: not both.")
+    runs = [run for folder in folders for run in runs_of(folder)]
     if runs or network:
         _load_keras()
     found = _audit_runs(runs, data_dir, method) if runs else _audit_data(targets, method, out)
@@ -179,13 +181,12 @@ def _audit_data(targets: list[str], method: str, out: str) -> int:
     return len(findings)
 
 
-def _audit_runs(folders: list[str], data_dir: str, method: str) -> int:
+def _audit_runs(runs: list, data_dir: str, method: str) -> int:
     from dermnb.report import build_report
-    from dermnb.runs import runs_of
     from dermnb.train import audit_run
 
     leaks, suites = 0, {}
-    for run in [run for folder in folders for run in runs_of(folder)]:
+    for run in runs:
         found = audit_run(run, data_dir, method)
         shared = ", ".join(f"{n:,} {kind}" for kind, n in found["leaks"].items())
         print(f"{run}: across its parts {shared or 'nothing'}", flush=True)

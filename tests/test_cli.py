@@ -162,3 +162,24 @@ def test_report_is_rebuilt_without_training(suite):
     assert call("report", folder / "r/two").returncode == 0
     assert page.is_file()
     assert call("report", folder / "r/two", "--single-file").returncode == 0
+
+
+def test_audit_of_datasets_and_of_finished_runs(demo_dir, tmp_path):
+    clean = call("audit", f"demo={demo_dir}")
+    assert clean.returncode == 0, clean.stdout + clean.stderr
+    other = tmp_path / "other"
+    for label in ("a", "b"):
+        (other / label).mkdir(parents=True)
+    images = sorted(Path(demo_dir).rglob("*.jpg"))[:4] or sorted(Path(demo_dir).rglob("*.png"))[:4]
+    for i, path in enumerate(images):
+        (other / "ab"[i % 2] / f"copy{i}{path.suffix}").write_bytes(path.read_bytes())
+    found = call("audit", f"demo={demo_dir}", f"folders={other}", "--out", tmp_path / "found.csv")
+    assert found.returncode == 1
+    assert "same bytes" in found.stdout
+    assert len(pd.read_csv(tmp_path / "found.csv")) >= 4
+    both = call("audit", "demo", tmp_path)
+    assert both.returncode == 2 and "not both" in both.stderr
+    wrong = call("audit", "dmeo")
+    assert wrong.returncode == 2 and "did you mean 'demo'" in wrong.stderr
+    nothing = call("audit", tmp_path)
+    assert nothing.returncode == 2 and "finished run" in nothing.stderr
