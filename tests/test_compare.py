@@ -629,6 +629,37 @@ def test_p_values_keep_their_level():
     assert 0.01 < below / pairs < 0.10
 
 
+def test_few_lesions_in_a_class_are_allowed_for():
+    "Six lesions of the rarest class: the normal distribution would be wrong twice as often."
+    below, normal, pairs = 0, 0, 0
+    for seed in range(60):
+        runs = {
+            f"{i}": make_predictions(CLASSES, 400, 1.0, 5000 + 10 * seed + i, [7, 2, 0.7, 0.3])
+            for i in range(2)
+        }
+        row = compare_all(runs, CLASSES, resamples=200)[0]
+        below, pairs = below + (row["p"] < 0.05), pairs + 1
+        normal += not row["low"] <= 0 <= row["high"]
+    assert below <= min(normal, 0.12 * pairs)
+
+
+def test_hostile_names_are_only_names():
+    names = ["<script>alert(1)</script>", "../../x", "y" * 300, "\u202eabc"]
+    runs = {n: make_predictions(names, 60, 1.0, i) for i, n in enumerate(names)}
+    plain = {str(i): make_predictions(CLASSES, 60, 1.0, i) for i in range(4)}
+    rows = compare_all(runs, names, f"recall:{names[0]}", resamples=30)
+    same = compare_all(plain, CLASSES, "recall:a", resamples=30)
+    for row, other in zip(rows, same, strict=True):
+        assert row["metric"] == f"recall:{names[0]}"
+        for key in row.keys() - {"a", "b", "metric"}:
+            assert row[key] == other[key]
+    assert set(rank_ranges(rows, names)) == set(names)
+    odd = runs[names[0]].assign(**{f"p_{names[1]}": 2.0})
+    with pytest.raises(ConfigError) as caught:
+        compare_all({names[3]: odd}, names)
+    assert "outside 0 to 1" in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_ranks_do_not_say_more_than_is_known():
     def row(a, b, value, p, metric="accuracy"):
         return {"a": a, "b": b, "value": value, "p_holm": p, "metric": metric}
