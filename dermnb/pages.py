@@ -155,7 +155,8 @@ def clean_html(
     )
     text = re.sub(r"<img(?![^>]*\ssrc=)[^>]*>", "", text)
     text = re.sub(r"(</?h)([1-6])", lambda m: m[1] + str(min(int(m[2]) + 2, 6)), text)
-    start = '<div class="scroll" tabindex="0" role="region" aria-label="Output table"><table'
+    text = re.sub(r"<th>\s*</th>", "<td></td>", text)  # a heading of nothing
+    start = '<div class="scroll" tabindex="0" role="group" aria-label="Output table"><table'
     return re.sub(r"<table", start, text).replace("</table>", "</table></div>")
 
 
@@ -255,7 +256,9 @@ def notebook_html(
                 output.data = nbformat.from_dict(shown)
             outputs.append(output)
         cell.outputs = outputs
-    return _forget_paths_in_text(_exporter(pictures).from_notebook_node(notebook)[0])
+    text = _exporter(pictures).from_notebook_node(notebook)[0]
+    text = re.sub(r"<pre(?=[ >])", '<pre tabindex="0"', text)  # a keyboard scrolls it too
+    return _forget_paths_in_text(text)
 
 
 def _forget_paths_in_text(text: str) -> str:
@@ -292,7 +295,7 @@ def _code_css() -> str:
         return "\n".join(s for s in lines if s.startswith(".highlight"))
 
     dark = f"@media (prefers-color-scheme: dark) {{\n{rules('github-dark')}\n}}"
-    return f"{rules('default')}\n{dark}\n.highlight, .highlight pre {{ background: var(--soft); }}"
+    return f"{rules('default')}\n{dark}"
 
 
 def render_page(template: str, sections, **values) -> str:

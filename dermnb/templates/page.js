@@ -33,6 +33,13 @@
       showSendToCloud: false,
       plotlyServerURL: "",
     });
+    // The drawing is the image; the buttons beside it are not part of one.
+    var drawings = box.querySelectorAll("svg.main-svg");
+    Array.prototype.forEach.call(drawings, function (svg, i) {
+      svg.setAttribute(i ? "aria-hidden" : "role", i ? "true" : "img");
+      if (!i) svg.setAttribute("aria-label", box.getAttribute("aria-label"));
+    });
+    box.setAttribute("role", "group");
   }
 
   // Figures are drawn when they come near the screen, or when the page is printed.
