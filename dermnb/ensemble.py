@@ -195,8 +195,9 @@ def combine(
         rows = np.arange(len(y))
         weights = learn_weights(np.column_stack([p[rows, y] for p in of_val]))
     mixed = mix_probabilities([m.probabilities() for m in members], weights, references)
-    table = first.predictions[["image_id", "lesion_id", "split", "y_true"]].copy()
-    table[probability_columns(first.classes)] = mixed
+    own = probability_columns(first.classes)
+    table = first.predictions.drop(columns=own)
+    table[own] = mixed
     return table, weights
 
 

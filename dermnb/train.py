@@ -387,6 +387,8 @@ def predict_splits(
         p /= p.sum(axis=1, keepdims=True)
         table = rows[["image_id", "lesion_id", "split"]].reset_index(drop=True)
         table["y_true"] = rows["label"].to_numpy()
+        if data.manifest["patient_id"].notna().any():  # then intervals are over patients
+            table["patient_id"] = rows["patient_id"].to_numpy()
         for k, name in enumerate(data.classes):
             table[f"p_{name}"] = p[:, k]
         tables.append(table)
