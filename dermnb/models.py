@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['FUSIONS', 'build_head', 'MetadataEncoder', 'fit_metadata', 'metablock', 'build_classifier', 'set_batch_norm_momentum',
-           'softmax', 'probabilities', 'Classifier', 'save_classifier', 'load_classifier']
+           'softmax', 'probabilities', 'count_flops', 'Classifier', 'save_classifier', 'load_classifier']
 
-# %% ../nbs/07_models.ipynb #290b874c
+# %% ../nbs/07_models.ipynb #75db04a4
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -237,7 +239,99 @@ def probabilities(
         return np.zeros((0, model.output.shape[-1]))
     return np.concatenate(rows)
 
-# %% ../nbs/07_models.ipynb #1b0cff85
+# %% ../nbs/07_models.ipynb #27ec32dd
+_FREE = (
+    *(layers.InputLayer, layers.Dropout, layers.SpatialDropout2D, layers.GaussianNoise),
+    *(layers.ZeroPadding2D, layers.Cropping2D, layers.Reshape, layers.Flatten),
+    *(layers.Permute, layers.Concatenate, layers.UpSampling2D, layers.Identity),
+)
+_WEIGHED = (  # a kernel slides over positions
+    *(layers.Conv1D, layers.Conv2D, layers.DepthwiseConv2D, layers.SeparableConv2D),
+    *(layers.Dense, layers.EinsumDense),
+)
+_A_WINDOW = (layers.MaxPooling2D, layers.AveragePooling2D)
+_A_MAP = (layers.GlobalAveragePooling2D, layers.GlobalMaxPooling2D)
+_MERGING = (layers.Add, layers.Subtract, layers.Multiply, layers.Average, layers.Maximum)
+_ELEMENTWISE = {  # operations an element of the output, as when predicting
+    **dict.fromkeys((layers.Activation, layers.ReLU, layers.LeakyReLU, layers.Softmax), 1),
+    **dict.fromkeys((layers.BatchNormalization, layers.Rescaling, layers.Normalization), 2),
+}
+
+
+def _size(tensor) -> int:
+    "Elements for one image; ValueError where a side is not known."
+    sides = tensor.shape[1:]
+    if None in sides:
+        raise ValueError(f"shape {tensor.shape} is not known")
+    return math.prod(sides)
+
+
+def _multiply_accumulates(layer) -> int:
+    out = layer.output.shape
+    if isinstance(layer, layers.EinsumDense):
+        _, kernel, made = re.split(r",|->", layer.equation.replace(" ", ""))
+        summed = zip(kernel, layer.kernel.shape, strict=True)
+        return _size(layer.output) * math.prod(n for c, n in summed if c not in made)
+    if isinstance(layer, layers.Dense):
+        return _size(layer.output) * layer.kernel.shape[0]
+    channels = 1 if layer.data_format == "channels_first" else -1
+    places = _size(layer.output) // out[channels]
+    if isinstance(layer, layers.SeparableConv2D):
+        kernels = layer.depthwise_kernel, layer.pointwise_kernel
+    else:
+        kernels = (layer.kernel,)
+    return places * sum(math.prod(k.shape) for k in kernels)
+
+
+def _operations(layer) -> int | None:
+    "Floating-point operations for one image, or None where the kind of layer is not known."
+    if isinstance(layer, _FREE) or type(layer).__name__ == "Flip":  # mirrors channels
+        return 0
+    out = _size(layer.output)
+    if isinstance(layer, _WEIGHED):
+        bias = getattr(layer, "bias", None) is not None
+        active = layer.activation is not None and layer.activation is not keras.activations.linear
+        return 2 * _multiply_accumulates(layer) + out * (bias + active)
+    if isinstance(layer, _A_WINDOW):
+        return out * math.prod(layer.pool_size)
+    if isinstance(layer, _A_MAP):
+        return _size(layer.input)
+    if isinstance(layer, _MERGING):
+        return out * (len(layer.input) - 1)
+    each = _ELEMENTWISE.get(type(layer))
+    return None if each is None else out * each
+
+
+def count_flops(
+    model: keras.Model,  # built layer by layer, as `build_classifier` does
+) -> dict:
+    """Floating-point operations of predicting one image: flops, and flops_not_counted.
+
+    A multiply-accumulate counts as two. flops_not_counted names what is not in flops, a layer
+    of unknown kind or size or one called more than once, as "name (kind)"; it is empty for every
+    network of the backbone table.
+    """
+    total, unknown = 0, []
+    depths = getattr(model, "_nodes_by_depth", {}).values()
+    calls = Counter(node.operation for nodes in depths for node in nodes)
+    for layer in getattr(model, "operations", model.layers):
+        try:
+            if calls[layer] > 1:
+                raise ValueError("its calls may differ in size")
+            if isinstance(layer, keras.Model):
+                inner = count_flops(layer)
+                total += inner["flops"]
+                unknown += inner["flops_not_counted"]
+                continue
+            found = _operations(layer)
+        except (AttributeError, TypeError, ValueError):
+            found = None
+        if found is None:
+            unknown.append(f"{layer.name} ({type(layer).__name__})")
+        total += found or 0
+    return {"flops": int(total), "flops_not_counted": unknown}
+
+# %% ../nbs/07_models.ipynb #bbaee3d5
 @dataclass(frozen=True)
 class Classifier:
     "A loaded network with what is needed to use it."

@@ -37,6 +37,7 @@ from dermnb.gradcam import CamNetwork, class_maps
 from dermnb.losses import FocalLoss, WeightedCrossEntropy, focal_cross_entropy
 from dermnb.models import (
     build_classifier,
+    count_flops,
     fit_metadata,
     load_classifier,
     metablock,
@@ -548,3 +549,64 @@ def test_model_with_loss_can_be_saved(tmp_path):
     model.save(tmp_path / "m.keras")
     loaded = keras.saving.load_model(tmp_path / "m.keras")
     assert loaded.loss.get_config() == model.loss.get_config()
+
+
+# Multiply-accumulates of one image as the networks' papers and their successors print them.
+PUBLISHED = {
+    "mobilenetv2": (224, 300e6),  # Sandler et al., CVPR 2018
+    "xception": (299, 8.4e9),  # Keras applications and timm: 8.4 G
+    "efficientnetb0": (224, 0.39e9),  # Tan and Le, ICML 2019
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_flops_are_twice_the_published_multiply_accumulates(name):
+    size, known = PUBLISHED[name]
+    found = count_flops(build_classifier(name, 1000, size))
+    assert found["flops_not_counted"] == []
+    assert found["flops"] / 2 == pytest.approx(known, rel=0.05)
+
+
+def test_flops_agree_with_the_profiler_of_the_framework():
+    import tensorflow as tf
+    from tensorflow.python.framework.convert_to_constants import (
+        convert_variables_to_constants_v2,
+    )
+
+    model = build_classifier("cnn", 8, 32, head=[16])
+    call = tf.function(lambda x: model(x, training=False))
+    frozen = convert_variables_to_constants_v2(
+        call.get_concrete_function(tf.TensorSpec((1, 32, 32, 3), tf.float32))
+    )
+    options = tf.compat.v1.profiler.ProfileOptionBuilder.float_operation()
+    options["output"] = "none"
+    profile = tf.compat.v1.profiler.profile(frozen.graph, cmd="op", options=options)
+    found = count_flops(model)
+    assert found["flops_not_counted"] == []
+    assert found["flops"] == pytest.approx(profile.total_float_ops, rel=0.01)
+
+
+def test_every_light_network_and_fusion_is_counted_whole():
+    metadata = {"metadata_columns": 5}
+    for name, more in [(n, {}) for n in LIGHT] + [("cnn", {"fusion": "metablock"} | metadata)]:
+        found = count_flops(build_classifier(name, 8, size_for(BACKBONES[name]), **more))
+        assert found["flops"] > 0 and found["flops_not_counted"] == [], name
+
+
+def test_flops_of_layers_by_hand():
+    row, image = keras.Input((6, 10)), keras.Input((8, 8, 4))
+
+    def flops(layer, given):
+        return count_flops(keras.Model(given, layer(given)))["flops"]
+
+    layers = keras.layers
+    assert flops(layers.EinsumDense("abc,cd->abd", (6, 3), "relu", "d"), row) == 6 * 3 * 22
+    assert flops(layers.Dense(3, use_bias=False), row) == 2 * 6 * 10 * 3
+    assert flops(layers.Conv2D(6, 3, groups=2, use_bias=False), image) == 2 * 36 * 9 * 2 * 6
+    assert flops(layers.MaxPooling2D(2), image) == 8 * 8 * 4
+    assert flops(layers.GlobalAveragePooling2D(), image) == 8 * 8 * 4
+    nested = keras.Sequential([keras.Input((10,)), layers.Dense(2, name="within")])
+    assert count_flops(nested) == {"flops": 42, "flops_not_counted": []}
+    unknown = keras.Input((None, None, 3))
+    sized = keras.Model(unknown, layers.Conv2D(2, 3, name="somewhere")(unknown))
+    assert count_flops(sized)["flops_not_counted"] == ["somewhere (Conv2D)"]
