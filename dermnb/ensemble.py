@@ -330,6 +330,7 @@ def save_ensemble(
             "weights": "",
             "parameters": int(_sum(members, "model", "parameters")),
             "trainable_parameters": 0,
+            "flops": int(_sum(members, "model", "flops")) or None,
             "size_mb": round(_sum(members, "model", "size_mb"), 1),
         },
         "stages": [],

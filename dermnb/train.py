@@ -54,6 +54,7 @@ from .losses import make_loss
 from dermnb.models import (
     MetadataEncoder,
     build_classifier,
+    count_flops,
     fit_metadata,
     probabilities,
     save_classifier,
@@ -150,6 +151,8 @@ def prepare_data(
     dataset, manifest = _leave_out(dataset, store)
     # Before subset and split, so that what shows one lesion is one lesion to both.
     audit = audit_images(manifest, cache_dir(), config.audit)
+    if audit.method != config.audit:  # another method would be another split
+        raise ConfigError(f"audit {config.audit!r} cannot be made here: {audit.note}")
     manifest, pairs = merge_found(manifest, audit.pairs)
     if config.subset:
         manifest = take_subset(manifest, config.subset, config.split_seed)
@@ -208,12 +211,10 @@ def trained_before(
     while base is not None:
         known = base / "fingerprints.parquet"
         if known.is_file():
-            split = pd.read_parquet(base / "split.parquet")
-            learnt = split.loc[split["split"] == "train", "image_id"].astype(str)
+            learnt = pd.read_parquet(known)
             # Images of one id are kept in one part by `inherit_split`.
-            learnt = learnt[~learnt.isin(manifest["image_id"].astype(str))]
-            theirs = pd.read_parquet(known)
-            found = find_pairs(mine, theirs[theirs["image_id"].isin(learnt)])
+            new = ~learnt["image_id"].isin(manifest["image_id"].astype(str))
+            found = find_pairs(mine, other=learnt[new])
             tables.append(found.assign(part_b=f"train of {base.name}"))
         name = read_json(base / "run.json")["config"].get("base")
         base = find_run(name, base.parent) if name else None
@@ -223,7 +224,8 @@ def trained_before(
     parts = held_out.set_index(held_out["image_id"].astype(str))["split"]
     pairs["part_a"] = pairs["a"].map(parts).astype(object)
     pairs["detail"] = pairs["kind"] + ": " + pairs["part_a"] + " and " + pairs["part_b"]
-    return pairs.assign(finding="across parts").drop(columns="bits")
+    columns = audit_split(manifest.iloc[:0], pairs.iloc[:0]).columns
+    return pairs.assign(finding="across parts")[columns]
 
 
 # What a reader may group images by, as far as the dataset says it.
@@ -479,8 +481,9 @@ def save_run(
     facts = data.manifest[[*columns, *FACTS]]
     facts.to_parquet(folder / "split.parquet", index=False)
     if config.audit != "none":  # for runs that start from this one, on other images
-        prints = fingerprints(data.manifest, cache_dir()).drop(columns="look")
-        prints.to_parquet(folder / "fingerprints.parquet", index=False)
+        trained = data.manifest[data.manifest["split"] == "train"]
+        prints = fingerprints(trained, cache_dir())
+        prints.to_parquet(folder / "fingerprints.parquet", index=False, compression="zstd")
     titles = {c: taxonomy.titles.get(c, c) for c in data.classes}
     with clock("save_s"):
         save_classifier(
@@ -539,6 +542,7 @@ def save_run(
             "weights": Path(config.weights).name,
             "parameters": int(model.count_params()),
             "trainable_parameters": trainable,
+            **count_flops(model),
             "size_mb": round(size / 2**20, 1),
         },
         "stages": [asdict(stage) for stage in make_schedule(config)],
