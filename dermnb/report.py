@@ -16,14 +16,14 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from . import __version__
-from .compare import summarise_repeats
+from .compare import SIGNIFICANT, summarise_repeats
 from .core import ConfigError, duration
 from .evaluate import CLASS_METRICS, METRICS
 from .figures import SPLIT_TITLES, leaderboard_figure
 from dermnb.pages import (
-    LEAK_TITLE,
     PLOTLY_JS,
     estimate_cell,
+    leak_text,
     make_cell,
     make_plot,
     make_table,
@@ -43,7 +43,6 @@ from dermnb.results import (
     RunResult,
     best_of,
     chance_of,
-    count,
     group_score,
     grouped,
     intervals_overlap,
@@ -57,13 +56,16 @@ from dermnb.results import (
     same_test,
     size_text,
 )
+from .scrutiny import audit_blocks, errors_block, subgroups_block, subgroups_overview
 from dermnb.sections import (
     absent_sentence,
     binary_block,
     claims_block,
     class_plots,
     class_table_rows,
+    compared_pairs,
     confusion_plot,
+    cost_notes,
     cost_plots,
     cost_table,
     curves_plot,
@@ -75,7 +77,9 @@ from dermnb.sections import (
     leak_block,
     member_table,
     paired_blocks,
+    pairs_block,
     provenance_of,
+    ranks_of,
     repeats_block,
     run_table,
     settings_of,
@@ -92,6 +96,7 @@ from dermnb.trust import (
 # %% ../nbs/25_report.ipynb #93abd8ca
 def summary_sentences(
     runs: Sequence[RunResult],  # all of the suite
+    pairs: Sequence[Mapping] = (),  # of `compared_pairs`
 ) -> list[str]:
     "What the suite found, in at most five sentences."
     done = [r for r in runs if r.status == "done"]
@@ -123,7 +128,7 @@ def summary_sentences(
         sentences.append(_leak_sentence(leaky, len(leaky) == len(done)))
     sentence = _best_sentence(name, members, bool(rest), where, bool(leaky))
     if rest:
-        sentence = f"{sentence[:-1]}; {_order_clause(best, top, rest)}."
+        sentence = f"{sentence[:-1]}; {_order_clause(name, best, top, rest, pairs)}."
     sentences.append(sentence)
     support = [row["n"] for row in best.test["per_class"]]
     common = best.test["per_class"][support.index(max(support))]["class"]
@@ -135,18 +140,24 @@ def summary_sentences(
     return sentences
 
 
-def _order_clause(best: RunResult, top: Mapping, rest: Sequence[tuple]) -> str:
-    "How far the first is known to be the first."
-    close = [n for n, g in rest if intervals_overlap(top, group_score(g))]
+def _order_clause(
+    name: str, best: RunResult, top: Mapping, rest: Sequence[tuple], pairs: Sequence[Mapping]
+) -> str:
+    "How far the first is known to be the first: by paired tests, or by intervals."
     if best.test["lesions"] < FEW_LESIONS:
         return "so few lesions tell no two runs apart"
+    others = {n for n, _ in rest}
+    mine = {p["a"]: p for p in pairs if p["b"] == name} | {p["b"]: p for p in pairs if p["a"] == name}
+    if others <= {n for n, p in mine.items() if p["p_holm"] is not None}:
+        close = [n for n, _ in rest if mine[n]["p_holm"] > SIGNIFICANT]
+        if not close:
+            return f"paired tests find it better than {'the other' if len(rest) == 1 else 'all others'}"
+        return f"paired tests do not tell it from {listing(close)}, so their order may be chance"
+    close = [n for n, g in rest if intervals_overlap(top, group_score(g))]
     if not close:
         return "no other run's interval reaches into that of the best"
-    what = "interval" if len(close) == 1 else "intervals"
-    verb = "overlaps" if len(close) == 1 else "overlap"
-    return (
-        f"the {what} of {listing(close)} {verb} with it, so their order may be chance"
-    )
+    what, verb = ("interval", "overlaps") if len(close) == 1 else ("intervals", "overlap")
+    return f"the {what} of {listing(close)} {verb} with it, so their order may be chance"
 
 
 def _leak_sentence(leaky: Sequence[RunResult], all_leak: bool) -> str:
@@ -247,12 +258,13 @@ def limit_sentences(
         "figures are of images that nothing was tuned on. Settings that a person chose after "
         "seeing test figures spoil those too.",
         (
-            "Images of one lesion stay in one split by the dataset's own lesion numbers"
+            "Images of one lesion stay in one split"
             + (", but for runs marked as leaking" if any(r.leaks for r in done) else "")
-            + ". Pairs that those numbers miss, and near copies, are not looked for here."
+            + ", as far as lesion numbers and the audit know of them; another photograph of a lesion "
+            "under another number may be missed."
         ),
         "Images come from the sources of one dataset. Other cameras, clinics, ages and skin "
-        "tones are not tested, and results by subgroup are not shown.",
+        "tones are not tested, and a subgroup without figures is not a subgroup without faults.",
         "Nothing here is evidence for use on patients.",
     ]
     return list(dict.fromkeys(lines))
@@ -263,7 +275,11 @@ RUN_SECTIONS = [
     ("members", "Members"),
     ("figures", "Figures"),
     ("certainty", "How sure it is"),
+    ("subgroups", "Subgroups"),
+    ("errors", "Worst errors and doubtful labels"),
+    ("audit", "What the audit found"),
     ("looks", "Where it looks"),
+    ("cost", "Cost"),
     ("settings", "Settings"),
     ("provenance", "Provenance"),
     ("notebook", "Notebook"),
@@ -276,6 +292,7 @@ RUN_INPUTS = (
     "history.csv",
     "notebook.ipynb",
     "predictions.parquet",
+    "split.parquet",
     "explain.json",
 )
 
@@ -284,6 +301,8 @@ CODE = (
     "report",
     "sections",
     "trust",
+    "scrutiny",
+    "review",
     "pages",
     "results",
     "figures",
@@ -352,8 +371,6 @@ def _build_run_page(folder: Path, load, force: bool, photographs: bool) -> Path:
     for key, name in TIMES.items():
         if timing.get(key) is not None:
             provenance[f"{name} (time)"] = duration(timing[key])
-    if run.get("model", "parameters"):
-        provenance["Parameters"] = count(run.get("model", "parameters"))
     network = run.get("model", "title") or run.get(
         "model", "backbone", default="A network"
     )
@@ -370,24 +387,29 @@ def _build_run_page(folder: Path, load, force: bool, photographs: bool) -> Path:
         run=run.name,
         lead=f"{network} on {run.get('dataset', 'title', default='an unnamed dataset')}.",
         synthetic=run.synthetic,
-        leaks=LEAK_TITLE if run.leaks else "",
+        leaks=leak_text(run),
         made_from=origin_of(run, []),
         members=members and member_table(run, members),
         binary=binary_block([run]),
         metrics_table=make_table(
-            "Values between 0 and 1, with intervals below.",
+            "Values with intervals below.",
             [("Metric", False), *columns],
             rows,
             sortable=False,
         ),
         class_table=make_table(
-            f"By class, {where} split.", class_columns, class_table_rows(run)
+            f"By class, {where} split.", class_columns, class_table_rows(run), narrow=True
         ),
         absent=absent_sentence([run]),
         interval_note=interval_note(run.metrics),
         confusion=confusion_plot(run, "confusion-plot", run.synthetic),
         curves=curves_plot([run], run.synthetic),
         certainty=certainty_block(run),
+        subgroups=subgroups_block(run),
+        errors=errors_block([run]),
+        audit=audit_blocks([run]),
+        cost=cost_table([run]),
+        cost_notes=cost_notes([run]),
         looks=looks_block(run, photographs),
         settings=list(settings_of(run).items()),
         provenance=list(provenance.items()),
@@ -414,7 +436,9 @@ SUITE_SECTIONS = [
     ("summary", "Summary"),
     ("claims", "Claimed and measured"),
     ("leaderboard", "Leaderboard"),
+    ("pairs", "Every pair"),
     ("leakage", "Leakage"),
+    ("audit", "What the audit found"),
     ("repeats", "Repeats"),
     ("paired", "Paired differences"),
     ("binary", "Two classes"),
@@ -422,9 +446,11 @@ SUITE_SECTIONS = [
     ("classes", "By class"),
     ("confusion", "Confusion matrices"),
     ("certainty", "How sure the runs are"),
+    ("subgroups", "Subgroups"),
+    ("errors", "Worst errors and doubtful labels"),
     ("looks", "Where the runs look"),
     ("learning", "Learning curves"),
-    ("cost", "Parameters and time"),
+    ("cost", "Cost"),
     ("settings", "Settings"),
     ("data", "Data"),
     ("limits", "What this does not show"),
@@ -434,7 +460,17 @@ SUITE_SECTIONS = [
 
 
 ALWAYS = ("summary", "leaderboard", "limits", "runs")
-IF_ANY = ("claims", "leakage", "repeats", "paired", "binary", "ensembles")
+IF_ANY = (
+    "claims",
+    "pairs",
+    "leakage",
+    "repeats",
+    "paired",
+    "binary",
+    "ensembles",
+    "subgroups",
+    "errors",
+)
 OPEN_RUNS = 4  # confusion matrices of so many runs are unfolded at first
 
 
@@ -461,6 +497,8 @@ def _build_suite_page(
         for r in done
         if not single_file and (r.folder / "report.html").is_file()
     }
+    pairs = compared_pairs(done)
+    ranks = ranks_of(pairs)
     values = {
         "suite": suite.get("suite", folder.name),
         "title": suite.get("title") or folder.name,
@@ -468,8 +506,10 @@ def _build_suite_page(
         "expected": suite.get("expected", ""),
         "profile": suite.get("profile", ""),
         "synthetic": synthetic,
-        "summary": summary_sentences(runs),
-        "leaderboards": leaderboard_tables(runs, LEADERBOARD, links),
+        "leaks": [(r.name, leak_text(r)) for r in done if r.leaks],
+        "summary": summary_sentences(runs, pairs),
+        "leaderboards": leaderboard_tables(runs, LEADERBOARD, links, ranks),
+        "ranked": bool(ranks),
         "limits": limit_sentences(runs, suite.get("caveats", ())),
         "run_table": run_table(runs, links),
         "single_file": single_file,
@@ -483,7 +523,10 @@ def _build_suite_page(
     if done:
         values |= _results(done, synthetic)
         values |= {
+            "pairs": pairs_block(pairs, done[0].metrics.get("level", 0.95), synthetic),
             "leakage": leak_block(done),
+            "subgroups": subgroups_overview(done),
+            "errors": errors_block(_best_group(done)),
             "repeats": repeats_block(runs, synthetic),
             "paired": paired_blocks(suite, done, synthetic),
             "binary": binary_block(done),
@@ -559,7 +602,9 @@ def _results(done: Sequence[RunResult], synthetic: bool) -> dict:
         "certainty": certainty_overview(done, synthetic),
         "looks": looks_overview(done, synthetic),
         "curves": curves_plot(done, synthetic),
+        "audit": audit_blocks(done),
         "cost_table": cost_table(done),
+        "cost_notes": cost_notes(done),
         "cost_plots": cost_plots(done, synthetic),
         "several": len(done) > 1,
         "shared": shared,
@@ -571,6 +616,11 @@ def _results(done: Sequence[RunResult], synthetic: bool) -> dict:
         ),
         "packages": versions,
     }
+
+
+def _best_group(done: Sequence[RunResult]) -> list[RunResult]:
+    "The runs of the best recipe without a leak, or of the best of all."
+    return next(iter(grouped([r for r in done if not r.leaks] or done).values()))
 
 
 def build_report(

@@ -35,6 +35,7 @@ from dermnb.evaluate import (
     probability_columns,
 )
 from .figures import HISTORY_COLUMNS, VIEWS
+from .review import subgroups
 from .runs import file_hash
 
 # %% ../nbs/22_results.ipynb #fbd6c76f
@@ -81,9 +82,17 @@ class RunResult:
     @property
     def leaks(self) -> bool:
         "Whether lesions of its test images are in training too."
-        return self.get("config", "split") == "image" or bool(
-            self.get("leak", "test_images")
+        return (
+            self.get("config", "split") == "image"
+            or bool(self.get("leak", "test_images"))
+            or bool(self.get("config", "allow_leakage") and self.found_leaks)
         )
+
+    @property
+    def found_leaks(self) -> dict[str, int]:
+        "Pairs across its splits that the audit found, by kind."
+        found = self.get("audit", "leaks", default={})
+        return {str(k): int(n) for k, n in found.items() if n} if isinstance(found, Mapping) else {}
 
     @property
     def split(self) -> str:
@@ -110,6 +119,26 @@ class RunResult:
     def certainty(self) -> "Certainty | None":
         "How sure it is, or None without predictions that can be read."
         return None if self.predictions is None else certainty_of(self)
+
+    @cached_property
+    def positive(self) -> str:
+        "Of two classes the positive one; else nothing."
+        two = len(self.record.get("classes", ())) == 2
+        return str(self.get("dataset", "positive", default="")) if two else ""
+
+    @cached_property
+    def subgroups(self) -> Mapping | None:
+        "What `review.subgroups` says, or None without tables that can be read."
+        if self.predictions is None:
+            return None
+        facts = self.split_table
+        facts = facts.drop_duplicates("image_id") if facts is not None and "image_id" in facts else None
+        try:
+            return subgroups(
+                self.predictions, facts, self.record["classes"], self.split, self.positive
+            )
+        except ConfigError:
+            return None
 
     @cached_property
     def explanation(self) -> Mapping | None:
@@ -547,8 +576,7 @@ class Certainty:
 def certainty_of(run: RunResult) -> Certainty | None:
     classes, table = list(run.record["classes"]), run.predictions
     try:
-        positive = run.get("dataset", "positive", default="") if len(classes) == 2 else ""
-        decision = fit_decision(table, classes, positive)
+        decision = fit_decision(table, classes, run.positive)
         level = run.metrics.get("level", 0.95)
         summary = calibration_summary(table, classes, decision, level)
     except ConfigError:

@@ -6,8 +6,8 @@
 __all__ = ['MANY_EPOCHS', 'CLASS_FIGURES', 'PROVENANCE', 'NUMBERS', 'PAIRED', 'RULES', 'leaderboard_tables', 'run_table',
            'confusion_plot', 'curves_plot', 'class_table_rows', 'class_plots', 'absent_sentence', 'interval_note',
            'settings_of', 'setting_text', 'provenance_of', 'split_shared', 'differing_table', 'claims_block',
-           'paired_blocks', 'leak_block', 'repeats_block', 'binary_block', 'member_table', 'ensemble_table',
-           'cost_table', 'cost_plots', 'data_blocks']
+           'paired_blocks', 'compared_pairs', 'ranks_of', 'pairs_block', 'leak_block', 'repeats_block', 'binary_block',
+           'member_table', 'ensemble_table', 'cost_table', 'cost_notes', 'cost_plots', 'data_blocks']
 
 # %% ../nbs/24_sections.ipynb #9af43c58
 import json
@@ -17,24 +17,29 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from dermnb.compare import (
+    SIGNIFICANT,
     Claim,
     check_claims,
     claim_verdict,
     comparison_verdict,
+    compare_all,
     leak_effect,
     load_claims,
     paired_differences,
+    rank_ranges,
     resolve_metric,
     summarise_repeats,
 )
 from .core import ConfigError, duration
 from .evaluate import BINARY_METRICS, CLASS_METRICS, METRICS
 from dermnb.figures import (
+    COSTS,
     SPLIT_TITLES,
     confusion_figure,
     cost_figure,
     difference_figure,
     learning_curves,
+    pairs_figure,
     per_class_figure,
     repeats_figure,
 )
@@ -44,6 +49,7 @@ from dermnb.pages import (
     make_cell,
     make_plot,
     make_table,
+    p_cell,
     run_cell,
     shown_name,
     signed_cell,
@@ -75,11 +81,17 @@ from dermnb.results import (
     without_results,
 )
 
-# %% ../nbs/24_sections.ipynb #1fb2187e
+# %% ../nbs/24_sections.ipynb #2ad83837
 def leaderboard_tables(
-    runs: Sequence[RunResult], metrics: Sequence[str], links: Mapping[str, str]
+    runs: Sequence[RunResult],
+    metrics: Sequence[str],
+    links: Mapping[str, str],
+    ranks: Mapping[str, tuple[int, int]] | None = None,  # of groups, as of `rank_ranges`
 ) -> list[dict]:
-    "Runs by metrics, test first and validation below; runs without results come last."
+    """Runs by metrics, test first and validation below; runs without results come last.
+
+    A rank is a range: from the best to the worst that the data allow.
+    """
     done = [r for r in runs if r.status == "done"]
     tables = []
     for split in ("test", "val"):
@@ -94,8 +106,9 @@ def leaderboard_tables(
                 "model", "backbone", default=""
             )
             sub = "" if network == run.name else network
+            rank = [_rank_cell(run, ranks)] if ranks and split == here[0].split else []
             rows.append(
-                [run_cell(run, sub, links.get(run.name, ""))]
+                [run_cell(run, sub, links.get(run.name, "")), *rank]
                 + [estimate_cell(scored["metrics"][m]) for m in metrics]
                 + [
                     make_cell(
@@ -108,7 +121,7 @@ def leaderboard_tables(
         for run in runs:
             if run.status != "done" and split == "test":
                 reason = f"{run.status}: {run.error}"
-                span = len(metrics) + 1
+                span = len(metrics) + 1 + bool(ranks)
                 rows.append(
                     [
                         make_cell(run.name, num=False),
@@ -116,17 +129,32 @@ def leaderboard_tables(
                     ]
                 )
         columns = [("Run", False)]
+        if ranks and (not here or split == here[0].split):
+            columns.append(("Rank", True, "from the best to the worst that paired tests allow"))
         columns += [(METRICS[m].title, True, METRICS[m].definition) for m in metrics]
+        ends = all((METRICS[m].lowest, METRICS[m].highest) == (0, 1) for m in metrics)
         table = make_table(
-            f"Values between 0 and 1, with {level:.0%} intervals below; n in images.",
+            f"{'Values between 0 and 1' if ends else 'Values'}, with {level:.0%} intervals below; "
+            "n in images.",
             [*columns, ("n", True)],
             rows,
             wide=True,
+            narrow=True,
             title=f"{SPLIT_TITLES[split]} split.",
         )
-        table["columns"][1]["sorted"] = "descending" if len(rows) > 1 else ""
+        first = next(i for i, c in enumerate(columns) if c[0] == METRICS[metrics[0]].title)
+        table["columns"][first]["sorted"] = "descending" if len(rows) > 1 else ""
         tables.append(table)
     return tables
+
+
+def _rank_cell(run: RunResult, ranks: Mapping[str, tuple[int, int]]) -> dict:
+    found = ranks.get(run.group or run.name)
+    if found is None:
+        return make_cell(EN_DASH, "", "leaks" if run.leaks else "not compared")
+    best, worst = found
+    text = str(best) if best == worst else f"{best}{EN_DASH}{worst}"
+    return make_cell(text, best + worst / 1000)
 
 
 def run_table(runs: Sequence[RunResult], links: Mapping[str, str]) -> dict:
@@ -738,7 +766,96 @@ def _paired_block(i, a, b, rows, mine, split, repeats, synthetic) -> dict:
         "sentence": f"{sentence}: {text}.",
     }
 
-# %% ../nbs/24_sections.ipynb #e0f0b9c4
+# %% ../nbs/24_sections.ipynb #00959b1d
+def compared_pairs(
+    runs: Sequence[RunResult],  # done
+) -> list[dict]:
+    "`compare_all` of the recipes that do not leak, best first; empty where there is no pair."
+    sound = [r for r in runs if not r.leaks and r.predictions is not None]
+    groups = {name: g for name, g in grouped(sound).items() if g}
+    if len(groups) < 2:
+        return []
+    one = next(iter(groups.values()))[0]
+    try:
+        return compare_all(
+            {name: [r.predictions for r in g] for name, g in groups.items()},
+            list(one.record["classes"]),
+            "balanced_accuracy",
+            one.split,
+            one.positive,
+            one.metrics.get("resamples", 1000),
+            one.metrics.get("level", 0.95),
+        )
+    except ConfigError:
+        return []
+
+
+def ranks_of(pairs: Sequence[Mapping]) -> dict[str, tuple[int, int]]:
+    "Best and worst rank of each recipe that was compared with another."
+    known = [p for p in pairs if p["p_holm"] is not None]
+    names = list(dict.fromkeys(n for p in known for n in (p["a"], p["b"])))
+    return rank_ranges(known, names)
+
+
+def pairs_block(pairs: Sequence[Mapping], level: float, synthetic: bool) -> dict | None:
+    "Every pair of recipes; None where nothing could be compared."
+    known = [p for p in pairs if p["value"] is not None]
+    if not known:
+        return None
+    names = list(dict.fromkeys(n for p in pairs for n in (p["a"], p["b"])))
+    rows = []
+    for p in pairs:
+        pair = make_cell(f"{p['a']} minus {p['b']}", num=False, sub=p["reason"], wrap=True)
+        table, area = p["mcnemar"], p["delong"]
+        told = [f"{table['b01']:,} and {table['b10']:,}" if table["p"] is not None else ""]
+        rows.append(
+            [
+                pair,
+                signed_cell(p),
+                p_cell(p["p_holm"]),
+                p_cell(table["p_holm"]) | {"sub": told[0]},
+                signed_cell(area),
+                p_cell(area["p_holm"]),
+                make_cell(count(p["n"]), p["n"], f"{p['lesions']:,} lesions"),
+            ]
+        )
+    columns = [
+        ("Pair", False),
+        ("Balanced accuracy", True, "difference by paired bootstrap over lesions"),
+        ("p (Holm)", True, "of the balanced accuracy, adjusted for all pairs"),
+        (
+            "McNemar p (Holm)",
+            True,
+            "of the share right; below: lesions' images that only one of the two got right",
+        ),
+        ("Macro AUC", True, "difference by DeLong's method over lesions"),
+        ("DeLong p (Holm)", True),
+        ("n", True),
+    ]
+    table = make_table(
+        f"Differences on the same images with {level:.0%} intervals; p-values adjusted by Holm's "
+        f"rule for {len(known)} pairs.",
+        columns,
+        rows,
+        narrow=True,
+    )
+    sure = [p for p in known if p["p_holm"] is not None and p["p_holm"] <= SIGNIFICANT]
+    many = f"{len(known)} pairs" if len(known) > 1 else "the one pair"
+    sentence = (
+        f"In balanced accuracy {len(sure)} of {many} {'differs' if len(sure) == 1 else 'differ'} by "
+        f"more than chance explains (p at most {SIGNIFICANT:g} after Holm's rule)."
+        if len(known) > 1
+        else "In balanced accuracy the pair "
+        + ("differs" if sure else "is not shown to differ")
+        + f" by more than chance explains (p at most {SIGNIFICANT:g})."
+    )
+    block = {"sentence": sentence, "table": table, "plot": None}
+    if len(names) > 2:
+        figure = pairs_figure(pairs, names, SIGNIFICANT, note=source_note(synthetic))
+        block["plot"] = make_plot(figure, "pairs-plot", sentence, table)
+    return block
+
+# %% ../nbs/24_sections.ipynb #aae28263
 def _recipe(run: RunResult) -> str:
     "Equal for runs whose settings differ in the split alone (and in the leave to leak)."
     config = run.get("config", default={})
@@ -890,7 +1007,7 @@ def _effect_sentence(run: RunResult, effect: Mapping, twin: RunResult | None) ->
         + f": a difference of {value}{spread}."
     )
 
-# %% ../nbs/24_sections.ipynb #30c3f4a3
+# %% ../nbs/24_sections.ipynb #37f8064e
 def repeats_block(runs: Sequence[RunResult], synthetic: bool) -> dict | None:
     "Mean and spread of repeated runs; None where nothing was repeated."
     done = [r for r in runs if r.status == "done"]
@@ -1062,20 +1179,22 @@ def ensemble_table(
     columns += [("Balanced accuracy of the member", True), ("of the ensemble", True)]
     return make_table("Members of each ensemble, test split.", columns, rows)
 
-# %% ../nbs/24_sections.ipynb #cc28cd83
+# %% ../nbs/24_sections.ipynb #3e0e4da0
 def cost_table(done: Sequence[RunResult]) -> dict:
     times = ("train_s", "total_s")
     rows = []
     for run in done:
         model, seconds = run.get("model", default={}), run.get("timing", default={})
         epochs = len(run.history)
-        each = (seconds.get("train_s") or 0) / epochs if epochs else None
+        each = seconds.get("epoch_s") or (seconds.get("train_s") or 0) / (epochs or 1) or None
+        energy = run.get("energy", "joules")
         rows.append(
             [run_cell(run)]
             + [
                 make_cell(count(model.get(k)), model.get(k, ""))
                 for k in ("parameters", "trainable_parameters")
             ]
+            + [make_cell(_short(model.get("flops")), model.get("flops") or "")]
             + [make_cell(_decimal(model.get("size_mb")), model.get("size_mb", ""))]
             + [make_cell(count(epochs or None), epochs), make_cell(duration(each), each or "")]
             + [make_cell(duration(seconds.get(t)), seconds.get(t, "")) for t in times]
@@ -1085,14 +1204,41 @@ def cost_table(done: Sequence[RunResult]) -> dict:
                     run.get("peak_memory_mb", default=""),
                 )
             ]
+            + [make_cell(_short(energy, "J"), "" if energy is None else energy)]
         )
-    columns = ["Parameters", "Trainable at the end", "File (MB)", "Epochs", "An epoch"]
-    columns += ["Training", "Whole run", "Peak memory (MB)"]
+    columns = ["Parameters", "Trainable at the end", "FLOPs of an image", "File (MB)", "Epochs"]
+    columns += ["An epoch", "Training", "Whole run", "Peak memory (MB)", "Energy of training"]
     return make_table(
-        "Size of each network, and wall-clock time of its run.",
+        "Size of each network, and what its run took.",
         [("Run", False), *((c, True) for c in columns)],
         rows,
+        narrow=True,
     )
+
+
+def cost_notes(done: Sequence[RunResult]) -> list[str]:
+    "What the figures of cost do not show."
+    notes = [
+        "Times are wall-clock, of whatever else the machine did too, and peak memory is of the whole "
+        "process; compare them only between runs of one machine (see provenance)."
+    ]
+    if any(r.get("model", "flops") for r in done):
+        notes.append("FLOPs are of one image through the network once, without training.")
+    else:
+        notes.append("No FLOPs were counted in these runs.")
+    energy = list(dict.fromkeys(str(r.get("energy", "note", default="")) for r in done))
+    energy = [text for text in energy if text]
+    return [*notes, *(energy or ["No energy was read in these runs."])]
+
+
+def _short(value: float | None, unit: str = "") -> str:
+    "12.3 M"
+    if value is None:
+        return EN_DASH
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {letter}{unit}"
+    return f"{value:.3g} {unit}".strip()
 
 
 def _decimal(value: float | None) -> str:
@@ -1104,16 +1250,18 @@ def cost_plots(done: Sequence[RunResult], synthetic: bool) -> list[dict]:
         shown_name(r): dict(r.score())
         | {
             "parameters": r.get("model", "parameters"),
+            "flops": r.get("model", "flops"),
             "train_s": r.get("timing", "train_s"),
+            "joules": r.get("energy", "joules"),
         }
         for r in done
     }
     plots = []
-    for key in ("parameters", "train_s"):
+    for key in ("parameters", "flops", "train_s", "joules"):
         known = {name: p for name, p in points.items() if p[key]}
         if not known:
             continue
-        say = duration if key == "train_s" else count
+        say = {"train_s": duration, "parameters": count}.get(key, _short)
         alt = ", ".join(
             f"{n}: {number(p['value'])} at {say(p[key])}" for n, p in known.items()
         )
@@ -1122,7 +1270,7 @@ def cost_plots(done: Sequence[RunResult], synthetic: bool) -> list[dict]:
             [make_cell(n, num=False), make_cell(say(p[key]), p[key]), estimate_cell(p)]
             for n, p in known.items()
         ]
-        name = {"parameters": "Parameters", "train_s": "Training time"}[key]
+        name = COSTS[key][0]
         table = make_table(
             f"{name} and balanced accuracy, test split.",
             [("Run", False), (name, True), ("Balanced accuracy", True)],

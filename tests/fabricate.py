@@ -155,6 +155,58 @@ def make_notebook(path, extra_cells=()):
     nbformat.write(notebook, path)
 
 
+def make_facts(n, seed=0):
+    "Who is in the images, some of it unknown."
+    rng = np.random.default_rng(seed)
+    age = rng.integers(5, 18, n) * 5.0
+    age[rng.random(n) < 0.05] = np.nan
+    sexes, sites = ["female", "male"], ["back", "face", "lower extremity", "foot"]
+    return pd.DataFrame(
+        {
+            "age": age,
+            "sex": rng.choice(sexes, n),
+            "site": rng.choice(sites, n, p=[0.5, 0.3, 0.18, 0.02]),
+            "source": "demo",
+        }
+    )
+
+
+AUDIT = {
+    "method": "hashes",
+    "note": "the second pass was not made: no weights of MobileNetV2 are here",
+    "images": 1400,
+    "unreadable": 1,
+    "seconds": 2.5,
+    "pairs": {"same bytes": 3, "near duplicate": 9},
+    "new_pairs": {"near duplicate": 4},
+    "images_joined": 7,
+    "groups_joined": 3,
+    "chains_refused": 0,
+    "examples": [{"a": "DEMO_1", "b": "DEMO_2", "kind": "near duplicate"}],
+    "leaks": {"near duplicate": 2},
+    "two_labels": {"same bytes": 1},
+    "findings": [
+        {
+            "finding": "across parts",
+            "kind": "near duplicate",
+            "a": "DEMO_3",
+            "b": "DEMO_4",
+            "part_a": "train",
+            "part_b": "test",
+            "detail": "near duplicate: train and test",
+        }
+    ],
+}
+COUNTED = {
+    "seconds": 40.0,
+    "cpu_joules": 1800.0,
+    "gpu_joules": None,
+    "joules": 1800.0,
+    "note": "Energy of all processor packages of the machine, whatever else ran on it; NVIDIA "
+    "GPUs not counted: there is no NVIDIA driver.",
+}
+
+
 def make_run(
     folder,
     skill=1.0,
@@ -172,12 +224,14 @@ def make_run(
     shares=None,
     positive="",
     leaky=False,
+    facts=False,
     record=None,
     **config,
 ):
     """A finished run folder, but for its model; `record` adds to its run.json.
 
-    With `leaky`, half of the test lesions are in training too, and known by heart.
+    With `leaky`, half of the test lesions are in training too, and known by heart. With
+    `facts`, age, sex, site and source of its images are known.
     """
     folder = Path(folder)
     folder.mkdir(parents=True)
@@ -211,6 +265,8 @@ def make_run(
     seen = split[split["lesion_id"].isin(known)]
     seen = seen.assign(image_id="S" + seen["image_id"], split="train")
     split = pd.concat([train, seen, split])[["image_id", "lesion_id", "label", "split"]]
+    if facts:
+        split = split.reset_index(drop=True).join(make_facts(len(split), seed))
     split.to_parquet(folder / "split.parquet", index=False)
     summary = {
         name: {
@@ -270,12 +326,14 @@ def make_run(
                 "parameters": parameters,
                 "trainable_parameters": parameters // 2,
                 "size_mb": round(parameters * 4 / 2**20, 1),
+                "flops": parameters * 90,
             },
             "stages": [{"name": s, "epochs": epochs // len(stages)} for s in stages],
             "timing": {
                 "data_s": 3.2,
                 "build_s": 1.5,
                 "train_s": train_s,
+                "epoch_s": train_s / epochs,
                 "predict_s": train_s / 30,
                 "total_s": train_s * 1.1 + 5,
             },
@@ -428,6 +486,8 @@ def make_suite(folder, synthetic=True):
             parameters=parameters,
             train_s=seconds,
             backbone=name,
+            facts=True,
+            record={"audit": AUDIT, "energy": COUNTED} if i < 3 else None,
             **(
                 {"weights": "imagenet", "schedule": "head_then_top"}
                 if len(stages) > 1
