@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['FACT_KINDS', 'NOT_KNOWN', 'MOST_VALUES', 'LEAST_UNITS', 'LEAST_OF_CLASS', 'SUBGROUP_METRICS',
-           'BINARY_SUBGROUP_METRICS', 'LEAST_LESIONS', 'LEAST_FOR_THRESHOLD', 'LEAST_AUC', 'HELD_OUT', 'FactKind',
-           'subgroups', 'worst_errors', 'label_doubts']
+           'BINARY_SUBGROUP_METRICS', 'LEAST_LESIONS', 'LEAST_FOR_THRESHOLD', 'LEAST_AUC', 'HELD_OUT', 'STATUSES',
+           'GUIDELINES', 'FactKind', 'subgroups', 'worst_errors', 'label_doubts', 'checklist']
 
 # %% ../nbs/20_review.ipynb #06e441bd
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files as package_files
 from statistics import NormalDist
 
 import numpy as np
@@ -498,8 +499,9 @@ def label_doubts(
     split does not leak. Of an image in several tables the probabilities are averaged.
     Plain values: n, lesions, tables, validation (images that were never in a test split),
     accuracy, macro_auc, few (classes too rare to be judged), judged (images); thresholds;
-    expected (wrong labels), share (of the judged), pairs (given, suggested, counted,
-    expected; the largest first), found (doubtful images) and rows, the `most` doubtful:
+    expected (the most wrong labels there may be), share (of the judged), pairs (given,
+    suggested, counted, expected; the largest first), found (doubtful images), summary, a
+    sentence with these numbers, empty with a reason; and rows, the `most` doubtful:
     image_id, lesion_id, given, suggested, p_given, p_suggested, margin, networks, split;
     reason, empty unless there is too little for an estimate; notes, sentences.
     """
@@ -530,6 +532,7 @@ def label_doubts(
         "share": None,
         "pairs": [],
         "found": 0,
+        "summary": "",
         "rows": [],
         "reason": _no_doubts(len(np.unique(lesion)), int(enough.sum()), auc),
         "notes": _doubt_notes(len(table), validation, tables),
@@ -569,6 +572,12 @@ def label_doubts(
             for i, j in off
         ],
         "found": len(doubtful),
+        "summary": (
+            f"{len(doubtful):,} of {result['judged']:,} labels are contradicted with confidence. "
+            f"Confident learning puts at {wrong:,.0f} ({wrong / result['judged']:.1%}) the labels that "
+            f"would be wrong if the network were always right; it errs on {1 - right.mean():.1%} of "
+            "these images by the given labels, so this is a bound and no estimate."
+        ),
         "rows": [
             {
                 "image_id": table["image_id"][i],
@@ -589,7 +598,8 @@ def label_doubts(
 def _no_doubts(lesions: int, classes: int, auc: float | None) -> str:
     "Why there is no estimate; empty if there is one."
     if lesions < LEAST_LESIONS:
-        return f"{lesions} lesions that no network was fitted on; an estimate needs {LEAST_LESIONS}."
+        many = f"{lesions} lesion{'s' * (lesions != 1)}"
+        return f"{many} that no network was fitted on; an estimate needs {LEAST_LESIONS}."
     if classes < 2:
         return (
             f"Fewer than two classes have {LEAST_FOR_THRESHOLD} lesions that no network was "
@@ -620,3 +630,361 @@ def _doubt_notes(n: int, validation: int, tables: Sequence) -> list[str]:
         "dermatologist should look at again, and corrects nothing."
     )
     return notes
+
+# %% ../nbs/20_review.ipynb #db1f8495
+STATUSES = ("reported", "partly", "not done", "not known", "not applicable")
+GUIDELINES = {
+    "CLAIM": "Tejani et al., Radiology: Artificial Intelligence 2024",
+    "TRIPOD+AI": "Collins et al., BMJ 2024",
+}
+
+
+def _listed(values: Sequence, most: int = 6) -> str:
+    "Values as a list in words, the first of them."
+    texts = list(dict.fromkeys(str(v) for v in values))
+    more = [f"{len(texts) - most} more"] if len(texts) > most else []
+    texts = texts[:most] + more
+    return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
+
+
+class _Answers:
+    "What records can say; each public method is a fact: its status and a sentence."
+
+    def __init__(self, records, metrics, suite, found, explained):
+        self.records, self.metrics = list(records), [m for m in metrics if m]
+        self.suite, self.found, self.explained = suite or {}, found or {}, explained
+        self.told = bool(self._each("config"))
+
+    def _each(self, *keys: str) -> list:
+        "A value by its path of keys, of each record that has one that is not empty."
+        values = []
+        for value in self.records:
+            for key in keys:
+                value = value.get(key) if isinstance(value, Mapping) else None
+            if value not in (None, "", [], {}):
+                values.append(value)
+        return values
+
+    def _say(self, *keys: str, most: int = 6) -> str:
+        return _listed(self._each(*keys), most) if self._each(*keys) else ""
+
+    def _config(self, key: str) -> list:
+        return self._each("config", key)
+
+    @property
+    def _generated(self) -> bool:
+        return any(self._each("dataset", "synthetic"))
+
+    def study(self):
+        networks = self._say("model", "title") or "networks"
+        classes = _listed([len(c) for c in self._each("classes")]) or "the"
+        return "reported", f"Deep learning: {networks}, telling {classes} classes of skin lesions apart."
+
+    def question(self):
+        asked, expected = self.suite.get("question"), self.suite.get("expected")
+        if asked and expected:
+            return "reported", f"{asked} Expected beforehand: {expected}"
+        if asked:
+            return "partly", f"{asked} What was expected is not recorded."
+        return "not known", "Not known: the runs record what was done and not why."
+
+    def design(self):
+        if self._generated:
+            return "not applicable", "The images are generated: nobody was examined."
+        return "reported", "Retrospective: development and test of classifiers on a finished collection."
+
+    def sources(self):
+        title = self._say("dataset", "title")
+        if not title:
+            return "not known", "Not known: the run does not name its dataset."
+        cited, licence = self._say("dataset", "citation", most=2), self._say("dataset", "license")
+        rest = "".join(f"; {x}" for x in (cited, licence and f"licence {licence}") if x)
+        return ("reported" if cited else "partly"), f"{title}{rest}."
+
+    def eligibility(self):
+        images = _listed([f"{n:,}" for n in self._each("dataset", "images")])
+        if not images:
+            return "not known", "Not known: the run does not record its images."
+        problems = {k: n for found in self._each("dataset", "problems") for k, n in found.items()}
+        left = _listed([f"{n:,} ({kind})" for kind, n in problems.items()])
+        parts = [f"{images} images of the dataset were used"]
+        parts.append(f"left out: {left}" if left else "no file was left out as unreadable or unlabelled")
+        if chosen := [n for n in self._config("subset") if n]:
+            parts.append(f"a subset of about {_listed([f'{n:,}' for n in chosen])} was drawn")
+        if self._config("test_list"):
+            parts.append("the test images were given as a list")
+        return "partly", "; ".join(parts) + ". By what the dataset was collected is not known here."
+
+    def preprocessing(self):
+        sizes, ways = self._say("config", "image_size"), self._say("config", "resize")
+        changed = self._say("config", "augment")
+        if not sizes:
+            return "not known", "Not known: the runs do not record an image size."
+        return "reported", (
+            f"Brought to {sizes} pixels square ({ways}); augmentation in training: {changed or 'none'}. "
+            "Pixels are scaled within the network."
+        )
+
+    def missing(self):
+        used = [m for m in self._config("metadata") if m != "none"]
+        if not used:
+            return "reported", "The model is given images only, and no image is missing."
+        gaps = {k: n for m in self._each("metadata", "missing") for k, n in m.items()}
+        counts = _listed([f"{k} of {n:,} images" for k, n in gaps.items()])
+        return "reported", f"A missing value is a category of its own; missing: {counts or 'none'}."
+
+    def inputs(self):
+        kinds = set(self._config("metadata"))
+        if not kinds - {"none"}:
+            return "reported", "One photograph, and nothing about the person."
+        given = "age, sex and body site" + (" alone" if kinds == {"only"} else ", beside the photograph")
+        return "reported", f"{given[0].upper()}{given[1:]}, in {_listed(sorted(kinds - {'none'}))} runs."
+
+    def truth(self):
+        if self._generated:
+            return "reported", "The class that an image was generated as."
+        taxonomy = self._say("config", "taxonomy")
+        by = f", grouped by {taxonomy}" if taxonomy else ""
+        return "partly", f"The diagnosis that the dataset gives{by}. How it was found is not read."
+
+    def agreement(self):
+        if self._generated:
+            return "not applicable", "Nobody judged: the images are generated."
+        two = sum(sum(x.values()) for x in self._each("audit", "two_labels"))
+        more = f" {two:,} pairs of equal images have two labels." if two else ""
+        return "not known", f"Not known here: the dataset gives one label an image.{more}"
+
+    def partition(self):
+        how = {
+            "lesion": "at random by lesion and patient",
+            "official": "as the dataset's publishers did",
+            "kfold": "in folds by lesion and patient",
+            "image": "at random by image",
+        }
+        ways = [how.get(s, s) for s in self._config("split")]
+        if not ways:
+            return "not known", "Not known: the runs do not record their split."
+        first = self._each("split")
+        sizes = {k: v.get("images") for k, v in first[0].items()} if first else {}
+        counts = _listed([f"{n:,} {k}" for k, n in sizes.items() if n is not None])
+        given = " The test images were given as a list." if self._config("test_list") else ""
+        return "reported", f"Divided {_listed(ways)}{f': {counts} images' if counts else ''}.{given}"
+
+    def disjoint(self):
+        if "image" in self._config("split") or any(
+            x.get("test_images") for x in self._each("leak") if isinstance(x, Mapping)
+        ):
+            return "reported", "Not disjoint in all runs: lesions of test images are in training too."
+        if not self._config("split"):
+            return "not known", "Not known: the runs do not record their split."
+        methods = [m for m in self._each("audit", "method") if m != "none"]
+        if not methods:
+            return "partly", "By lesion (and patient, where known) ids; pictures were not compared."
+        across = sum(sum(x.values()) for x in self._each("audit", "leaks"))
+        looked = f"pictures were compared as well ({_listed(methods)})"
+        left = f"{across:,} pairs across splits are left" if across else "no pair across splits is left"
+        return "reported", f"By lesion (and patient, where known) ids; {looked}, and {left}."
+
+    def model(self):
+        titles, sizes = self._say("model", "title"), self._each("model", "parameters")
+        if not titles:
+            return "not known", "Not known: the run does not name its network."
+        many = f", {min(sizes):,} to {max(sizes):,} parameters" if len(set(sizes)) > 1 else ""
+        many = f", {sizes[0]:,} parameters" if len(set(sizes)) == 1 else many
+        return "reported", f"{titles}{many}; run.json has the whole configuration, and the code builds it."
+
+    def software(self):
+        packages = self._each("provenance", "packages")
+        if not packages:
+            return "not known", "Not known: the runs do not record their software."
+        named = [f"{k} {v}" for p in packages for k, v in p.items()]
+        return "reported", f"{_listed(named, 12)}; in run.json."
+
+    def training(self):
+        if not self._config("epochs"):
+            return "not known", "Not known: the run does not record how it was trained."
+        start = ["random weights" if w == "none" else w for w in self._config("weights")]
+        return "reported", (
+            f"From {_listed(start)}; {self._say('config', 'optimizer')}, at most "
+            f"{self._say('config', 'epochs')} epochs, schedule {self._say('config', 'schedule')}, loss "
+            f"{self._say('config', 'loss')}; seeds {self._say('config', 'seed') or 0}. Rates and batch "
+            "sizes are in run.json."
+        )
+
+    def imbalance(self):
+        how = [f"class weights ({w})" for w in self._config("class_weights") if w != "none"]
+        how += ["focal loss" for x in self._config("loss") if x == "focal"]
+        how += [f"{n:,} training images a class" for n in self._config("balance") if n]
+        even = any(self._config("balance_val"))
+        done = _listed(how) or "nothing"
+        return "reported", (
+            f"In training: {done}. Validation images were {'evened out too' if even else 'not changed'}; "
+            "balanced accuracy weighs all classes alike."
+        )
+
+    def selection(self):
+        stopped = any(self._config("early_stopping"))
+        how = "the epoch with the least validation loss" if stopped else "the last epoch"
+        if len(self.records) < 2:
+            return "reported", f"{how[0].upper()}{how[1:]}; test images were not used to choose."
+        return "partly", (
+            f"Of each run {how}. All runs are shown; which of them is best is seen on test images, so "
+            "the best one's figure is slightly too good."
+        )
+
+    def ensemble(self):
+        combined = [c for c in self._each("config") if c.get("members")]
+        if not combined:
+            return "not applicable", "None."
+        named = [f"{_listed(c['members'])} by {c.get('combine', 'mean')}" for c in combined]
+        return "reported", f"Combined: {_listed(named, 3)}."
+
+    def output(self):
+        return "reported", (
+            "A probability for each class; the class called is the most probable one. Temperature, "
+            "sets of classes and when to abstain are fitted on validation images."
+        )
+
+    def measures(self):
+        known = self._measured()
+        if not known:
+            return "not known", "Not known: the runs hold no metrics."
+        titles = [METRICS[m].title if m in METRICS else m for m in known["metrics"]]
+        return "reported", f"{_listed(titles, 20)}, and calibration; each with its definition."
+
+    def uncertainty(self):
+        if not self._measured():
+            return "not known", "Not known: the runs hold no metrics."
+        first = self.metrics[0]
+        return "reported", (
+            f"{first.get('level', 0.95):.0%} intervals from {first.get('resamples', 0):,} bootstrap "
+            f"resamples by {first.get('unit', 'image')}; runs are compared in pairs on the same images."
+        )
+
+    def robustness(self):
+        seeds = {(c.get("seed"), c.get("fold")) for c in self._each("config")}
+        if len(seeds) > 1:
+            return "partly", f"{len(seeds)} different seeds or folds; results by subgroup."
+        return "partly", "Results by subgroup. Training was not repeated with other seeds or folds."
+
+    def explanation(self):
+        if self.explained or any(self._config("explain")):
+            return "reported", "Grad-CAM maps of test images, and whether they are worth looking at."
+        return "not done", "Not done in these runs: no maps were made."
+
+    def external(self):
+        if self._config("test_list"):
+            return "partly", "The test images were given as a list; whether of another source is not known."
+        return "not done", "Not done: the test images are of the same dataset as the training images."
+
+    def fairness(self):
+        if not self.found:
+            return "not done", "Not done: what is known of the persons was not available."
+        spoken = [k["title"].lower() for k in self.found["kinds"] if k["known"]]
+        silent = [k["title"].lower() for k in self.found["kinds"] if not k["known"]]
+        if not spoken:
+            return "not done", f"Not possible: the data give none of {_listed(silent)}."
+        text = f"Figures by {_listed(spoken)}."
+        return "partly", text + (f" Not known, so not looked at: {_listed(silent)}." if silent else "")
+
+    def numbers(self):
+        splits = self._each("split")
+        if not splits:
+            return "not known", "Not known: the runs do not record their split."
+        counts = _listed(
+            [
+                f"{v.get('images', 0):,} {k} images of {v.get('lesions', 0):,} lesions"
+                for k, v in splits[0].items()
+            ]
+        )
+        more = " (of the first run)" if len({str(s) for s in splits}) > 1 else ""
+        return "reported", f"{counts}{more}; by class in the section on the data."
+
+    def characteristics(self):
+        known = [k for k in self.found.get("kinds", ()) if k["known"]]
+        if not known:
+            return "not known", "Not known: the data say nothing of the persons."
+        said = _listed([f"{k['title'].lower()} {k['text']}" for k in known])
+        return "partly", f"Of the {self.found['split']} split: {said}. Of the others not shown."
+
+    def _measured(self) -> Mapping | None:
+        "The test split of the first metrics, or else its validation split."
+        for metrics in self.metrics:
+            splits = metrics.get("splits", {})
+            if found := splits.get("test") or splits.get("val"):
+                return found
+        return None
+
+    def performance(self):
+        known = self._measured()
+        value = known and known["metrics"].get("balanced_accuracy", {})
+        if not value or value.get("value") is None:
+            return "not known", "Not known: the runs hold no metrics."
+        text = f"balanced accuracy {value['value']:.3f}"
+        if value.get("low") is not None:
+            text += f" ({value['low']:.3f} to {value['high']:.3f})"
+        first = "" if len(self.metrics) < 2 else f" of the first of {len(self.metrics)} runs"
+        return "reported", f"{text[0].upper()}{text[1:]} on {known['n']:,} images{first}; all in the tables."
+
+    def limitations(self):
+        caveats = len(self.suite.get("caveats") or ())
+        if caveats:
+            many = "one of them" if caveats == 1 else f"{caveats} of them"
+            return "reported", f"Listed on this page, {many} by the author."
+        return "partly", "Those that follow from the records are listed; the author gave none."
+
+    def availability(self):
+        commit = [str(c)[:10] for c in self._each("provenance", "git_commit")]
+        data = self._say("dataset", "license")
+        parts = [f"code at commit {_listed(commit, 3)}" if commit else "the code's version is not known"]
+        if any(self._each("provenance", "git_dirty")):
+            parts.append("with changes that were not committed")
+        parts.append("the network in the run's folder")
+        parts.append(f"the data under {data}" if data else "the data's licence is not known")
+        text = "; ".join(parts)
+        clean = commit and not any(self._each("provenance", "git_dirty"))
+        return ("reported" if clean else "partly"), f"{text[0].upper()}{text[1:]}."
+
+
+def checklist(
+    records: Sequence[Mapping],  # run.json of one run, or of all runs of a page
+    metrics: Sequence[Mapping] = (),  # their metrics.json, the best first
+    suite: Mapping | None = None,  # suite.json: question, expected, caveats
+    found: Mapping | None = None,  # of `subgroups`
+    explained: bool = False,  # whether there are maps
+) -> list[dict]:
+    """Items of CLAIM and TRIPOD+AI, and what these runs answer, a row each.
+
+    Plain values: group, guideline (both, or one), item (such as "CLAIM 19, TRIPOD+AI 12a"),
+    asked, answer and status, one of `STATUSES`. Texts of records are passed on as they are: a page
+    has to escape them. What a record lacks is not known, and no error.
+    """
+    import yaml
+
+    text = (package_files("dermnb") / "checklists" / "reporting.yaml").read_text("utf-8")
+    answers = _Answers(records, metrics, suite, found, explained)
+    rows = []
+    for group in yaml.safe_load(text):
+        for item in group["items"]:
+            named = {g: item.get(k) for g, k in zip(GUIDELINES, ("claim", "tripod"), strict=True)}
+            named = {g: number for g, number in named.items() if number}
+            if "fact" in item and not answers.told:
+                status, answer = "not known", "Not known: there is no record of what was done."
+            elif "fact" in item:
+                try:
+                    status, answer = getattr(answers, item["fact"])()
+                except (AttributeError, KeyError, TypeError, ValueError, IndexError):
+                    status, answer = "not known", "Not known: the record cannot be read."
+            else:
+                status, answer = item["status"], item["answer"]
+            rows.append(
+                {
+                    "group": group["group"],
+                    "guideline": ", ".join(named),
+                    "item": ", ".join(f"{g} {number}" for g, number in named.items()),
+                    "asked": item["asked"],
+                    "answer": answer,
+                    "status": status,
+                }
+            )
+    return rows

@@ -586,9 +586,9 @@ def test_flops_agree_with_the_profiler_of_the_framework():
     assert found["flops"] == pytest.approx(profile.total_float_ops, rel=0.01)
 
 
-def test_every_light_network_and_fusion_is_counted_whole():
+def test_other_layers_and_fusion_are_counted_whole():
     metadata = {"metadata_columns": 5}
-    for name, more in [(n, {}) for n in LIGHT] + [("cnn", {"fusion": "metablock"} | metadata)]:
+    for name, more in (("alexnet", {}), ("resnet50", {}), ("cnn", {"fusion": "metablock"} | metadata)):
         found = count_flops(build_classifier(name, 8, size_for(BACKBONES[name]), **more))
         assert found["flops"] > 0 and found["flops_not_counted"] == [], name
 
