@@ -28,7 +28,6 @@ from scipy.fft import dctn, irfft, rfft
 from scipy.ndimage import binary_dilation, gaussian_filter, label
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from sklearn.covariance import ledoit_wolf
 
 from .backbones import build_backbone, find_weights
 from .core import ConfigError, progress, unknown_name
@@ -347,9 +346,11 @@ def _pixels(points, extent):
 
 
 def _small(images, side):
-    n = len(images)
-    step = SIDE // side
-    return images.reshape(n, side, step, side, step).mean((2, 4)).reshape(n, -1)
+    "Means of squares of pixels, (n, side * side)."
+    while images.shape[1] > side:
+        images = images[:, ::2] + images[:, 1::2]
+        images = (images[:, :, ::2] + images[:, :, 1::2]) * np.float32(0.25)
+    return images.reshape(len(images), -1)
 
 
 def _spot(grey, known, extent):
@@ -467,11 +468,11 @@ def _starts(a: Looks, b: Looks) -> np.ndarray:
     return np.stack(guesses, 1).astype("float32")
 
 
-def _laid(a: Looks, b: Looks, maps, side: int):
+def _laid(a: Looks, b: Looks, maps, known):
     "Points of `a`, where they fall in `b`, and the weight of each."
-    points = _grid(a.extent, side)
+    points = _grid(a.extent, round(known.shape[1] ** 0.5))
     x, y, inside = _pixels(maps[:, :, :2] @ points + maps[:, :, 2:], b.extent)
-    return points, x, y, inside * _small(a.known, side) * _read(b.known, x, y)
+    return points, x, y, inside * known * _read(b.known, x, y)
 
 
 def _correlation(mine, theirs, weight, points):
@@ -492,11 +493,11 @@ def _correlation(mine, theirs, weight, points):
 
 def _fit(a: Looks, b: Looks, maps, side: int, steps: int):
     "The map improved by `steps` of least squares, and the correlation it reaches."
-    mine = _small(a.grey, side)
+    mine, known = _small(a.grey, side), _small(a.known, side)
     slopes = np.gradient(b.grey, axis=(2, 1))
     best, best_maps = np.full(len(a), -1.0), maps
     for step in range(steps + 1):
-        points, x, y, weight = _laid(a, b, maps, side)
+        points, x, y, weight = _laid(a, b, maps, known)
         theirs = _read(b.grey, x, y)
         fit = _correlation(mine, theirs, weight, points)
         better = fit > best
@@ -533,9 +534,9 @@ def agreement(
     n, keep = len(a), 3
     starts = _starts(a, b)
     coarse = np.empty(starts.shape[:2])
-    mine = _small(a.grey, 16)
+    mine, known = _small(a.grey, 16), _small(a.known, 16)
     for k in range(starts.shape[1]):
-        points, x, y, weight = _laid(a, b, starts[:, k], 16)
+        points, x, y, weight = _laid(a, b, starts[:, k], known)
         coarse[:, k] = _correlation(mine, _read(b.grey, x, y), weight, points)
     order = np.argsort(-coarse, axis=1, kind="stable")
     best, maps = np.full(n, -1.0), starts[:, 0]
@@ -556,7 +557,7 @@ def agreement(
     a = Looks(*(_choose(larger, v, u) for u, v in pairs))
     b = Looks(*(_choose(larger, u, v) for u, v in pairs))
     maps, _ = _fit(a, b, maps, 32, 6)
-    points, x, y, weight = _laid(a, b, maps, SIDE)
+    points, x, y, weight = _laid(a, b, maps, a.known.reshape(n, -1))
     detail = a.detail.reshape(n, -1)
     return _correlation(detail, _read(b.detail, x, y), weight, points)
 
@@ -667,6 +668,8 @@ def whiten(
     other: np.ndarray | None = None,  # (m, d) of another set
 ) -> tuple[np.ndarray, np.ndarray]:  # float32 (n, d) and (m, d), rows of length 1 or 0
     "Directions of features whose spread is equal in all directions."
+    from sklearn.covariance import ledoit_wolf
+
     both = features if other is None else np.concatenate([features, other])
     seen = both[np.isfinite(both).all(axis=1)]
     if not len(seen):
@@ -725,7 +728,7 @@ SURE_BITS = 12  # of 256: two hashes so near are of one photograph
 HASH_BITS = 40  # hashes so near are worth a second look
 SAME_PHOTO = 0.8  # agreement from which two images are copies of one photograph
 SAME_LESION = 0.6  # agreement from which they show one lesion
-PER_IMAGE, AT_MOST = 2, 100_000  # candidates of the network that are looked at
+PER_IMAGE, AT_MOST = 2, 80_000  # candidates that are looked at
 _FEW = 500  # pairs that are all looked at
 
 
@@ -777,7 +780,7 @@ def _by_hash(hashes: np.ndarray, side: np.ndarray | None) -> pd.DataFrame:
         None if side is None else _unpack(hashes[firsts[1]]),
     )
     near["i"], near["j"] = firsts[0][near["i"]], firsts[-1][near["j"]]
-    return pd.concat([equal, near[near["bits"] > 0]], ignore_index=True)
+    return pd.concat([equal, near], ignore_index=True).drop_duplicates(["i", "j"])
 
 
 def _by_network(features: np.ndarray, side: np.ndarray | None, most: int) -> pd.DataFrame:
@@ -848,7 +851,9 @@ def find_pairs(
     sure_pairs = pd.concat(tables, ignore_index=True)
     doubtful = near[~sure].sort_values(["bits", "i", "j"], kind="stable")
     if features is not None:
-        most = min(PER_IMAGE * len(everything), AT_MOST)
+        # the same share of all pairs within a set and between two
+        size = len(prints) if other is None else 2 * min(len(prints), len(other))
+        most = min(PER_IMAGE * size, AT_MOST)
         doubtful = pd.concat([doubtful, _by_network(features, side, most)])
     doubtful = doubtful.drop_duplicates(["i", "j"])
     known = pd.MultiIndex.from_frame(sure_pairs[["i", "j"]])
@@ -856,8 +861,8 @@ def find_pairs(
     seen = everything["look"].notna().to_numpy()
     i, j = doubtful["i"].to_numpy(int), doubtful["j"].to_numpy(int)
     doubtful = doubtful[seen[i] & seen[j]]
-    unseen = max(0, len(doubtful) - 2 * AT_MOST)
-    doubtful = doubtful.iloc[: 2 * AT_MOST]
+    unseen = max(0, len(doubtful) - AT_MOST)
+    doubtful = doubtful.iloc[:AT_MOST]
     i, j = doubtful["i"].to_numpy(int), doubtful["j"].to_numpy(int)
     doubtful = doubtful.assign(agreement=_overlay(everything, i, j, workers))
     doubtful["kind"] = np.where(doubtful["agreement"] >= SAME_PHOTO, *KINDS[2:])
@@ -983,15 +988,18 @@ def merge_found(
     pairs["joined"] = group[pairs["i"]] == group[pairs["j"]]
     return merged, pairs.drop(columns=["i", "j"])
 
-# %% ../nbs/08_audit.ipynb #a1628654
+# %% ../nbs/08_audit.ipynb #bef57c49
 LEAKS = (
     "same bytes",
     "same pixels",
+    "image id",
     "near duplicate",
     "lesion id",
     "patient id",
     "same lesion",
 )
+_OWN_ID = "id in its dataset"  # where image_id has the dataset's name before it
+_IDS = {_OWN_ID: "image id", "lesion_id": "lesion id", "patient_id": "patient id"}
 _FINDING_COLUMNS = ["finding", "kind", "a", "b", "part_a", "part_b", "detail"]
 
 
@@ -1020,7 +1028,7 @@ def audit_split(
         pairs = pairs[pairs["joined"]]
     seen = _rows_of(manifest, pairs)
     tables = [seen[["i", "j", "kind"]].assign(id=None)]
-    for column, kind in (("lesion_id", "lesion id"), ("patient_id", "patient id")):
+    for column, kind in _IDS.items():
         tables.append(_shared_ids(manifest, column, "split").assign(kind=kind))
     shared = pd.concat(tables, ignore_index=True)
     part, label = _texts(manifest, "split"), _texts(manifest, "label")
@@ -1166,9 +1174,9 @@ def audit_datasets(
 ) -> tuple[pd.DataFrame, dict]:  # findings, the worst first, and a record
     """All that is shared within datasets and between them.
 
-    Findings are those of `audit_split` for one dataset, where the whole dataset is one
-    part if it has no split; between datasets parts are written as "name/part", images
-    as "name/id".
+    Findings are those of `audit_split`, and "two lesions": pairs within a part that are
+    one lesion by the pictures and not by the ids. Of several datasets, parts are written
+    as "name/part", images as "name/id", and a dataset without a split is one part.
     """
     if not manifests:
         raise ConfigError("an audit needs at least one dataset.")
@@ -1176,20 +1184,21 @@ def audit_datasets(
     for name, manifest in manifests.items():
         if not len(manifest):
             raise ConfigError(f"dataset {name} has no images: an audit needs at least one.")
+        ids = manifest["image_id"].astype(str).to_numpy(object)
         part = _texts(manifest, "split")
-        own = name + "/"
-        several = len(manifests) > 1
-        tables.append(
-            manifest.assign(
-                image=manifest["image_id"].astype(str).to_numpy(object),
-                image_id=(own if several else "")
-                + manifest["image_id"].astype(str).to_numpy(object),
-                split=[
-                    (f"{name}/{p}" if p else name) if several else p for p in part
-                ],
-            )
-        )
+        if len(manifests) > 1:
+            part = [f"{name}/{p}" if p else name for p in part]
+            manifest = manifest.assign(image_id=f"{name}/" + ids)
+            manifest[_OWN_ID] = ids
+        tables.append(manifest.assign(split=part))
     both = pd.concat(tables, ignore_index=True)
     audit = audit_images(both, cache, method, workers)
-    findings = audit_split(both, audit.pairs)
-    return findings, audit_record(audit, audit.pairs, findings)
+    _, pairs = merge_found(both, audit.pairs)
+    findings = audit_split(both, pairs)
+    told = set(zip(findings["a"], findings["b"]))
+    rest = pairs[pairs["new"]]
+    rest = rest[[(a, b) not in told for a, b in zip(rest["a"], rest["b"])]]
+    rest = rest[["kind", "a", "b"]].assign(finding="two lesions")
+    rest["detail"] = rest["kind"] + ": not one lesion by the ids"
+    findings = pd.concat([findings, rest.reindex(columns=_FINDING_COLUMNS)])
+    return findings.reset_index(drop=True), audit_record(audit, pairs, findings)
