@@ -1197,7 +1197,8 @@ def audit_datasets(
     findings = audit_split(both, pairs)
     told = set(zip(findings["a"], findings["b"]))
     rest = pairs[pairs["new"]]
-    rest = rest[[(a, b) not in told for a, b in zip(rest["a"], rest["b"])]]
+    untold = [pair not in told for pair in zip(rest["a"], rest["b"])]
+    rest = rest[np.array(untold, bool)]
     rest = rest[["kind", "a", "b"]].assign(finding="two lesions")
     rest["detail"] = rest["kind"] + ": not one lesion by the ids"
     findings = pd.concat([findings, rest.reindex(columns=_FINDING_COLUMNS)])
