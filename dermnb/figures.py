@@ -969,7 +969,7 @@ def subgroup_figure(
         traces,
         **frame,
         shapes=[] if overall["value"] is None else [_at(overall["value"])],
-        xaxis={"title": {"text": f"{spec.title} (share)"}, "range": [-0.02, 1.02]},
+        xaxis={"title": {"text": f"{spec.title}<br>(share)"}, "range": [-0.02, 1.02]},
         yaxis={
             "title": {"text": "Subgroup (n)"},
             "tickvals": list(range(len(rows))),

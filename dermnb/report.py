@@ -56,7 +56,13 @@ from dermnb.results import (
     same_test,
     size_text,
 )
-from .scrutiny import audit_blocks, errors_block, subgroups_block, subgroups_overview
+from dermnb.scrutiny import (
+    audit_blocks,
+    checklist_block,
+    errors_block,
+    subgroups_block,
+    subgroups_overview,
+)
 from dermnb.sections import (
     absent_sentence,
     binary_block,
@@ -280,6 +286,7 @@ RUN_SECTIONS = [
     ("audit", "What the audit found"),
     ("looks", "Where it looks"),
     ("cost", "Cost"),
+    ("checklist", "Reporting checklist"),
     ("settings", "Settings"),
     ("provenance", "Provenance"),
     ("notebook", "Notebook"),
@@ -317,6 +324,7 @@ def _run_fingerprint(folder: Path, linked: bool, photographs: bool) -> str:
     parts = [folder / name for name in RUN_INPUTS]
     parts += sorted((folder / "gallery").glob("*"))
     parts += sorted(template_folder().iterdir())
+    parts += sorted((template_folder().parent / "checklists").iterdir())
     parts += [template_folder().parent / f"{name}.py" for name in CODE]
     state = hashlib.sha256(f"{__version__} {linked} {photographs}".encode())
     for path in parts:
@@ -396,6 +404,7 @@ def _build_run_page(folder: Path, load, force: bool, photographs: bool) -> Path:
             [("Metric", False), *columns],
             rows,
             sortable=False,
+            narrow=True,
         ),
         class_table=make_table(
             f"By class, {where} split.", class_columns, class_table_rows(run), narrow=True
@@ -410,6 +419,7 @@ def _build_run_page(folder: Path, load, force: bool, photographs: bool) -> Path:
         audit=audit_blocks([run]),
         cost=cost_table([run]),
         cost_notes=cost_notes([run]),
+        checklist=checklist_block([run]),
         looks=looks_block(run, photographs),
         settings=list(settings_of(run).items()),
         provenance=list(provenance.items()),
@@ -454,6 +464,7 @@ SUITE_SECTIONS = [
     ("settings", "Settings"),
     ("data", "Data"),
     ("limits", "What this does not show"),
+    ("checklist", "Reporting checklist"),
     ("runs", "Runs"),
     ("provenance", "Provenance"),
 ]
@@ -521,7 +532,7 @@ def _build_suite_page(
         **dict.fromkeys(IF_ANY[1:]),
     }
     if done:
-        values |= _results(done, synthetic)
+        values |= _results(suite, done, synthetic)
         values |= {
             "pairs": pairs_block(pairs, done[0].metrics.get("level", 0.95), synthetic),
             "leakage": leak_block(done),
@@ -546,7 +557,7 @@ def _build_suite_page(
     return write_page(page, render_page("suite.html.j2", sections, **values))
 
 
-def _results(done: Sequence[RunResult], synthetic: bool) -> dict:
+def _results(suite: Mapping, done: Sequence[RunResult], synthetic: bool) -> dict:
     "What the page shows when at least one run has results."
     settings = {r.name: settings_of(r) for r in done}
     shared, differing = split_shared(settings)
@@ -605,6 +616,7 @@ def _results(done: Sequence[RunResult], synthetic: bool) -> dict:
         "audit": audit_blocks(done),
         "cost_table": cost_table(done),
         "cost_notes": cost_notes(done),
+        "checklist": checklist_block(ranked(done), suite),
         "cost_plots": cost_plots(done, synthetic),
         "several": len(done) > 1,
         "shared": shared,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHOD_TITLES', 'MOST_SUBGROUPS', 'MOST_ERRORS', 'audit_blocks', 'subgroups_block', 'subgroups_overview',
-           'errors_block']
+           'errors_block', 'checklist_block']
 
 # %% ../nbs/24_scrutiny.ipynb #5a250b14
 import json
@@ -24,7 +24,7 @@ from dermnb.pages import (
     source_note,
 )
 from .results import EN_DASH, RunResult, count, listing, number, ranked
-from .review import label_doubts, worst_errors
+from .review import GUIDELINES, STATUSES, checklist, label_doubts, worst_errors
 
 # %% ../nbs/24_scrutiny.ipynb #9c1818e9
 METHOD_TITLES = {
@@ -261,9 +261,10 @@ def errors_block(runs: Sequence[RunResult]) -> dict | None:
         return block | {"sentence": doubts["reason"]}
     few = f" Too rare to be judged: {listing(doubts['few'])}." if doubts["few"] else ""
     block["sentence"] = (
-        f"Of {doubts['judged']:,} labels about {doubts['expected']:,.0f} ({doubts['share']:.1%}) are "
-        f"expected to be wrong, if the network errs no more than it seems to; {doubts['found']:,} "
-        f"single images are doubted.{few}"
+        f"Of {doubts['judged']:,} labels about {doubts['expected']:,.0f} ({doubts['share']:.1%}) count "
+        f"as wrong, and {doubts['found']:,} single images are doubted. The network itself errs on "
+        f"{1 - doubts['accuracy']:.1%} of these images, so take this as what to look at and not as a "
+        f"rate.{few}"
     )
     block["notes"] = " ".join(doubts["notes"])
     if doubts["rows"]:
@@ -296,3 +297,34 @@ def errors_block(runs: Sequence[RunResult]) -> dict | None:
 def _image_row(row: Mapping, names: Sequence[str], shares: Sequence[str]) -> list[dict]:
     texts = [row["image_id"], row["lesion_id"] or EN_DASH, *(row[k] for k in names)]
     return [*(make_cell(t, num=False) for t in texts), *(make_cell(number(row[k])) for k in shares)]
+
+# %% ../nbs/24_scrutiny.ipynb #099b1081
+def checklist_block(
+    runs: Sequence[RunResult],  # done, the best first
+    suite: Mapping | None = None,  # suite.json
+) -> dict:
+    "How many items the records answer, and the items."
+    rows = checklist(
+        [r.record for r in runs],
+        [r.metrics for r in runs],
+        suite,
+        runs[0].subgroups,
+        any(r.explanation and "error" not in r.explanation for r in runs),
+    )
+    counts = [(s, sum(row["status"] == s for row in rows)) for s in STATUSES]
+    said = listing([f"{n} {status}" for status, n in counts if n], 9)
+    names = " and ".join(f"{name} ({source})" for name, source in GUIDELINES.items())
+    table = make_table(
+        "What is asked and what the records answer, in our words.",
+        [(h, False) for h in ("Item", "Asked", "Answer", "Status")],
+        [
+            [
+                make_cell(row["item"], num=False),
+                make_cell(row["asked"], num=False, sub=row["group"], wrap=True),
+                make_cell(row["answer"], num=False, wrap=True),
+                make_cell(row["status"], STATUSES.index(row["status"]), num=False),
+            ]
+            for row in rows
+        ],
+    )
+    return {"sentence": f"Of {len(rows)} items of {names}: {said}.", "table": table}

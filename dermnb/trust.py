@@ -227,6 +227,7 @@ def certainty_block(run: RunResult) -> dict:
             [("Quantity", False), *columns],
             rows,
             sortable=False,
+            narrow=True,
         ),
         "classes": make_table(
             f"Coverage and size of the sets by true class, {SPLIT_TITLES[split].lower()} split.",

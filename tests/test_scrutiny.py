@@ -123,10 +123,17 @@ def test_errors_and_doubts_have_ids(folder, index):
     for page in (Page(folder / "c" / "report.html"), index):
         text = section(page, "Worst errors and doubtful labels", "Where")
         assert f"Of the label {worst['image_id']} {worst['lesion_id']} {worst['y_true']}" in text
-        assert "are expected to be wrong" in text and "Labels worth another look" in text
+        assert "count as wrong" in text and "not as a rate" in text and "Labels worth another look" in text
         assert "confident learning" in text
     text = section(Page(folder / "d" / "report.html"), "Worst errors", "What the audit")
     assert "leaks, so its doubts about labels say nothing" in text
+
+
+def test_the_checklist_says_what_is_not_known(folder, index):
+    for page in (index, Page(folder / "a" / "report.html")):
+        text = section(page, "Reporting checklist", "Provenance")
+        assert re.search(r"Of \d+ items of CLAIM .* and TRIPOD\+AI .*: \d+ reported", text)
+        assert "not known" in text and "TRIPOD+AI 1" in text
 
 
 def test_costs_are_told_with_their_limits(folder, index):
