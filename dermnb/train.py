@@ -612,7 +612,10 @@ def audit_run(
     facts = facts.loc[split["image_id"], ["path", *FACTS]].reset_index(drop=True)
     split = split.drop(columns=list(FACTS), errors="ignore").reset_index(drop=True)
     manifest = pd.concat([split, facts], axis=1)
-    audit = audit_images(manifest, cache_dir(), method)
+    # Of all images, so that every run of a dataset asks the same.
+    audit = audit_images(dataset.manifest, cache_dir(), method)
+    if audit.method != method:
+        raise ConfigError(f"audit {method!r} cannot be made here: {audit.note}")
     _, pairs = merge_found(manifest, audit.pairs)
     found = audit_record(audit, pairs, audit_split(manifest, pairs)) | {"afterwards": True}
     written = folder / ".split.parquet"
