@@ -176,8 +176,15 @@ def _audit_data(targets: list[str], method: str, out: str) -> int:
         print(findings[["finding", "a", "b", "detail"]].head(50).to_string(index=False))
     if len(findings) > 50:
         print(f"... and {len(findings) - 50:,} more")
-    for name in ("pairs", "new_pairs", "leaks", "two_labels"):
-        print(f"{name}: {record[name]}")
+    titles = {
+        "pairs": "pairs that show the same",
+        "new_pairs": "of them unknown to the ids",
+        "leaks": "across parts or datasets",
+        "two_labels": "under two labels",
+    }
+    print(f"{record['images']:,} images looked at ({record['method']})", record["note"])
+    for name, title in titles.items():
+        print(f"{title}: " + (", ".join(f"{n:,} {k}" for k, n in record[name].items()) or "none"))
     return len(findings)
 
 
