@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['LEAK_MARK', 'LEAK_TITLE', 'TAGS', 'PICTURE_LEFT_OUT', 'MANY_CELLS', 'PLOTLY_JS', 'make_cell', 'leak_text', 'run_cell',
            'shown_name', 'estimate_cell', 'signed_cell', 'p_cell', 'make_table', 'make_plot', 'script_json',
-           'source_note', 'clean_html', 'notebook_html', 'template_folder', 'render_page', 'write_page',
+           'source_note', 'clean_html', 'notebook_html', 'template_folder', 'row_html', 'render_page', 'write_page',
            'write_plotly_js', 'build_notebook_page']
 
-# %% ../nbs/23_pages.ipynb #2c9475de
+# %% ../nbs/23_pages.ipynb #4855e758
 import html
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from . import __version__
@@ -297,12 +297,47 @@ def template_folder() -> Path:
 
 @cache
 def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(template_folder()),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["row"] = row_html
+    return environment
+
+
+def row_html(cells: Sequence[Mapping]) -> Markup:
+    "A row of a table. (Most of a page are cells, and jinja takes several times as long.)"
+    parts = ["<tr>"]
+    for i, cell in enumerate(cells):
+        numeric, span = cell["num"], cell.get("span")
+        text, tag = escape(cell["text"]), "td" if i else "th"
+        if not i:
+            parts.append('<th scope="row"')
+        elif numeric:
+            parts.append('<td class="n"')
+        elif span:
+            parts.append('<td class="reason"')
+        else:
+            parts.append(f'<td class="text{" long" if cell.get("wrap") else ""}"')
+        if cell["v"] is not None:
+            parts.append(f' data-v="{escape(cell["v"])}"')
+        parts.append(f' colspan="{int(span)}">' if span else ">")
+        if cell.get("href"):
+            parts.append(f'<a href="{escape(cell["href"])}"><bdi>{text}</bdi></a>')
+        elif numeric:
+            parts.append(text)
+        else:
+            parts.append(f'<bdi{" class=bad" if cell.get("bad") else ""}>{text}</bdi>')
+        if cell.get("badge"):
+            title, badge = escape(cell["badge_title"]), escape(cell["badge"])
+            parts.append(f' <span class="badge" title="{title}">{badge}</span>')
+        if cell["sub"]:
+            wrap = " class=wrap" if cell.get("wrap") else ""
+            parts.append(f" <small{wrap}>{escape(cell['sub'])}</small>")
+        parts.append(f"</{tag}>")
+    return Markup("".join([*parts, "</tr>"]))
 
 
 @cache
