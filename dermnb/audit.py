@@ -738,6 +738,7 @@ HASH_BITS = 40  # hashes so near are worth a second look
 SAME_PHOTO = 0.8  # agreement from which two images are copies of one photograph
 SAME_LESION = 0.65  # agreement from which they show one lesion
 PER_IMAGE, AT_MOST = 2, 80_000  # candidates that are looked at
+_RULES = 1, SURE_BITS, HASH_BITS, SAME_PHOTO, SAME_LESION, PER_IMAGE, AT_MOST  # 1: version
 _FEW = 500  # pairs that are all looked at
 
 
@@ -1115,10 +1116,10 @@ def audit_images(
         try:
             audit_weights()
         except ConfigError as error:
-            method, note = "hashes", f"no second pass: {error}"
+            method, note = "hashes", f"no second pass: {str(error).rstrip('.')}"
     prints = fingerprints(manifest, cache, workers)
     # Every run of a suite asks the same: the answer is kept beside the fingerprints.
-    known = hashlib.sha256(method.encode())
+    known = hashlib.sha256(repr((method, _RULES)).encode())
     for column in ("image_id", "bytes"):
         known.update("\x1f".join(prints[column].fillna("")).encode())
     kept = Path(cache) / f"{_STORE.removesuffix('.sqlite')}-{known.hexdigest()}.parquet"
@@ -1131,7 +1132,8 @@ def audit_images(
         pairs.to_parquet(part)
         os.replace(part, kept)
     if pairs.attrs["unseen"]:
-        note = f"{pairs.attrs['unseen']:,} candidates were too many to look at."
+        unseen = f"{pairs.attrs['unseen']:,} candidates were too many to look at"
+        note = f"{note}; {unseen}" if note else unseen
     unreadable = int(prints["pixels"].isna().sum())
     seconds = time.perf_counter() - start
     return Audit(method, pairs, len(prints), unreadable, note, seconds)

@@ -260,12 +260,7 @@ def errors_block(runs: Sequence[RunResult]) -> dict | None:
     if doubts["reason"]:
         return block | {"sentence": doubts["reason"]}
     few = f" Too rare to be judged: {listing(doubts['few'])}." if doubts["few"] else ""
-    block["sentence"] = (
-        f"Of {doubts['judged']:,} labels about {doubts['expected']:,.0f} ({doubts['share']:.1%}) count "
-        f"as wrong, and {doubts['found']:,} single images are doubted. The network itself errs on "
-        f"{1 - doubts['accuracy']:.1%} of these images, so take this as what to look at and not as a "
-        f"rate.{few}"
-    )
+    block["sentence"] = doubts["summary"] + few
     block["notes"] = " ".join(doubts["notes"])
     if doubts["rows"]:
         heads = [(h, False) for h in ("Image", "Lesion", "Given label", "Suggested")]
