@@ -123,7 +123,7 @@ def test_errors_and_doubts_have_ids(folder, index):
     for page in (Page(folder / "c" / "report.html"), index):
         text = section(page, "Worst errors and doubtful labels", "Where")
         assert f"Of the label {worst['image_id']} {worst['lesion_id']} {worst['y_true']}" in text
-        assert "count as wrong" in text and "not as a rate" in text and "Labels worth another look" in text
+        assert "contradicted with confidence" in text and "a bound and no estimate" in text and "Labels worth another look" in text
         assert "confident learning" in text
     text = section(Page(folder / "d" / "report.html"), "Worst errors", "What the audit")
     assert "leaks, so its doubts about labels say nothing" in text
