@@ -145,13 +145,13 @@ def _open_store(folder: str | Path):
         ) from error
 
 
-def _remembered(store, table: str, stamps: dict) -> Iterator[tuple]:
-    "The rows of a table that have one of the stamps."
-    some = [s for s in stamps if s]
+def _remembered(store, table: str, key: str, values: dict) -> Iterator[tuple]:
+    "The rows of a table whose key is one of the values."
+    some = [v for v in values if v]
     for start in range(0, len(some), 500):
         part = some[start : start + 500]
         marks = ",".join("?" * len(part))
-        yield from store.execute(f"SELECT * FROM {table} WHERE stamp IN ({marks})", part)
+        yield from store.execute(f"SELECT * FROM {table} WHERE {key} IN ({marks})", part)
 
 
 def fingerprints(
@@ -178,7 +178,7 @@ def fingerprints(
     workers = workers or os.cpu_count() or 1
     with _open_store(cache) as store, ThreadPoolExecutor(workers) as pool:
         of_stamp = dict(zip(stamps, paths))
-        for stamp, *row in _remembered(store, "prints", of_stamp):
+        for stamp, *row in _remembered(store, "prints", "stamp", of_stamp):
             known[of_stamp[stamp]] = tuple(row)
         new = [p for p in dict.fromkeys(paths) if p and p not in known]
         for start in range(0, len(new), 512):  # written down every 512 images
@@ -626,34 +626,34 @@ def embed(
 ) -> np.ndarray:  # float32 (n, FEATURES); NaN where an image cannot be read
     "Mean features of each image, as a network with ImageNet weights sees it."
     digest = hashlib.sha256(audit_weights().read_bytes()).hexdigest()[:16]
-    stats: dict = {}
-    paths = ["" if pd.isna(p) else str(p) for p in manifest["path"]]
-    stamps = [_stamp(p, stats) if p else "" for p in paths]
+    # Known by content, so that a dataset may move or be copied without a second pass.
+    contents = fingerprints(manifest, cache, workers)["bytes"].tolist()
+    paths = {c: str(p) for c, p in zip(contents, manifest["path"]) if c}
     known: dict[str, np.ndarray] = {}
 
-    def read(path: str) -> np.ndarray | None:
+    def read(content: str) -> np.ndarray | None:
         try:
-            opened = Image.open(io.BytesIO(read_image_bytes(path)), formats=FORMATS)
+            data = read_image_bytes(paths[content])
+            opened = Image.open(io.BytesIO(data), formats=FORMATS)
             opened.draft("RGB", (4 * _VIEW, 4 * _VIEW))
             return _views(to_rgb(opened))
         except Exception:  # Pillow raises many kinds for broken files
             return None
 
-    table = f"features_{digest}"
+    table = f"seen_{digest}"
     workers = workers or os.cpu_count() or 1
     with _open_store(cache) as store, ThreadPoolExecutor(workers) as pool:
         store.execute(
-            f"CREATE TABLE IF NOT EXISTS {table} (stamp TEXT PRIMARY KEY, features BLOB) "
+            f"CREATE TABLE IF NOT EXISTS {table} (content TEXT PRIMARY KEY, features BLOB) "
             "WITHOUT ROWID"
         )
-        of_stamp = dict(zip(stamps, paths))
-        for stamp, blob in _remembered(store, table, of_stamp):
-            known[of_stamp[stamp]] = np.frombuffer(blob, "<f4")
-        new = [p for p in dict.fromkeys(paths) if p and p not in known]
+        for content, blob in _remembered(store, table, "content", paths):
+            known[content] = np.frombuffer(blob, "<f4")
+        new = [c for c in paths if c not in known]
         network = _feature_network() if new else None
         for start in range(0, len(new), 16):
             part = new[start : start + 16]
-            seen = {p: v for p, v in zip(part, pool.map(read, part)) if v is not None}
+            seen = {c: v for c, v in zip(part, pool.map(read, part)) if v is not None}
             if seen:
                 views = np.concatenate(list(seen.values())).astype("float32")
                 # always the same number, so that the network is compiled once
@@ -665,11 +665,11 @@ def embed(
                 with store:
                     store.executemany(
                         f"INSERT OR REPLACE INTO {table} VALUES (?, ?)",
-                        [(s, known[p].tobytes()) for p in seen if (s := _stamp(p, stats))],
+                        [(c, known[c].tobytes()) for c in seen],
                     )
             progress("features", start + len(part), len(new))
     unknown = np.full(FEATURES, np.nan, "float32")
-    return np.stack([known.get(p, unknown) for p in paths])
+    return np.stack([known.get(c, unknown) for c in contents])
 
 
 def whiten(
