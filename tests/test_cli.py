@@ -99,6 +99,10 @@ def test_every_suite_resolves(path, profile):
     content = yaml.safe_load(path.read_text())
     special = content["profiles"][profile].get("runs", {})
     wanted = {name for name in content["runs"] if special.get(name) != "skip"}
+    if repeats := content.get("repeats"):
+        ((kind, number),) = repeats.items()
+        name = {"folds": "fold", "seeds": "seed"}[kind]
+        wanted = {f"{run}-{name}{k}" for run in wanted for k in range(number)}
     assert {p.config.run for p in plan} == wanted
 
 

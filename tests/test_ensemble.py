@@ -335,6 +335,7 @@ def test_a_run_folder_that_counts_as_done_until_a_member_changes(suite, how):
         "backbone": "ensemble",
         "title": "Ensemble of 3",
         "parameters": 6000,
+        "flops": 540000,  # of all three together
         "trainable_parameters": 0,
         "size_mb": pytest.approx(0.0, abs=0.1),
         "weights": "",
