@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['LEAK_MARK', 'LEAK_TITLE', 'TAGS', 'PICTURE_LEFT_OUT', 'MANY_CELLS', 'PLOTLY_JS', 'make_cell', 'leak_text', 'run_cell',
            'shown_name', 'estimate_cell', 'signed_cell', 'p_cell', 'make_table', 'make_plot', 'script_json',
-           'source_note', 'clean_html', 'notebook_html', 'template_folder', 'row_html', 'render_page', 'write_page',
-           'write_plotly_js', 'build_notebook_page']
+           'source_note', 'clean_html', 'warm_up', 'notebook_html', 'template_folder', 'row_html', 'render_page',
+           'write_page', 'write_plotly_js', 'build_notebook_page']
 
 # %% ../nbs/23_pages.ipynb #4855e758
 import html
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
@@ -258,12 +259,27 @@ def _exporter(pictures: bool):
     return exporter
 
 
+def warm_up() -> None:
+    "Load what reads notebooks, which takes seconds; most rebuilds touch no notebook."
+    # jsonschema would compile 38 grammars of addresses, which notebooks do not have.
+    absent = "rfc3987_syntax" not in sys.modules
+    if absent:
+        sys.modules["rfc3987_syntax"] = None
+    try:
+        import nbformat  # noqa: F401
+        from nbconvert import HTMLExporter  # noqa: F401
+    finally:
+        if absent:
+            del sys.modules["rfc3987_syntax"]
+
+
 def notebook_html(
     path: str | Path,  # an executed notebook
     pictures: bool = False,  # keep the pictures in its outputs
 ) -> str:
     "The notebook as a fragment of HTML with its code folded."
-    import nbformat  # takes seconds to load, and most rebuilds touch no notebook
+    warm_up()
+    import nbformat
 
     notebook = nbformat.read(path, as_version=4)
     for i, cell in enumerate(notebook.cells):

@@ -8,7 +8,12 @@ __all__ = ['RUN_SECTIONS', 'RUN_INPUTS', 'CODE', 'TIMES', 'SUITE_SECTIONS', 'ALW
 
 # %% ../nbs/27_report.ipynb #5e4520a1
 import hashlib
+import os
+import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from urllib.parse import quote
 
@@ -33,6 +38,7 @@ from dermnb.pages import (
     shown_name,
     source_note,
     template_folder,
+    warm_up,
     write_page,
     write_plotly_js,
 )
@@ -132,6 +138,8 @@ def summary_sentences(
     sentences = [f"{sentence}."]
     if leaky:
         sentences.append(_leak_sentence(leaky, len(leaky) == len(done)))
+    else:
+        sentences.append(_audit_sentence(done))
     sentence = _best_sentence(name, members, bool(rest), where, bool(leaky))
     if rest:
         sentence = f"{sentence[:-1]}; {_order_clause(name, best, top, rest, pairs)}."
@@ -164,6 +172,31 @@ def _order_clause(
         return "no other run's interval reaches into that of the best"
     what, verb = ("interval", "overlaps") if len(close) == 1 else ("intervals", "overlap")
     return f"the {what} of {listing(close)} {verb} with it, so their order may be chance"
+
+
+def _audit_sentence(done: Sequence[RunResult]) -> str:
+    "What is known of lesions that several parts of the splits share."
+    looked = [
+        r
+        for r in done
+        if r.get("audit", "method", default="none") != "none"
+        and isinstance(r.get("audit", "images"), int)
+        and isinstance(r.get("audit", "leaks"), Mapping)
+    ]
+    found = max((sum(r.found_leaks.values()) for r in looked), default=0)
+    if found:
+        most = "up to " if len({sum(r.found_leaks.values()) for r in done}) > 1 else ""
+        return (
+            f"An audit after training found {most}{found:,} pairs of images of one lesion in different "
+            "parts of the split, so scores may flatter a little."
+        )
+    if len(looked) < len(done):
+        silent = "one run" if len(done) - len(looked) == 1 else f"{len(done) - len(looked)} runs"
+        return f"Pictures that show one lesion under several ids were not looked for in {silent}."
+    return (
+        f"An audit of {looked[0].get('audit', 'images'):,} images by ids and pictures found no lesion "
+        "in two parts of a split."
+    )
 
 
 def _leak_sentence(leaky: Sequence[RunResult], all_leak: bool) -> str:
@@ -319,8 +352,9 @@ CODE = (
 )
 
 
-def _run_fingerprint(folder: Path, linked: bool, photographs: bool) -> str:
-    "Changes with anything that the page of a run is made of."
+def _run_fingerprint(folder: Path, photographs: bool) -> tuple[bool, str]:
+    "Whether it has a suite, and what changes with anything that its page is made of."
+    linked = (folder.parent / "suite.json").is_file()
     parts = [folder / name for name in RUN_INPUTS]
     parts += sorted((folder / "gallery").glob("*"))
     parts += sorted(template_folder().iterdir())
@@ -329,7 +363,15 @@ def _run_fingerprint(folder: Path, linked: bool, photographs: bool) -> str:
     state = hashlib.sha256(f"{__version__} {linked} {photographs}".encode())
     for path in parts:
         state.update(path.read_bytes() if path.is_file() else b"absent")
-    return state.hexdigest()[:16]
+    return linked, state.hexdigest()[:16]
+
+
+def _up_to_date(folder: Path, photographs: bool) -> bool:
+    page = folder / "report.html"
+    if not page.is_file():
+        return False
+    with page.open(encoding="utf-8") as file:
+        return f'content="{_run_fingerprint(folder, photographs)[1]}"' in file.read(2000)
 
 
 def build_run_page(
@@ -349,14 +391,10 @@ def build_run_page(
 
 def _build_run_page(folder: Path, load, force: bool, photographs: bool) -> Path:
     page = folder / "report.html"
-    linked = (folder.parent / "suite.json").is_file()
-    fingerprint = _run_fingerprint(folder, linked, photographs)
-    if not force and page.is_file():
-        with page.open(encoding="utf-8") as file:
-            if f'content="{fingerprint}"' in file.read(2000):
-                return page
+    if not force and _up_to_date(folder, photographs):
+        return page
     run = load()
-    fingerprint = _run_fingerprint(folder, linked, photographs)  # loading may renew metrics
+    linked, fingerprint = _run_fingerprint(folder, photographs)  # loading may renew metrics
     write_plotly_js(folder.parent)
     scored = [(s, run.splits[s]) for s in ("test", "val") if s in run.splits]
     rows = [
@@ -371,7 +409,7 @@ def _build_run_page(folder: Path, load, force: bool, photographs: bool) -> Path:
         for s, m in scored
     ]
     where = SPLIT_TITLES[scored[0][0]].lower()
-    class_columns = [("Class", False), ("Images", True), ("Lesions", True)]
+    class_columns = [("Class", False), ("n", True)]
     class_columns += [(m.title, True, m.definition) for m in CLASS_METRICS.values()]
     notebook = folder / "notebook.ipynb"
     provenance = provenance_of(run)
@@ -407,7 +445,7 @@ def _build_run_page(folder: Path, load, force: bool, photographs: bool) -> Path:
             narrow=True,
         ),
         class_table=make_table(
-            f"By class, {where} split.", class_columns, class_table_rows(run), narrow=True
+            f"By class, {where} split; n in images.", class_columns, class_table_rows(run), narrow=True
         ),
         absent=absent_sentence([run]),
         interval_note=interval_note(run.metrics),
@@ -635,6 +673,29 @@ def _best_group(done: Sequence[RunResult]) -> list[RunResult]:
     return next(iter(grouped([r for r in done if not r.leaks] or done).values()))
 
 
+def _build_and_measure(folder: Path, photographs: bool) -> dict:
+    "A run's page if it has changed, and what the page of its suite asks of it too."
+    run = load_run(folder)
+    _build_run_page(folder, lambda: run, False, photographs)
+    return {name: getattr(run, name) for name in ("certainty", "subgroups")}
+
+
+def _build_run_pages(done: Sequence[RunResult], photographs: bool) -> None:
+    "The pages of runs, by several processes where it is safe to split this one."
+    workers = min(os.cpu_count() or 1, len(done))
+    frameworks = {"tensorflow", "jax", "torch"} & set(sys.modules)
+    if workers < 2 or frameworks or not sys.platform.startswith("linux"):
+        for run in done:
+            _build_run_page(run.folder, lambda run=run: run, False, photographs)
+        return
+    if not all(_up_to_date(run.folder, photographs) for run in done):
+        warm_up()  # once, not in every process
+    with ProcessPoolExecutor(workers, get_context("fork")) as pool:
+        folders = [run.folder for run in done]
+        for run, known in zip(done, pool.map(_build_and_measure, folders, repeat(photographs))):
+            vars(run).update(known)
+
+
 def build_report(
     suite_dir: str | Path,  # reports/<suite>
     single_file: bool = False,
@@ -659,6 +720,5 @@ def build_report(
             check_licence(run)
     if not single_file:
         write_plotly_js(folder)
-        for run in done:
-            _build_run_page(run.folder, lambda run=run: run, False, photographs)
+        _build_run_pages(done, photographs)
     return _build_suite_page(folder, suite, runs, single_file)

@@ -288,8 +288,8 @@ def class_table_rows(run: RunResult, link: bool = False) -> list[list[dict]]:
         name = make_cell(
             row["class"], num=False, sub=title if title != row["class"] else ""
         )
-        sizes = [make_cell(count(row[c]), row[c]) for c in ("n", "lesions")]
-        rows.append([name, *sizes, *(estimate_cell(row[m]) for m in CLASS_METRICS)])
+        size = make_cell(count(row["n"]), row["n"], f"{count(row['lesions'])} lesions")
+        rows.append([name, size, *(estimate_cell(row[m]) for m in CLASS_METRICS)])
     return rows
 
 

@@ -1,6 +1,7 @@
 """What a sceptical reader asks of the pages: ranks, audit, subgroups, errors, costs, old records."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from fabricate import AUDIT, COUNTED, ISIC8, make_predictions, make_run
@@ -53,6 +54,14 @@ def test_the_summary_is_five_sentences_at_most(folder, tmp_path):
     assert len(sentences) == 5
     assert len(summary_sentences(runs[:1])) <= 5 and len(summary_sentences(runs[3:])) <= 5
     assert "paired tests find it better than all others" in Page(folder / "index.html").prose
+    assert "Every run" not in sentences[1] and sentences[1].startswith("d leaks")
+    # Without a leak the second one is about the audit.
+    assert "not looked for in one run" in summary_sentences(runs[:3])[1]
+    same = "images by ids and pictures found no lesion in two parts"
+    assert same in summary_sentences(runs[:2])[1]
+    late = [replace(r, record=r.record | {"audit": AUDIT | {"afterwards": True}}) for r in runs[:2]]
+    found = sum(AUDIT["leaks"].values())
+    assert f"found {found} pairs of images of one lesion" in summary_sentences(late)[1]
 
 
 def test_leaks_are_on_top_of_every_page_they_touch(folder, index):
