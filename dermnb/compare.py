@@ -403,7 +403,8 @@ def paired_differences(
     The interval is a bootstrap over lesions with the same draws for a and b. Of repeats
     everything is the mean over the pairs, and the interval also covers another repeat:
     Student's t on as many degrees of freedom as there are pairs less one, with the
-    variances of lesions and of repeats added. p is that of no difference, two-sided, from
+    variances of lesions and of repeats added; a single run beside several is held to vary
+    with training as they do. p is that of no difference, two-sided, from
     the bootstrap's standard error and Student's t (of repeats the same t, else as
     `_freedom` says). Where patients are known they are drawn in place of lesions. Raises `ConfigError`
     where the tables are not of the same images with the same truth and lesions, and for
@@ -557,7 +558,11 @@ def _difference(
         freedom, factor = _freedom(own, sizes)
         variance *= factor
     else:
-        variance = np.nanvar(apart) + np.var(each, ddof=1) / len(each)
+        # A run that stands beside several varies with training too, though not among these.
+        once, again = (len({id(run) for run in side}) for side in zip(*pairs, strict=True))
+        single = min(once, again) < len(pairs)
+        share = 1 / once + 1 / again if single else 1 / len(pairs)
+        variance = np.nanvar(apart) + np.var(each, ddof=1) * share
         freedom = len(pairs) - 1
         row |= _around(value, variance, freedom, level)
     a, b = (v if np.isfinite(v) else None for v in ends)

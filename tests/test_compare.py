@@ -629,6 +629,21 @@ def test_p_values_keep_their_level():
     assert 0.01 < below / pairs < 0.10
 
 
+@pytest.mark.parametrize("once", [1, 8])
+def test_repeats_of_equal_recipes_keep_their_level(once):
+    "Training varies, the recipe does not: also where one run stands beside several."
+    rng = np.random.default_rng(once)
+    below = 0
+    for trial in range(25):
+        tables = [
+            make_predictions(CLASSES, 200, rng.normal(1.0, 0.6), 100 * trial + i)
+            for i in range(once + 8)
+        ]
+        sides = {"a": tables[:once], "b": tables[once:]}
+        below += compare_all(sides, CLASSES, "accuracy", resamples=60)[0]["p"] < 0.05
+    assert below <= 4  # with a variance that leaves out the single run: 10
+
+
 def test_few_lesions_in_a_class_are_allowed_for():
     "Six lesions of the rarest class: the normal distribution would be wrong twice as often."
     below, normal, pairs = 0, 0, 0
