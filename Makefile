@@ -22,11 +22,14 @@ test: install  ## notebooks clean, export in step, every notebook and test passe
 	$(BIN)/nbdev_test --n_workers 2 --do_print --timing
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-bench: install  ## how fast an ensemble answers on this machine: reports/benchmarks/serving.html
+bench: install  ## what answers and the leak audit cost on this machine: reports/benchmarks
 	mkdir -p reports/benchmarks
-	$(BIN)/papermill --no-progress-bar nbs/benchmarks/serving.ipynb reports/benchmarks/serving.ipynb
-	$(BIN)/python -c "from dermnb import report, suites; n = 'reports/benchmarks/serving.ipynb'; \
-	  suites.make_publishable(n, True); print(report.build_notebook_page(n))"
+	set -e; for n in serving audit; do \
+	  $(BIN)/papermill --no-progress-bar nbs/benchmarks/$$n.ipynb reports/benchmarks/$$n.ipynb; \
+	  $(BIN)/python -c "import sys; from dermnb import pages, suites; n = sys.argv[1]; \
+	    suites.make_publishable(n, True); print(pages.build_notebook_page(n))" \
+	    reports/benchmarks/$$n.ipynb; \
+	done
 
 lab: install  ## open the notebooks
 	$(BIN)/jupyter lab nbs
