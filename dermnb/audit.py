@@ -7,7 +7,7 @@ __all__ = ['SIDE', 'WAVES', 'BITS', 'FINGERPRINTS', 'PIECE_BITS', 'SHEAR', 'LAYE
            'SAME_PHOTO', 'SAME_LESION', 'PER_IMAGE', 'AT_MOST', 'CHAIN', 'FOUND', 'LEAKS', 'METHODS', 'miniature',
            'hash_bits', 'turned_hashes', 'fingerprint', 'fingerprints', 'near_hashes', 'Looks', 'prepare_looks',
            'agreement', 'audit_weights', 'embed', 'whiten', 'near_vectors', 'find_pairs', 'merge_found', 'audit_split',
-           'Audit', 'audit_images', 'audit_record', 'audit_datasets']
+           'refused_across', 'Audit', 'audit_images', 'audit_record', 'join_records', 'audit_datasets']
 
 # %% ../nbs/08_audit.ipynb #c9c1fc8f
 import contextlib
@@ -619,13 +619,17 @@ def audit_weights() -> Path:
     return file
 
 
+def _weights_digest() -> str:
+    return hashlib.sha256(audit_weights().read_bytes()).hexdigest()[:16]
+
+
 def embed(
     manifest: pd.DataFrame,  # columns image_id and path
     cache: str | Path,  # folder that remembers them
     workers: int = 0,  # threads that read images; 0: one a core
 ) -> np.ndarray:  # float32 (n, FEATURES); NaN where an image cannot be read
     "Mean features of each image, as a network with ImageNet weights sees it."
-    digest = hashlib.sha256(audit_weights().read_bytes()).hexdigest()[:16]
+    digest = _weights_digest()
     # Known by content, so that a dataset may move or be copied without a second pass.
     contents = fingerprints(manifest, cache, workers)["bytes"].tolist()
     paths = {c: str(p) for c, p in zip(contents, manifest["path"]) if c}
@@ -737,7 +741,7 @@ SURE_BITS = 12  # of 256: two hashes so near are of one photograph
 HASH_BITS = 40  # hashes so near are worth a second look
 SAME_PHOTO = 0.8  # agreement from which two images are copies of one photograph
 SAME_LESION = 0.65  # agreement from which they show one lesion
-PER_IMAGE, AT_MOST = 2, 80_000  # candidates that are looked at
+PER_IMAGE, AT_MOST = 2, 60_000  # candidates that are looked at
 _RULES = 1, SURE_BITS, HASH_BITS, SAME_PHOTO, SAME_LESION, PER_IMAGE, AT_MOST  # 1: version
 _FEW = 500  # pairs that are all looked at
 
@@ -1014,12 +1018,11 @@ _FINDING_COLUMNS = ["finding", "kind", "a", "b", "part_a", "part_b", "detail"]
 
 
 def _shared_ids(manifest: pd.DataFrame, column: str, by: str) -> pd.DataFrame:
-    "Two images of each id with several values of `by`: positions i, j and the id."
+    "Of each id two images for every two values of `by`: positions i, j and the id."
     ids = _texts(manifest, column)
     table = pd.DataFrame({"id": ids, "by": _texts(manifest, by), "row": np.arange(len(ids))})
     table = table.dropna().drop_duplicates(["id", "by"])
-    first = table.drop_duplicates("id")
-    both = first.merge(table, on="id", suffixes=("_i", "_j"))
+    both = table.merge(table, on="id", suffixes=("_i", "_j"))
     both = both[both["row_i"] < both["row_j"]]
     return both.rename(columns={"row_i": "i", "row_j": "j"})[["i", "j", "id"]]
 
@@ -1031,7 +1034,8 @@ def audit_split(
     """What two parts of a split share, and pictures under two labels.
 
     Columns: finding ("across parts" or "two labels"), kind (of LEAKS), a and b (image
-    ids), part_a and part_b (values of split), detail (a sentence). Pairs that
+    ids), part_a and part_b (values of split), detail (a sentence). Pictures count pair
+    by pair, ids once for every two parts (or labels) that share one. Pairs that
     `merge_found` did not join are left out: they are not held to be one thing.
     """
     if "joined" in pairs:
@@ -1078,6 +1082,17 @@ def audit_split(
         columns=_FINDING_COLUMNS,
     )
 
+
+def refused_across(
+    manifest: pd.DataFrame,  # image_id and split
+    pairs: pd.DataFrame,  # of `merge_found`
+) -> int:
+    "Pairs that `merge_found` did not join, and whose images are in different parts."
+    refused = _rows_of(manifest, pairs[~pairs["joined"].astype(bool)])
+    part = _texts(manifest, "split")
+    a, b = part[refused["i"]], part[refused["j"]]
+    return int((pd.notna(a) & pd.notna(b) & (a != b)).sum())
+
 # %% ../nbs/08_audit.ipynb #91bbe1bd
 METHODS = ("none", "hashes", "network")
 _EXAMPLES = 50  # pairs of a record
@@ -1119,7 +1134,8 @@ def audit_images(
             method, note = "hashes", f"no second pass: {str(error).rstrip('.')}"
     prints = fingerprints(manifest, cache, workers)
     # Every run of a suite asks the same: the answer is kept beside the fingerprints.
-    known = hashlib.sha256(repr((method, _RULES)).encode())
+    weights = _weights_digest() if method == "network" else ""
+    known = hashlib.sha256(repr((method, weights, _RULES)).encode())
     for column in ("image_id", "bytes"):
         known.update("\x1f".join(prints[column].fillna("")).encode())
     kept = Path(cache) / f"{_STORE.removesuffix('.sqlite')}-{known.hexdigest()}.parquet"
@@ -1143,6 +1159,7 @@ def audit_record(
     audit: Audit,
     pairs: pd.DataFrame | None = None,  # of `merge_found`
     findings: pd.DataFrame | None = None,  # of `audit_split`
+    refused: int = 0,  # of `refused_across`
 ) -> dict:  # plain values
     "What an audit found, for run.json: counts by kind, and some pairs by their ids."
     pairs = audit.pairs if pairs is None else pairs
@@ -1184,7 +1201,48 @@ def audit_record(
             {k: None if pd.isna(v) else str(v) for k, v in row.items()}
             for row in findings.head(_EXAMPLES).to_dict("records")
         ]
+        record["refused_across"] = refused
     return record
+
+
+_COUNTS = "pairs", "new_pairs", "leaks", "two_labels"  # of a record, by kind
+_NUMBERS = "unreadable", "seconds", "images_joined", "groups_joined", "chains_refused"
+
+
+def join_records(
+    members: dict[str, dict | None],  # records of `audit_record`, by name of the run
+) -> dict | None:  # one record; None where no run has one
+    """What the audits of several runs say together, for a run that is made of them.
+
+    Records that differ in their seconds alone stay as they are. Otherwise the method is
+    the weakest, each count the largest, pairs and findings are those of any, and `note`
+    names the runs without a record.
+    """
+    known = {name: r for name, r in members.items() if isinstance(r, dict) and r}
+    if not known:
+        return None
+    every = list(known.values())
+    absent = [f"member {name} was not audited" for name in members if name not in known]
+    plain = [{k: v for k, v in r.items() if k != "seconds"} for r in every]
+    if not absent and all(p == plain[0] for p in plain):
+        return every[0]
+    weakest = min(every, key=lambda r: METHODS.index(r["method"]))
+    notes = [r.get("note") for r in every] + absent
+    joined = dict(weakest)
+    joined["note"] = "; ".join(dict.fromkeys(n for n in notes if n))
+    joined["images"] = min(r.get("images") or 0 for r in every)
+    for key in (*_NUMBERS, "refused_across"):
+        joined[key] = max(r.get(key) or 0 for r in every)
+    for key in _COUNTS:
+        counts = [r.get(key) or {} for r in every]
+        kinds = dict.fromkeys(kind for c in counts for kind in c)
+        joined[key] = {kind: max(c.get(kind, 0) for c in counts) for kind in kinds}
+    for key in ("examples", "findings"):
+        rows = [row for r in every for row in r.get(key) or ()]
+        joined[key] = list({str(row): row for row in rows}.values())[:_EXAMPLES]
+    if any(r.get("afterwards") for r in every):
+        joined["afterwards"] = True
+    return joined
 
 # %% ../nbs/08_audit.ipynb #e114bc85
 def audit_datasets(
@@ -1223,4 +1281,5 @@ def audit_datasets(
     rest = rest[["kind", "a", "b"]].assign(finding="two lesions")
     rest["detail"] = rest["kind"] + ": not one lesion by the ids"
     findings = pd.concat([findings, rest.reindex(columns=_FINDING_COLUMNS)])
-    return findings.reset_index(drop=True), audit_record(audit, pairs, findings)
+    record = audit_record(audit, pairs, findings, refused_across(both, pairs))
+    return findings.reset_index(drop=True), record

@@ -166,6 +166,59 @@ def test_findings_name_pictures_lesions_patients_and_two_labels():
     assert audit.audit_split(manifest[["image_id"]], pairs).empty
 
 
+def test_an_id_counts_once_for_every_two_parts_that_share_it():
+    parts = ["val", "test", "train", "train", "test"]
+    manifest = pd.DataFrame(
+        {"image_id": list("abcde"), "lesion_id": ["1"] * 5, "split": parts, "label": "nv"}
+    )
+    found = audit.audit_split(manifest, pairs_of())
+    assert [*zip(found["a"], found["b"])] == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert set(found["kind"]) == {"lesion id"}
+    labels = manifest.assign(split="train", label=["nv", "mel", "bkl", "bkl", "nv"])
+    assert audit.audit_split(labels, pairs_of())["finding"].tolist() == ["two labels"] * 3
+
+
+def test_pairs_that_are_not_joined_are_counted_where_a_split_divides_them():
+    names = [f"{i:02}" for i in range(12)]
+    manifest = pd.DataFrame({"image_id": names})
+    star = pairs_of(a=[names[0]] * 11, b=names[1:])
+    merged, told = audit.merge_found(manifest, star)
+    apart = told.loc[~told["joined"], "b"].tolist()
+    assert len(apart) == 12 - audit.CHAIN
+    split = np.where(merged["image_id"].isin(apart[1:]), "test", "train")
+    merged = merged.assign(split=split)
+    findings = audit.audit_split(merged, told)
+    assert findings.empty
+    refused = audit.refused_across(merged, told)
+    assert refused == len(apart) - 1
+    done = audit.Audit("hashes", star, 12, 0)
+    record = audit.audit_record(done, told, findings, refused)
+    assert record["refused_across"] == refused and record["leaks"] == {}
+    assert audit.refused_across(merged.assign(split="train"), told) == 0
+    assert audit.refused_across(merged.drop(columns="split"), told) == 0
+    assert audit.audit_record(done, told, findings)["refused_across"] == 0
+
+
+def test_records_of_several_runs_are_one():
+    one = {
+        "method": "network", "note": "", "images": 90, "seconds": 1.5, "leaks": {"image id": 2},
+        "pairs": {"same bytes": 4}, "findings": [{"a": "x"}, {"a": "y"}], "chains_refused": 3,
+    }  # fmt: skip
+    assert audit.join_records({"a": one, "b": one | {"seconds": 9.0}}) == one
+    other = one | {"method": "hashes", "note": "base c was not compared", "afterwards": True}
+    other |= {"images": 80, "leaks": {"image id": 1, "same pixels": 5}, "findings": [{"a": "y"}]}
+    both = audit.join_records({"a": one, "b": other})
+    assert both["method"] == "hashes" and both["images"] == 80 and both["afterwards"]
+    assert both["leaks"] == {"image id": 2, "same pixels": 5}
+    assert both["pairs"] == {"same bytes": 4} and both["chains_refused"] == 3
+    assert both["findings"] == one["findings"] and both["note"] == other["note"]
+    none = audit.join_records({"a": one, "b": {"method": "none", "note": "no audit was asked for"}})
+    assert none["method"] == "none" and none["leaks"] == one["leaks"]
+    silent = audit.join_records({"a": one, "b": None})
+    assert silent["note"] == "member b was not audited" and silent["leaks"] == one["leaks"]
+    assert audit.join_records({"a": None, "b": None}) is None
+
+
 def test_record_is_plain_and_names_no_path(collection):
     manifest, _, cache = collection
     done = audit.audit_images(manifest, cache)
@@ -250,6 +303,25 @@ def test_without_weights_the_second_pass_is_left_out_and_said_so(
     assert str(tmp_path) not in done.note
     with pytest.raises(ConfigError, match="ImageNet weights"):
         audit.embed(manifest, cache)
+
+
+def test_a_pass_with_a_network_is_not_answered_by_what_hashes_found(
+    collection, tmp_path, monkeypatch
+):
+    manifest, prints, cache = collection
+    weights, looked = tmp_path / "weights.h5", []
+
+    def embed(*_):
+        looked.append(weights.read_bytes())
+        return np.random.default_rng(0).standard_normal((len(prints), audit.FEATURES))
+
+    monkeypatch.setattr(audit, "audit_weights", lambda: weights)
+    monkeypatch.setattr(audit, "embed", embed)
+    audit.audit_images(manifest, cache, "hashes")
+    for content in (b"one", b"one", b"two", b"one"):
+        weights.write_bytes(content)
+        assert audit.audit_images(manifest, cache, "network").method == "network"
+    assert looked == [b"one", b"two"]  # other weights are another question
 
 
 def test_network_finds_what_hashes_miss(collection):
