@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .audit import join_records
 from .bundle import COMBINE, take_members, write_bundle
 from dermnb.core import (
     ENSEMBLE_FIELDS,
@@ -262,7 +263,11 @@ def _sum(members: Sequence[Member], *keys: str) -> float:
 def _common_config(members: Sequence[Member]) -> dict:
     "The settings that all members share: on what data, and how far alike they are."
     first, *others = (m.record.get("config", {}) for m in members)
-    return {k: v for k, v in first.items() if all(k in o and o[k] == v for o in others)}
+    common = {k: v for k, v in first.items() if all(k in o and o[k] == v for o in others)}
+    # One member with leave to leak is enough for the ensemble's scores to flatter.
+    if any(o.get("allow_leakage") for o in (first, *others)):
+        common["allow_leakage"] = True
+    return common
 
 
 def save_ensemble(
@@ -320,7 +325,7 @@ def save_ensemble(
         "dataset": first.record["dataset"],
         "split": first.record["split"],
         "leak": {key: max(leak[key] for leak in leaks) for key in _NO_LEAK},
-        "audit": _shared(members, "audit"),
+        "audit": join_records({m.name: m.record.get("audit") for m in members}),
         "train_draw": _shared(members, "train_draw"),
         "metadata": with_metadata[0] if with_metadata else None,
         "ensemble": ensemble,

@@ -26,6 +26,7 @@ from dermnb.ensemble import (
     score_table,
 )
 from dermnb.evaluate import evaluate, probability_columns
+from dermnb.results import load_run
 from dermnb.runs import file_hash, is_done, validate_run
 from fabricate import make_predictions, make_run
 
@@ -374,6 +375,28 @@ def test_settings_are_those_that_the_members_share(suite, tmp_path):
     assert told["members"] == ["a", "b"] and told["run"] == "both"
     assert is_done(suite / "both", config)
     assert not is_done(suite / "both", config.model_copy(update={"combine": "rank"}))
+
+
+def test_an_ensemble_is_audited_as_its_members_are(suite):
+    audit = {"method": "hashes", "note": "", "images": 9, "seconds": 1.0, "leaks": {}}
+    config = make_config({"members": ["a", "b"], "run": "both", "bootstrap": 100})
+
+    def made():
+        folder = run_ensemble(config, suite / "both")
+        assert is_done(folder, config)
+        return load_run(folder)
+
+    assert made().record["audit"] is None
+    for i, name in enumerate("ab"):
+        change(suite / name, audit=audit | {"seconds": 1.0 + i})
+    clean = made()
+    assert clean.record["audit"] == audit and not clean.leaks
+    of_b = read_json(suite / "b" / "run.json")["config"]
+    change(suite / "b", config=of_b | {"allow_leakage": True}, audit=audit | {"leaks": {"image id": 3}})
+    assert load_run(suite / "b").leaks and not load_run(suite / "a").leaks
+    leaky = made()
+    assert leaky.leaks and leaky.found_leaks == {"image id": 3}
+    assert leaky.record["config"]["allow_leakage"]
 
 
 def test_a_failed_ensemble_leaves_nothing_and_an_older_one_is_kept(suite):
