@@ -13,6 +13,7 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from dermnb.audit import (
+    METHODS,
     Audit,
     audit_images,
     audit_record,
@@ -28,6 +30,7 @@ from dermnb.audit import (
     find_pairs,
     fingerprints,
     merge_found,
+    refused_across,
 )
 from .backbones import BACKBONES
 from .bundle import Novelty, known_images, write_bundle
@@ -162,7 +165,7 @@ def prepare_data(
     else:
         if config.test_list:
             problems.append(test_list_problems(manifest, config.test_list))
-        elif config.split == "official":
+        elif config.split == "official" and not config.allow_leakage:  # else they are kept
             problems.append(official_problems(manifest))
         manifest = make_split(manifest, config)
     dataset = replace(dataset, problems=pd.concat(problems, ignore_index=True))
@@ -185,9 +188,8 @@ def check_leakage(
 
     With `allow_leakage` nothing is raised: the record says it, and pages show it.
     """
-    findings = audit_split(manifest, pairs)
-    if base is not None and config.audit != "none":
-        findings = pd.concat([findings, trained_before(manifest, base)], ignore_index=True)
+    compared = [base] if base is not None and config.audit != "none" else []
+    findings, record = _shared(manifest, audit, pairs, compared)
     leaks = findings[findings["finding"] == "across parts"]
     if len(leaks) and not config.allow_leakage:
         first = leaks.iloc[0]
@@ -197,35 +199,76 @@ def check_leakage(
             f"{first.kind}; split otherwise, or say allow_leakage true, which marks every "
             "page."
         )
-    return audit_record(audit, pairs, findings)
+    return record
+
+
+def _shared(
+    manifest: pd.DataFrame,
+    audit: Audit,
+    pairs: pd.DataFrame,
+    bases: Iterable[Path],
+    notes: Iterable[str] = (),
+) -> tuple[pd.DataFrame, dict]:
+    "What parts share with each other and with the training of bases; and its record."
+    findings, notes = [audit_split(manifest, pairs)], [audit.note, *notes]
+    for base in bases:
+        found, note = trained_before(manifest, base, audit.method)
+        findings.append(found)
+        notes.append(note)
+    findings = pd.concat(findings, ignore_index=True)
+    audit = replace(audit, note="; ".join(dict.fromkeys(n for n in notes if n)))
+    return findings, audit_record(audit, pairs, findings, refused_across(manifest, pairs))
 
 
 def trained_before(
     manifest: pd.DataFrame,  # with its split
     base: Path,  # folder of the run it starts from
-) -> pd.DataFrame:  # as of `audit_split`
-    "Validation and test images that show what runs further up were trained on."
-    held_out = manifest[manifest["split"] != "train"]
-    mine = fingerprints(held_out, cache_dir())
-    tables = []
+    method: str = "hashes",  # of the run's own audit
+) -> tuple[pd.DataFrame, str]:  # findings as of `audit_split`, and what was not compared
+    "Validation and test images that show what runs further up were trained on, by hashes."
+    prints = fingerprints(manifest, cache_dir())
+    held_out = (manifest["split"] != "train").to_numpy()
+    mine, own = prints[held_out], _content(prints[~held_out])
+    tables, notes = [], []
     while base is not None:
+        images = f"the training images of base {base.name}"
         known = base / "fingerprints.parquet"
         if known.is_file():
             learnt = pd.read_parquet(known)
-            # Images of one id are kept in one part by `inherit_split`.
-            new = ~learnt["image_id"].isin(manifest["image_id"].astype(str))
-            found = find_pairs(mine, other=learnt[new])
+            # Those in training here too were compared by the audit of the split.
+            learnt = learnt[~_content(learnt).isin(own)]
+            found = find_pairs(mine, other=learnt)
             tables.append(found.assign(part_b=f"train of {base.name}"))
-        name = read_json(base / "run.json")["config"].get("base")
-        base = find_run(name, base.parent) if name else None
+            if method == "network" and len(learnt):
+                notes.append(f"{images} were compared by hashes only")
+            if unseen := found.attrs["unseen"]:
+                notes.append(f"{unseen:,} candidates with {images} were too many to look at")
+        else:
+            notes.append(f"{images} were not compared: it kept no fingerprints")
+        base = _made_of(read_json(base / "run.json")["config"].get("base"), base, notes)
+    nothing = audit_split(manifest.iloc[:0], find_pairs(prints.iloc[:0]))
     if not tables:
-        return audit_split(manifest.iloc[:0], find_pairs(mine.iloc[:0]))
+        return nothing, "; ".join(notes)
     pairs = pd.concat(tables, ignore_index=True)
-    parts = held_out.set_index(held_out["image_id"].astype(str))["split"]
+    parts = pd.Series(manifest["split"].to_numpy(object), prints["image_id"])
     pairs["part_a"] = pairs["a"].map(parts).astype(object)
     pairs["detail"] = pairs["kind"] + ": " + pairs["part_a"] + " and " + pairs["part_b"]
-    columns = audit_split(manifest.iloc[:0], pairs.iloc[:0]).columns
-    return pairs.assign(finding="across parts")[columns]
+    return pairs.assign(finding="across parts")[nothing.columns], "; ".join(notes)
+
+
+def _content(prints: pd.DataFrame) -> pd.Series:
+    "Id and bytes of each image: two datasets may give one id to different pictures."
+    return prints["image_id"].astype(str) + "\n" + prints["bytes"].fillna("")
+
+
+def _made_of(name: str | None, folder: Path, notes: list[str]) -> Path | None:
+    "The run that the one in `folder` names; None, and a note, where it is not here."
+    try:
+        return find_run(name, folder.parent) if name else None
+    except ConfigError:
+        name = Path(name).name
+        notes.append(f"the training images of {name} were not compared: that run is not here")
+        return None
 
 
 # What a reader may group images by, as far as the dataset says it.
@@ -596,10 +639,19 @@ def audit_run(
     data_dir: str = "",  # of its dataset
     method: str = "hashes",  # or "network"
 ) -> dict:  # of `audit_record`, and `afterwards`
-    "Look for what the parts of a finished run's split share, and write it into run.json."
+    """Look for what the parts of a finished run's split share, and write it into run.json.
+
+    `afterwards` is true where the split was made without knowing these pairs.
+    """
     folder = Path(folder)
     record = read_json(folder / "run.json")
     config, data_dir = record["config"], data_dir or os.environ.get("DERMNB_DATA_DIR", "")
+    before = record.get("audit") or {}
+    if before.get("method") == "network" and method != "network":
+        raise ConfigError(
+            f"{folder.name} was already audited with a network, which finds more than "
+            f"{method}: audit it with --network."
+        )
     dataset = load_dataset(config["dataset"], data_dir, config.get("taxonomy", ""), "exclude")
     split = pd.read_parquet(folder / "split.parquet").astype({"image_id": str})
     facts = dataset.manifest.astype({"image_id": str}).set_index("image_id")
@@ -616,10 +668,25 @@ def audit_run(
     audit = audit_images(dataset.manifest, cache_dir(), method)
     if audit.method != method:
         raise ConfigError(f"audit {method!r} cannot be made here: {audit.note}")
-    _, pairs = merge_found(manifest, audit.pairs)
-    found = audit_record(audit, pairs, audit_split(manifest, pairs)) | {"afterwards": True}
+    # By the ids of the dataset: those of the run know what it found before its split.
+    _, pairs = merge_found(dataset.manifest, audit.pairs)
+    notes: list[str] = []
+    bases = dict.fromkeys(_bases(folder, config, notes))
+    _, found = _shared(manifest, audit, pairs, bases, notes)
+    known = before.get("method") in METHODS[METHODS.index(method) :]
+    if before.get("afterwards") or not known:  # the split was made without these pairs
+        found["afterwards"] = True
     written = folder / ".split.parquet"
     manifest.drop(columns="path").to_parquet(written, index=False)
     os.replace(written, folder / "split.parquet")
     write_json(folder / "run.json", record | {"audit": found})
     return found
+
+
+def _bases(folder: Path, config: dict, notes: list[str]) -> Iterator[Path]:
+    "The runs that a run, or the members of an ensemble, started from."
+    members = config.get("members") or ()
+    for run in [_made_of(m, folder, notes) for m in members] if members else [folder]:
+        if run is not None:
+            base = _made_of(read_json(run / "run.json")["config"].get("base"), run, notes)
+            yield from [base] if base else []

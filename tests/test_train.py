@@ -1,6 +1,7 @@
 """What a run makes of its config: metadata, balanced draws, and training on from another run."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import keras
@@ -8,10 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dermnb.core import ConfigError, make_config, read_json
+from PIL import Image, ImageOps
+
+from dermnb import train
+from dermnb.core import ConfigError, make_config, read_json, write_json
 from dermnb.runs import file_hash, is_done
 from dermnb.train import (
     FACTS,
+    audit_run,
     build_model,
     copy_trunk,
     prepare_data,
@@ -25,6 +30,19 @@ SMALL = {"image_size": 32, "epochs": 1, "batch_size": 16, "bootstrap": 100}
 
 def config_of(demo_dir, **more):
     return make_config({**SMALL, "data_dir": str(demo_dir), **more})
+
+
+def as_csv(folder, manifest, prefix=""):
+    "A dataset of these pictures, and its table; other names where there is a prefix."
+    folder.mkdir(exist_ok=True)
+    for path in manifest["path"]:
+        shutil.copy(path, folder)
+    table = manifest[["image_id", "path", "label", "lesion_id"]].copy()
+    table["path"] = [Path(path).name for path in table["path"]]
+    for column in ("image_id", "lesion_id"):
+        table[column] = prefix + table[column].astype(str)
+    table.to_csv(folder / "table.csv", index=False)
+    return table
 
 
 def test_metadata_are_fitted_on_training_images(demo_dir):
@@ -146,10 +164,7 @@ def test_run_without_images(demo_dir, tmp_path):
 
 def test_a_leaking_split_stops_the_run_unless_allowed(demo_dir, tmp_path):
     manifest = prepare_data(config_of(demo_dir)).manifest.groupby("label").head(12)
-    table = manifest[["image_id", "path", "label", "lesion_id"]].copy()
-    for path in table["path"]:
-        shutil.copy(path, tmp_path)
-    table["path"] = [Path(path).name for path in table["path"]]
+    table = as_csv(tmp_path, manifest)
     table["split"] = ["test" if i % 3 == 0 else "train" for i in range(len(table))]
     # One lesion id for each image, as of a source that does not know its lesions.
     table["lesion_id"] = [f"L{i}" for i in range(len(table))]
@@ -166,6 +181,11 @@ def test_a_leaking_split_stops_the_run_unless_allowed(demo_dir, tmp_path):
     assert {"twin", str(table["image_id"].iloc[1])} == {
         allowed.audit["findings"][0][side] for side in "ab"
     }
+    # What was kept is not called left out.
+    assert "shared lesion" not in set(allowed.dataset.problems["kind"])
+    without = prepare_data(looked.model_copy(update={"on_problem": "exclude"}))
+    assert without.dataset.problems["kind"].tolist() == ["shared lesion"]
+    assert len(without.manifest) == len(allowed.manifest) - 1
 
 
 def test_a_base_that_was_trained_on_test_images_of_another_dataset(base, demo_dir):
@@ -173,11 +193,133 @@ def test_a_base_that_was_trained_on_test_images_of_another_dataset(base, demo_di
     split = pd.read_parquet(base / "split.parquet")
     trained = set(split.query("split == 'train'")["image_id"])
     renamed = held.assign(image_id="other_" + held["image_id"], split="test")
-    found = trained_before(renamed, base)
+    found, note = trained_before(renamed, base)
+    assert note == ""
     assert set(found["b"]) == trained & set(held["image_id"])
     assert (found["a"] == "other_" + found["b"]).all()
     assert set(found["finding"]) == {"across parts"}
     assert set(found["part_b"]) == {f"train of {base.name}"}
+    own = held.assign(split=held["image_id"].map(split.set_index("image_id")["split"]))
+    found, note = trained_before(own, base, "network")
+    assert found.empty and note == ""  # the same images in the same parts
+    # Two datasets that number their images alike: each picture has its neighbour's id.
+    shifted = own.assign(path=np.roll(own["path"], 1))
+    pictures = np.roll(own["image_id"], 1)[(own["split"] != "train").to_numpy()]
+    found, _ = trained_before(shifted, base)
+    assert set(found["b"]) == trained & set(pictures)
+    assert set(found["kind"]) == {"same bytes"}
+
+
+def test_what_was_not_compared_with_a_base_is_said(base, demo_dir, tmp_path, monkeypatch):
+    manifest = prepare_data(config_of(demo_dir)).manifest.head(30)
+    manifest = manifest.assign(image_id="other_" + manifest["image_id"], split="test")
+    assert "of base base were compared by hashes only" in trained_before(manifest, base, "network")[1]
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    write_json(bare / "run.json", {"config": {"base": str(base)}})
+    found, note = trained_before(manifest, bare)
+    assert note == "the training images of base bare were not compared: it kept no fingerprints"
+    assert set(found["part_b"]) == {"train of base"}  # those further up were
+    write_json(bare / "run.json", {"config": {"base": "gone"}})
+    found, note = trained_before(manifest, bare)
+    assert found.empty and note.endswith("images of gone were not compared: that run is not here")
+
+    def hurried(*args, **more):
+        pairs = find_pairs(*args, **more)
+        pairs.attrs["unseen"] = 1234
+        return pairs
+
+    find_pairs = train.find_pairs
+    monkeypatch.setattr(train, "find_pairs", hurried)
+    assert trained_before(manifest, base)[1].startswith("1,234 candidates with the training")
+
+
+def test_a_base_that_knows_the_pictures_of_another_dataset_stops_the_run(
+    base, demo_dir, tmp_path
+):
+    as_csv(tmp_path, prepare_data(config_of(demo_dir)).manifest.groupby("label").head(8), "x")
+    config = config_of(tmp_path, dataset="csv", base=str(base))
+    with pytest.raises(ConfigError, match=r"the split leaks: .*\(train of base\) by same bytes"):
+        prepare_data(config, base)
+    allowed = prepare_data(config.model_copy(update={"allow_leakage": True}), base)
+    assert allowed.audit["leaks"]["same bytes"] > 0
+    assert {f["part_b"] for f in allowed.audit["findings"]} == {"train of base"}
+
+
+def recorded(folder, config, data, **more):
+    "As much of a finished run as its audit reads."
+    folder.mkdir(exist_ok=True)
+    columns = ["image_id", "lesion_id", "patient_id", "label", "split"]
+    data.manifest[columns].to_parquet(folder / "split.parquet", index=False)
+    settings = config.model_dump(exclude={"data_dir"})
+    write_json(folder / "run.json", {"config": settings, "audit": data.audit} | more)
+    return folder
+
+
+def test_a_finished_run_is_audited_as_it_was_before_its_split(demo_dir, tmp_path, monkeypatch):
+    images, runs = tmp_path / "images", tmp_path / "runs"
+    runs.mkdir()
+    manifest = prepare_data(config_of(demo_dir)).manifest.drop_duplicates("lesion_id")
+    table = as_csv(images, manifest.groupby("label").head(6))
+    twins = table.head(3).assign(lesion_id=["T0", "T1", "T2"], image_id=["t0", "t1", "t2"])
+    for i, path in enumerate(twins["path"]):
+        ImageOps.mirror(Image.open(images / path)).save(images / f"t{i}.png")
+    twins["path"] = ["t0.png", "t1.png", "t2.png"]
+    pd.concat([table, twins]).to_csv(images / "table.csv", index=False)
+    config = config_of(images, dataset="csv")
+    data = prepare_data(config)
+    assert data.audit["new_pairs"] == {"near duplicate": 3} and data.audit["leaks"] == {}
+    run = recorded(runs / "run", config, data)
+
+    def audited(run, method="hashes"):
+        found = audit_run(run, str(images), method)
+        assert read_json(run / "run.json")["audit"] == found
+        return {k: v for k, v in found.items() if k != "seconds"}
+
+    own = {k: v for k, v in data.audit.items() if k != "seconds"}
+    assert audited(run) == audited(run) == own
+    # A run that looked for nothing before its split, and divided a lesion by it.
+    unaware = data.manifest.assign(
+        lesion_id=pd.concat([table, twins]).set_index("image_id")["lesion_id"]
+        .reindex(data.manifest["image_id"]).to_numpy()
+    )  # fmt: skip
+    unaware.loc[unaware["image_id"] == "t0", "split"] = "test"
+    unaware.loc[unaware["image_id"] == table["image_id"].iloc[0], "split"] = "train"
+    late = recorded(runs / "late", config, replace(data, manifest=unaware, audit={}))
+    found = audited(late)
+    assert found["afterwards"] and found["leaks"] == {"near duplicate": 1}
+    assert audited(late) == found  # once afterwards, always afterwards
+
+    by_hashes = train.audit_images
+    monkeypatch.setattr(
+        train,
+        "audit_images",
+        lambda manifest, cache, method: replace(by_hashes(manifest, cache), method=method),
+    )
+    stronger = audited(run, "network")  # than what the run knew before its split
+    assert stronger["method"] == "network" and stronger["afterwards"]
+    with pytest.raises(ConfigError, match="--network"):
+        audit_run(run, str(images))
+    assert read_json(run / "run.json")["audit"]["method"] == "network"
+
+
+def test_a_finished_run_is_audited_with_what_its_bases_were_trained_on(base, demo_dir, tmp_path):
+    images, runs = tmp_path / "images", tmp_path / "runs"
+    runs.mkdir()
+    as_csv(images, prepare_data(config_of(demo_dir)).manifest.groupby("label").head(8), "x")
+    config = config_of(images, dataset="csv", base=str(base), audit="none")
+    data = prepare_data(config, base)
+    assert data.audit["leaks"] == {}  # nothing was looked for
+    child = recorded(runs / "child", config, data)
+    found = audit_run(child, str(images))
+    assert found["leaks"]["same bytes"] > 0 and found["afterwards"] and found["note"] == ""
+    assert {f["part_b"] for f in found["findings"]} == {"train of base"}
+    # An ensemble knows what the bases of its members know.
+    both = config.model_copy(update={"base": "", "members": ["child", "other"]})
+    ensemble = audit_run(recorded(runs / "both", both, data), str(images))
+    assert ensemble["leaks"] == found["leaks"]
+    assert "other were not compared: that run is not here" in ensemble["note"]
+
 
 
 def test_what_a_run_records_beside_its_results(base):
