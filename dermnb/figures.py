@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'COLOURS_DARK', 'BACKGROUND', 'BACKGROUND_DARK', 'SYMBOLS', 'DASHES', 'SIGNED', 'SIGNED_DARK', 'SHADES',
            'SHADES_DARK', 'INK', 'INK_DARK', 'SWAP', 'GRID', 'FONT', 'TEMPLATE', 'LEGEND', 'HISTORY_COLUMNS',
            'SPLIT_TITLES', 'COSTS', 'FIRST_SHARE', 'MOST_POINTS', 'STAGE_TITLES', 'REMOVALS', 'VIEWS',
-           'figure_template', 'style_of', 'label', 'stage_starts', 'learning_curves', 'confusion_figure',
+           'figure_template', 'style_of', 'label', 'plural', 'stage_starts', 'learning_curves', 'confusion_figure',
            'per_class_figure', 'leaderboard_figure', 'cost_figure', 'difference_figure', 'repeats_figure',
            'risk_coverage_figure', 'reliability_figure', 'subgroup_figure', 'pairs_figure', 'removal_figure',
            'mean_map_figure', 'shortcut_figure']
@@ -208,6 +208,15 @@ def _note(*parts: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+def plural(
+    n: int,
+    word: str,  # of one
+    many: str = "",  # of several; empty: with an s
+) -> str:
+    "1 image, 2,000 images"
+    return f"{n:,} {word if n == 1 else many or word + 's'}"
+
+
 def _require(kind: str, things) -> None:
     if not len(things):
         raise ConfigError(f"a {kind} needs at least one run with results.")
@@ -389,7 +398,7 @@ def confusion_figure(
     frame = _frame(
         f"Confusion matrix{of}",
         _note(
-            f"{split} split, n = {int(counts.sum()):,} images",
+            f"{split} split, n = {plural(int(counts.sum()), 'image')}",
             "numbers: images, colour: share of the true class",
             note,
         ),
@@ -556,14 +565,14 @@ def leaderboard_figure(
         if len(sizes.get(split, ())) != 1:
             return ""
         images, lesions = next(iter(sizes[split]))
-        return f"n = {images:,} images of {lesions:,} lesions"
+        return f"n = {plural(images, 'image')} of {plural(lesions, 'lesion')}"
 
     spec = METRICS[metric]
     frame = _frame(
         f"{spec.title} of each run",
         _note(
-            f"filled: test split, {n_of('test')}".rstrip(", "),
-            f"hollow: validation split, {n_of('val')}".rstrip(", "),
+            f"filled: test split, {n_of('test')}".rstrip(", ") if "test" in sizes else "",
+            f"hollow: validation split, {n_of('val')}".rstrip(", ") if "val" in sizes else "",
             f"lines: {level:.0%} intervals",
             "dotted: guessing" if chance is not None else "",
             note,
@@ -632,7 +641,7 @@ def cost_figure(
         )
     spec = METRICS[metric]
     sizes = sorted({p["n"] for p in points.values() if p["value"] is not None})
-    n = f"n = {sizes[0]:,} images" if len(sizes) == 1 else ""
+    n = f"n = {plural(sizes[0], 'image')}" if len(sizes) == 1 else ""
     frame = _frame(
         f"{spec.title} against {name_of_cost.lower()}",
         _note(f"{split} split", n, f"lines: {level:.0%} intervals", note),
@@ -812,7 +821,7 @@ def risk_coverage_figure(
         "Error rate by the share of images answered",
         _note(
             f"{split} split",
-            f"n = {n:,} images" if n else "",
+            f"n = {plural(n, 'image')}" if n else "",
             "most confident first, from 5% on",
             "mark: where it starts to abstain" if points else "",
             note,
@@ -900,7 +909,7 @@ def reliability_figure(
     frame = _frame(
         f"Reliability diagram{of}",
         _note(
-            f"{split} split, n = {n:,} images",
+            f"{split} split, n = {plural(n, 'image')}",
             f"lines: {level:.0%} intervals",
             "below: images in each bin",
             note,
@@ -1029,7 +1038,7 @@ def pairs_figure(
         _note(
             f"{split} split, same images",
             f"numbers: differ by a paired test, p at most {significant:g} after Holm",
-            f"n = {max(p['n'] for p in pairs):,} images",
+            f"n = {plural(max(p['n'] for p in pairs), 'image')}",
             note,
         ),
         height=140 + 26 * max(k, 4),
@@ -1078,7 +1087,7 @@ def removal_figure(
         _note(
             "above: pixels removed, the lower the better the map",
             "below: pixels shown, the higher the better",
-            f"n = {n:,} images" if n else "",
+            f"n = {plural(n, 'image')}" if n else "",
             note,
         ),
         height=420,
@@ -1130,7 +1139,7 @@ def mean_map_figure(
         "Mean of the maps",
         _note(
             "where the network looks on average",
-            f"n = {n:,} images" if n else "",
+            f"n = {plural(n, 'image')}" if n else "",
             note,
         ),
         height=320,
@@ -1201,7 +1210,7 @@ def shortcut_figure(
         _note(
             "stroke: always naming the commonest class",
             f"lines: {level:.0%} intervals",
-            f"n = {sizes[0]:,} images" if len(sizes) == 1 else "",
+            f"n = {plural(sizes[0], 'image')}" if len(sizes) == 1 else "",
             note,
         ),
         height=50 + 66 * len(results),

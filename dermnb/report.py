@@ -24,15 +24,18 @@ from . import __version__
 from .compare import SIGNIFICANT, summarise_repeats
 from .core import ConfigError, duration
 from .evaluate import CLASS_METRICS, METRICS
-from .figures import SPLIT_TITLES, leaderboard_figure
+from .figures import SPLIT_TITLES, leaderboard_figure, plural
 from dermnb.pages import (
     PLOTLY_JS,
     estimate_cell,
+    found_text,
+    leak_head,
     leak_text,
     make_cell,
     make_plot,
     make_table,
     notebook_html,
+    notices,
     render_page,
     run_cell,
     shown_name,
@@ -52,9 +55,11 @@ from dermnb.results import (
     group_score,
     grouped,
     intervals_overlap,
+    judged,
     listing,
     load_run,
     load_suite_runs,
+    measured_on,
     member_rows,
     number,
     origin_of,
@@ -88,6 +93,7 @@ from dermnb.sections import (
     leaderboard_tables,
     leak_block,
     member_table,
+    not_compared,
     paired_blocks,
     pairs_block,
     provenance_of,
@@ -113,21 +119,25 @@ def summary_sentences(
     "What the suite found, in at most five sentences."
     done = [r for r in runs if r.status == "done"]
     if not done:
-        return [f"None of the {len(runs)} runs has results yet; see the reasons below."]
-    leaky = [r for r in done if r.leaks]
-    judged = [r for r in done if not r.leaks] or done
-    groups = grouped(judged)
+        none = f"None of the {len(runs)} runs" if len(runs) > 1 else "The one run"
+        none = f"{none} has results yet" if len(runs) > 1 else f"{none} has no results yet"
+        return [f"{none}; see the reasons below."]
+    leaky, unsound = ([r for r in done if getattr(r, k)] for k in ("leaks", "unsound"))
+    among = judged(done)
+    groups = grouped(among)
     (name, members), *rest = groups.items()
     best, top = members[0], group_score(members)
     where = "test" if best.split == "test" else "validation"
-    same, sets = same_test(judged), len({r.test_key for r in members})
+    same, sets = same_test(among), len({r.test_key for r in members})
     if len(runs) > 1:
         sentence = f"{len(done)} of {len(runs)} runs finished"
         if not same:
             sentence += (
                 "; they were not all measured on the same images, so their order says little"
             )
-        elif len(judged) == len(done):
+        elif len(done) == 1:
+            sentence += f", measured on {size_text(best.test)}"
+        elif len(among) == len(done):
             sentence += (
                 f"; all were measured on the same {size_text(best.test)}"
                 if sets == 1
@@ -135,6 +145,11 @@ def summary_sentences(
             )
     else:
         sentence = f"One run, measured on {size_text(best.test)}"
+    if unsound:
+        names = listing([r.name for r in unsound])
+        sentence += f"; the predictions of {names} are not sound, so figures of it cannot be checked"
+        if not any(r.unsound for r in among):
+            sentence += " and are left out of what follows"
     sentences = [f"{sentence}."]
     if leaky:
         sentences.append(_leak_sentence(leaky, len(leaky) == len(done)))
@@ -146,10 +161,15 @@ def summary_sentences(
     sentences.append(sentence)
     support = [row["n"] for row in best.test["per_class"]]
     common = best.test["per_class"][support.index(max(support))]["class"]
-    sentences.append(
-        f"Calling every image {common} would give an accuracy of "
-        f"{max(support) / sum(support):.3f} and a balanced accuracy of {chance_of(best):.3f}."
-    )
+    if max(support) == sum(support):
+        sentences.append(
+            f"All {where} images are {common}: one class alone says nothing of telling classes apart."
+        )
+    else:
+        sentences.append(
+            f"Calling every image {common} would give an accuracy of "
+            f"{max(support) / sum(support):.3f} and a balanced accuracy of {chance_of(best):.3f}."
+        )
     sentences += _weakest_sentence(name, members, sets)
     return sentences
 
@@ -163,7 +183,11 @@ def _order_clause(
     others = {n for n, _ in rest}
     mine = {p["a"]: p for p in pairs if p["b"] == name} | {p["b"]: p for p in pairs if p["a"] == name}
     if others <= {n for n, p in mine.items() if p["p_holm"] is not None}:
-        close = [n for n, _ in rest if mine[n]["p_holm"] > SIGNIFICANT]
+        sure = [n for n, _ in rest if mine[n]["p_holm"] <= SIGNIFICANT]
+        ahead = [n for n in sure if (mine[n]["value"] or 0) * (1 if mine[n]["a"] == name else -1) < 0]
+        if ahead:
+            return f"yet paired tests find {listing(ahead)} better on the images that both answered for"
+        close = [n for n, _ in rest if n not in sure]
         if not close:
             return f"paired tests find it better than {'the other' if len(rest) == 1 else 'all others'}"
         return f"paired tests do not tell it from {listing(close)}, so their order may be chance"
@@ -176,26 +200,26 @@ def _order_clause(
 
 def _audit_sentence(done: Sequence[RunResult]) -> str:
     "What is known of lesions that several parts of the splits share."
-    looked = [
-        r
-        for r in done
-        if r.get("audit", "method", default="none") != "none"
-        and isinstance(r.get("audit", "images"), int)
-        and isinstance(r.get("audit", "leaks"), Mapping)
-    ]
-    found = max((sum(r.found_leaks.values()) for r in looked), default=0)
+    looked = [r for r in done if r.audited]
+    told = ", with reservations that are told below" if any(r.get("audit", "note") for r in looked) else ""
+    found = [r for r in looked if r.found_late]
     if found:
-        most = "up to " if len({sum(r.found_leaks.values()) for r in done}) > 1 else ""
-        return (
-            f"An audit after training found {most}{found:,} pairs of images of one lesion in different "
-            "parts of the split, so scores may flatter a little."
-        )
+        worst = max(found, key=lambda r: sum(r.found_late.values()))
+        text = found_text(worst).rstrip(".")
+        if any(r.found_late != worst.found_late for r in done):
+            text = f"Of {worst.name}, where most is found: {text[0].lower()}{text[1:]}"
+        if len(looked) < len(done):
+            text += f"; {len(looked)} of {len(done)} runs were audited"
+        return f"{text}{told}."
     if len(looked) < len(done):
         silent = "one run" if len(done) - len(looked) == 1 else f"{len(done) - len(looked)} runs"
-        return f"Pictures that show one lesion under several ids were not looked for in {silent}."
+        return f"Pictures that show one lesion under several ids were not looked for in {silent}{told}."
+    images = plural(max(r.get("audit", "images") for r in looked), "image")
+    across = [r.get("audit", "refused_across") for r in looked]
+    across = max((n for n in across if isinstance(n, int)), default=0)
+    but = f", but {plural(across, 'pair')} across parts that look alike through a chain" if across else ""
     return (
-        f"An audit of {looked[0].get('audit', 'images'):,} images by ids and pictures found no lesion "
-        "in two parts of a split."
+        f"An audit of {images} by ids and pictures found no lesion in two parts of a split{but}{told}."
     )
 
 
@@ -204,6 +228,11 @@ def _leak_sentence(leaky: Sequence[RunResult], all_leak: bool) -> str:
     told = f" ({counts[0][0]:,} of {counts[0][1]:,})" if len(leaky) == 1 and counts[0][0] else ""
     names = "Every run leaks" if all_leak else f"{listing([r.name for r in leaky])} "
     names += "" if all_leak else ("leaks" if len(leaky) == 1 else "leak")
+    if not any(r.leaks_into_test for r in leaky):
+        return (
+            f"{names}: validation images show lesions that are in training too, so what was chosen by "
+            "validation suits the test images less than it seems."
+        )
     end = (
         "no figure here is of lesions that are all new to the network."
         if all_leak
@@ -260,7 +289,7 @@ def _weakest_sentence(name: str, members: Sequence[RunResult], sets: int) -> lis
     mean = "mean recall" if len(members) > 1 else "recall"
     return [
         f"{name} recognised {worst} least often: {mean} {means[worst]:.3f}, "
-        f"n = {n:,} images of {lesions:,} lesions."
+        f"n = {plural(n, 'image')} of {plural(lesions, 'lesion')}."
     ]
 
 # %% ../nbs/27_report.ipynb #8bc53c98
@@ -296,17 +325,40 @@ def limit_sentences(
         "Validation figures guided the training (early stopping, learning rate); only test "
         "figures are of images that nothing was tuned on. Settings that a person chose after "
         "seeing test figures spoil those too.",
-        (
-            "Images of one lesion stay in one split"
-            + (", but for runs marked as leaking" if any(r.leaks for r in done) else "")
-            + ", as far as lesion numbers and the audit know of them; another photograph of a lesion "
-            "under another number may be missed."
-        ),
+        *(_apart_sentences(done) if done else ()),
         "Images come from the sources of one dataset. Other cameras, clinics, ages and skin "
         "tones are not tested, and a subgroup without figures is not a subgroup without faults.",
         "Nothing here is evidence for use on patients.",
     ]
     return list(dict.fromkeys(lines))
+
+
+def _apart_sentences(done: Sequence[RunResult]) -> list[str]:
+    "How far it is known that images of one lesion stay in one part of the split."
+    looked = [r for r in done if r.audited]
+    late = [r for r in done if r.found_late]
+    clean = [r for r in done if not r.leaks and not r.found_late]
+    lines = []
+    if late:
+        names = "" if len(late) == len(done) else f" of {listing([r.name for r in late])}"
+        lines.append(
+            f"Images of one lesion do not all stay in one part of the split{names}: see what the audit "
+            "found."
+        )
+    if clean:
+        known = "lesion numbers and the audit know" if looked else "lesion numbers know"
+        known = "lesion numbers, and the audit where there was one, know" if 0 < len(looked) < len(done) else known
+        marked = any(r.leaks for r in done)
+        lines.append(
+            "Images of one lesion stay in one split"
+            + (", but for runs marked as leaking" if marked and not late else "")
+            + (" in the other runs" if late else "")
+            + f", as far as {known} of them; another photograph of a lesion under another number may be "
+            "missed."
+        )
+    elif not late:
+        lines.append("Images of one lesion do not stay in one split: every run leaks.")
+    return lines
 
 # %% ../nbs/27_report.ipynb #39f8d845
 RUN_SECTIONS = [
@@ -405,7 +457,7 @@ def _build_run_page(folder: Path, load, force: bool, photographs: bool) -> Path:
         for m, spec in METRICS.items()
     ]
     columns = [
-        (f"{SPLIT_TITLES[s]} (n = {m['n']:,} images, {m['lesions']:,} lesions)", True)
+        (f"{SPLIT_TITLES[s]} (n = {plural(m['n'], 'image')}, {plural(m['lesions'], 'lesion')})", True)
         for s, m in scored
     ]
     where = SPLIT_TITLES[scored[0][0]].lower()
@@ -434,6 +486,8 @@ def _build_run_page(folder: Path, load, force: bool, photographs: bool) -> Path:
         lead=f"{network} on {run.get('dataset', 'title', default='an unnamed dataset')}.",
         synthetic=run.synthetic,
         leaks=leak_text(run),
+        leak_head=leak_head([run]),
+        notices=notices([run]),
         made_from=origin_of(run, []),
         members=members and member_table(run, members),
         binary=binary_block([run]),
@@ -556,6 +610,9 @@ def _build_suite_page(
         "profile": suite.get("profile", ""),
         "synthetic": synthetic,
         "leaks": [(r.name, leak_text(r)) for r in done if r.leaks],
+        "leak_head": leak_head(done),
+        "notices": notices(done),
+        "measured_on": measured_on(done),
         "summary": summary_sentences(runs, pairs),
         "leaderboards": leaderboard_tables(runs, LEADERBOARD, links, ranks),
         "ranked": bool(ranks),
@@ -572,7 +629,9 @@ def _build_suite_page(
     if done:
         values |= _results(suite, done, synthetic)
         values |= {
-            "pairs": pairs_block(pairs, done[0].metrics.get("level", 0.95), synthetic),
+            "pairs": pairs_block(
+                pairs, done[0].metrics.get("level", 0.95), synthetic, not_compared(done)
+            ),
             "leakage": leak_block(done),
             "subgroups": subgroups_overview(done),
             "errors": errors_block(_best_group(done)),
@@ -669,8 +728,8 @@ def _results(suite: Mapping, done: Sequence[RunResult], synthetic: bool) -> dict
 
 
 def _best_group(done: Sequence[RunResult]) -> list[RunResult]:
-    "The runs of the best recipe without a leak, or of the best of all."
-    return next(iter(grouped([r for r in done if not r.leaks] or done).values()))
+    "The runs of the best recipe of those that are `judged`."
+    return next(iter(grouped(judged(done)).values()))
 
 
 def _build_and_measure(folder: Path, photographs: bool) -> dict:

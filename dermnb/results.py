@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['EN_DASH', 'MINUS', 'FEW_LESIONS', 'LEADERBOARD', 'ARROW', 'SHORTCUT_METRICS', 'RunResult', 'load_run',
            'load_suite_runs', 'forget_paths', 'example_suite', 'number', 'interval', 'spelled', 'count', 'listing',
-           'ranked', 'grouped', 'group_score', 'best_of', 'same_test', 'data_key', 'chance_of', 'size_text',
-           'intervals_overlap', 'members_of', 'without_results', 'split_name', 'lesions_per_class', 'train_lesions',
-           'metric_title', 'member_rows', 'origin_of', 'Certainty', 'certainty_of', 'explanation_of']
+           'ranked', 'judged', 'grouped', 'group_score', 'best_of', 'same_test', 'data_key', 'chance_of', 'size_text',
+           'measured_on', 'intervals_overlap', 'members_of', 'without_results', 'split_name', 'lesions_per_class',
+           'train_lesions', 'metric_title', 'member_rows', 'origin_of', 'Certainty', 'certainty_of', 'explanation_of']
 
 # %% ../nbs/22_results.ipynb #55fc92d3
 import hashlib
@@ -31,10 +31,11 @@ from dermnb.evaluate import (
     CLASS_METRICS,
     METRICS,
     SCHEMA,
+    check_predictions,
     evaluate,
     probability_columns,
 )
-from .figures import HISTORY_COLUMNS, VIEWS
+from .figures import HISTORY_COLUMNS, VIEWS, plural
 from .review import subgroups
 from .runs import file_hash
 
@@ -89,10 +90,37 @@ class RunResult:
         )
 
     @property
+    def leaks_into_test(self) -> bool:
+        "Whether test images are part of its leak; where the record does not tell, they may be."
+        if self.split != "test" or self.get("config", "split") == "image":
+            return self.leaks
+        known, rows = self.get("leak", "test_images"), self.get("audit", "findings", default=())
+        rows = [r for r in rows if isinstance(r, Mapping)] if isinstance(rows, list) else []
+        across = [r for r in rows if r.get("finding") == "across parts"]
+        listed = len(across) >= sum(self.found_leaks.values())  # a record lists the first of many
+        shared = any("test" in (r.get("part_a"), r.get("part_b")) for r in across)
+        return self.leaks and bool(known or shared or not listed)
+
+    @property
     def found_leaks(self) -> dict[str, int]:
-        "Pairs across its splits that the audit found, by kind."
+        "What parts of its split share by the audit, by kind: pairs of images, or ids."
         found = self.get("audit", "leaks", default={})
-        return {str(k): int(n) for k, n in found.items() if n} if isinstance(found, Mapping) else {}
+        found = found if isinstance(found, Mapping) else {}
+        return {str(k): n for k, n in found.items() if isinstance(n, int) and n > 0}
+
+    @property
+    def found_late(self) -> dict[str, int]:
+        "`found_leaks` of a run that is not marked as leaking, as after an audit of an old one."
+        return {} if self.leaks else self.found_leaks
+
+    @property
+    def audited(self) -> bool:
+        "Whether its record says what an audit by pictures found."
+        return (
+            self.get("audit", "method", default="none") != "none"
+            and isinstance(self.get("audit", "images"), int)
+            and isinstance(self.get("audit", "leaks"), Mapping)
+        )
 
     @property
     def split(self) -> str:
@@ -109,6 +137,25 @@ class RunResult:
     def predictions(self) -> pd.DataFrame | None:
         "The predictions table, or None where there is none to read."
         return self._table("predictions.parquet")
+
+    @cached_property
+    def unsound(self) -> str:
+        "Why its predictions cannot be used, though there are some; empty if they can."
+        if self.predictions is None:
+            there = (self.folder / "predictions.parquet").is_file()
+            return "predictions.parquet cannot be read." if there else ""
+        try:
+            check_predictions(self.predictions, self.record["classes"])
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    @property
+    def no_predictions(self) -> str:
+        "Why nothing can be computed from its predictions, in a sentence."
+        if self.unsound:
+            return f"Its predictions are not sound. {self.unsound[0].upper()}{self.unsound[1:]}"
+        return "There is no predictions table to compute this from."
 
     @cached_property
     def split_table(self) -> pd.DataFrame | None:
@@ -129,16 +176,18 @@ class RunResult:
     @cached_property
     def subgroups(self) -> Mapping | None:
         "What `review.subgroups` says, or None without tables that can be read."
-        if self.predictions is None:
-            return None
-        facts = self.split_table
-        facts = facts.drop_duplicates("image_id") if facts is not None and "image_id" in facts else None
         try:
-            return subgroups(
-                self.predictions, facts, self.record["classes"], self.split, self.positive
-            )
+            return self.part()
         except ConfigError:
             return None
+
+    def part(self) -> Mapping:
+        "`subgroups`, or a `ConfigError` that says why there are none."
+        if self.predictions is None or self.unsound:
+            raise ConfigError(self.no_predictions)
+        facts = self.split_table
+        facts = facts.drop_duplicates("image_id") if facts is not None and "image_id" in facts else None
+        return subgroups(self.predictions, facts, self.record["classes"], self.split, self.positive)
 
     @cached_property
     def explanation(self) -> Mapping | None:
@@ -163,6 +212,7 @@ def load_run(
     """Read a run folder; a `ConfigError` says which record is absent or unfit.
 
     Metrics of an older schema are computed anew from the predictions, as they were, and kept.
+    Metrics that count other answers than the predictions hold are refused.
     """
     folder = Path(folder)
     for file in ("run.json", "metrics.json"):
@@ -188,7 +238,31 @@ def load_run(
             table = history
         if set(HISTORY_COLUMNS) <= set(table):
             history = table
-    return RunResult(name or folder.name, folder, "done", "", record, metrics, history)
+    run = RunResult(name or folder.name, folder, "done", "", record, metrics, history)
+    if run.predictions is not None and not run.unsound and not _of_these_answers(run):
+        raise ConfigError(
+            f"{folder}: metrics.json was not computed from predictions.parquet; repeat the run."
+        )
+    return run
+
+
+def _of_these_answers(run: RunResult) -> bool:
+    "Whether the metrics count the answers of the predictions, split by split."
+    classes, table = list(run.record["classes"]), run.predictions
+    true = pd.Index(classes).get_indexer(table["y_true"])
+    p = table[probability_columns(classes)].to_numpy(dtype=float)
+    cell, k = true * len(classes) + p.argmax(axis=1), len(classes)
+    found = {
+        split: np.bincount(cell[(table["split"] == split).to_numpy()], minlength=k**2)
+        for split in table["split"].unique()
+    }
+    try:
+        counted = {s: np.asarray(m["confusion"]).ravel() for s, m in run.splits.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
+    return set(found) == set(counted) and all(
+        np.array_equal(found[s], counted[s]) for s in found
+    )
 
 
 def _is_old(metrics: Mapping) -> bool:
@@ -415,8 +489,16 @@ LEADERBOARD = ("balanced_accuracy", "accuracy", "macro_f1", "weighted_f1", "macr
 def ranked(
     runs: Sequence[RunResult],  # done
 ) -> list[RunResult]:
-    "By balanced accuracy on the test split, best first."
-    return sorted(runs, key=lambda r: -(r.score()["value"] or 0.0))
+    "By balanced accuracy on the test split, best first; runs whose predictions are unsound last."
+    return sorted(runs, key=lambda r: (bool(r.unsound), -(r.score()["value"] or 0.0)))
+
+
+def judged(
+    runs: Sequence[RunResult],  # done
+) -> list[RunResult]:
+    "Those that may be called the best: without a leak and with sound predictions, if there are any."
+    clean = [r for r in runs if not r.leaks] or list(runs)
+    return [r for r in clean if not r.unsound] or clean
 
 
 def grouped(
@@ -439,8 +521,8 @@ def group_score(runs: Sequence[RunResult]) -> dict:
 
 
 def best_of(done: Sequence[RunResult]) -> RunResult:
-    "The best run of those that do not leak, or of all if all do."
-    return ranked([r for r in done if not r.leaks] or done)[0]
+    "The best run of those that are `judged`."
+    return ranked(judged(done))[0]
 
 
 def same_test(runs: Sequence[RunResult]) -> bool:
@@ -462,7 +544,17 @@ def chance_of(run: RunResult) -> float:
 
 
 def size_text(scored: Mapping) -> str:
-    return f"{scored['n']:,} images of {scored['lesions']:,} lesions"
+    return f"{plural(scored['n'], 'image')} of {plural(scored['lesions'], 'lesion')}"
+
+
+def measured_on(
+    runs: Sequence[RunResult],  # done
+) -> str:
+    "The split that their figures are of, as a word before `split`."
+    found = {r.split for r in runs}
+    if len(found) > 1:
+        return "test (or else validation)"
+    return "validation" if found == {"val"} else "test"
 
 
 def intervals_overlap(a: Mapping, b: Mapping) -> bool:

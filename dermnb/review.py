@@ -32,6 +32,7 @@ from dermnb.evaluate import (
     scores_from_counts,
     unit_numbers,
 )
+from .figures import plural
 
 # %% ../nbs/20_review.ipynb #ba15d841
 @dataclass(frozen=True)
@@ -647,6 +648,13 @@ def _listed(values: Sequence, most: int = 6) -> str:
     return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
 
 
+def _at(value, keys: Sequence[str]):
+    "A value by its path of keys, or None."
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
 class _Answers:
     "What records can say; each public method is a fact: its status and a sentence."
 
@@ -657,13 +665,33 @@ class _Answers:
 
     def _each(self, *keys: str) -> list:
         "A value by its path of keys, of each record that has one that is not empty."
-        values = []
-        for value in self.records:
-            for key in keys:
-                value = value.get(key) if isinstance(value, Mapping) else None
-            if value not in (None, "", [], {}):
-                values.append(value)
-        return values
+        values = [_at(record, keys) for record in self.records]
+        return [value for value in values if value not in (None, "", [], {})]
+
+    def _counts(self, *keys: str) -> dict[str, str]:
+        "Counts by kind as words, of the record that has most of it; up to, where they differ."
+        tables = [value for record in self.records for value in [_at(record, keys)]]
+        tables = [t for t in tables if isinstance(t, Mapping)]
+        found = {}
+        for kind in dict.fromkeys(k for t in tables for k in t):
+            numbers = [int(t.get(kind) or 0) for t in tables]
+            if max(numbers) > 0:
+                found[str(kind)] = f"{'up to ' * (len({*numbers}) > 1)}{max(numbers):,}"
+        return found
+
+    def _most(self, *keys: str) -> tuple[int, str]:
+        "The largest sum of counts of a record, and as words."
+        sums = [sum(map(int, t.values())) for t in (_at(r, keys) for r in self.records) if t]
+        if not sums:
+            return 0, "0"
+        differ = len(sums) < len(self.records) or len({*sums}) > 1
+        return max(sums), f"{'up to ' * differ}{max(sums):,}"
+
+    def _left_out(self) -> str | None:
+        "Images of the dataset that were not used, by kind; None where that was not recorded."
+        if not any(isinstance(_at(r, ("dataset", "problems")), Mapping) for r in self.records):
+            return None
+        return _listed([f"{n} ({kind})" for kind, n in self._counts("dataset", "problems").items()])
 
     def _say(self, *keys: str, most: int = 6) -> str:
         return _listed(self._each(*keys), most) if self._each(*keys) else ""
@@ -705,10 +733,12 @@ class _Answers:
         images = _listed([f"{n:,}" for n in self._each("dataset", "images")])
         if not images:
             return "not known", "Not known: the run does not record its images."
-        problems = {k: n for found in self._each("dataset", "problems") for k, n in found.items()}
-        left = _listed([f"{n:,} ({kind})" for kind, n in problems.items()])
+        left = self._left_out()
         parts = [f"{images} images of the dataset were used"]
-        parts.append(f"left out: {left}" if left else "no file was left out as unreadable or unlabelled")
+        if left is None:
+            parts.append("which files were left out is not recorded")
+        else:
+            parts.append(f"left out: {left}" if left else "no file was left out as unreadable or unlabelled")
         if chosen := [n for n in self._config("subset") if n]:
             parts.append(f"a subset of about {_listed([f'{n:,}' for n in chosen])} was drawn")
         if self._config("test_list"):
@@ -726,12 +756,19 @@ class _Answers:
         )
 
     def missing(self):
-        used = [m for m in self._config("metadata") if m != "none"]
-        if not used:
-            return "reported", "The model is given images only, and no image is missing."
-        gaps = {k: n for m in self._each("metadata", "missing") for k, n in m.items()}
-        counts = _listed([f"{k} of {n:,} images" for k, n in gaps.items()])
-        return "reported", f"A missing value is a category of its own; missing: {counts or 'none'}."
+        left = self._left_out()
+        if left is None:
+            images = "Whether images of the dataset are missing is not recorded."
+        elif left:
+            images = f"Images of the dataset that are not used: {left}."
+        else:
+            images = "No image of the dataset is missing."
+        status = "partly" if left is None else "reported"
+        if not [m for m in self._config("metadata") if m != "none"]:
+            return status, f"The model is given images only. {images}"
+        gaps = self._counts("metadata", "missing")
+        counts = _listed([f"{k} of {n} images" for k, n in gaps.items()])
+        return status, f"A missing value is a category of its own; missing: {counts or 'none'}. {images}"
 
     def inputs(self):
         kinds = set(self._config("metadata"))
@@ -750,8 +787,9 @@ class _Answers:
     def agreement(self):
         if self._generated:
             return "not applicable", "Nobody judged: the images are generated."
-        two = sum(sum(x.values()) for x in self._each("audit", "two_labels"))
-        more = f" {two:,} pairs of equal images have two labels." if two else ""
+        two, said = self._most("audit", "two_labels")
+        many = "pair" if said == "1" else "pairs"
+        more = f" {said[0].upper()}{said[1:]} {many} of images that show the same with two labels." if two else ""
         return "not known", f"Not known here: the dataset gives one label an image.{more}"
 
     def partition(self):
@@ -780,10 +818,18 @@ class _Answers:
         methods = [m for m in self._each("audit", "method") if m != "none"]
         if not methods:
             return "partly", "By lesion (and patient, where known) ids; pictures were not compared."
-        across = sum(sum(x.values()) for x in self._each("audit", "leaks"))
+        all_of_them = len(methods) == len(self.records)
         looked = f"pictures were compared as well ({_listed(methods)})"
-        left = f"{across:,} pairs across splits are left" if across else "no pair across splits is left"
-        return "reported", f"By lesion (and patient, where known) ids; {looked}, and {left}."
+        if not all_of_them:
+            looked += f" in {len(methods)} of {len(self.records)} runs"
+        across, said = self._most("audit", "leaks")
+        left = f"pairs of images (or ids) left across splits: {said}" if across else "none is left across splits"
+        chains = max(map(int, self._each("audit", "refused_across")), default=0)
+        left += f", and {chains:,} that look alike only through a chain" if chains else ""
+        notes = list(dict.fromkeys(str(n).rstrip(".") for n in self._each("audit", "note")))
+        more = f" But {'; '.join(notes)}." if notes else ""
+        status = "reported" if all_of_them and not notes else "partly"
+        return status, f"By lesion (and patient, where known) ids; {looked}; {left}.{more}"
 
     def model(self):
         titles, sizes = self._say("model", "title"), self._each("model", "parameters")
@@ -823,12 +869,16 @@ class _Answers:
         )
 
     def selection(self):
-        stopped = any(self._config("early_stopping"))
-        how = "the epoch with the least validation loss" if stopped else "the last epoch"
+        stopped = [bool(_at(r, ("config", "early_stopping"))) for r in self.records]
+        how = "those of the epoch with the least validation loss" if any(stopped) else "those of the last epoch"
+        if any(stopped) and not all(stopped):
+            how += ", or in some runs of the last epoch"
         if len(self.records) < 2:
-            return "reported", f"{how[0].upper()}{how[1:]}; test images were not used to choose."
+            return "partly", (
+                f"The weights are {how}. Whether settings were chosen by test figures is not recorded."
+            )
         return "partly", (
-            f"Of each run {how}. All runs are shown; which of them is best is seen on test images, so "
+            f"The weights of each run are {how}. All runs are shown; which of them is best is seen on test images, so "
             "the best one's figure is slightly too good."
         )
 
@@ -893,7 +943,7 @@ class _Answers:
             return "not known", "Not known: the runs do not record their split."
         counts = _listed(
             [
-                f"{v.get('images', 0):,} {k} images of {v.get('lesions', 0):,} lesions"
+                f"{plural(v.get('images', 0), f'{k} image')} of {plural(v.get('lesions', 0), 'lesion')}"
                 for k, v in splits[0].items()
             ]
         )
@@ -924,7 +974,7 @@ class _Answers:
         if value.get("low") is not None:
             text += f" ({value['low']:.3f} to {value['high']:.3f})"
         first = "" if len(self.metrics) < 2 else f" of the first of {len(self.metrics)} runs"
-        return "reported", f"{text[0].upper()}{text[1:]} on {known['n']:,} images{first}; all in the tables."
+        return "reported", f"{text[0].upper()}{text[1:]} on {plural(known['n'], 'image')}{first}; all in the tables."
 
     def limitations(self):
         caveats = len(self.suite.get("caveats") or ())

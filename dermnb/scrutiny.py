@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 
 from .core import ConfigError
 from .evaluate import BINARY_METRICS, METRICS
-from .figures import SPLIT_TITLES, subgroup_figure
+from .figures import SPLIT_TITLES, plural, subgroup_figure
 from dermnb.pages import (
     estimate_cell,
+    found_words,
     make_cell,
     make_plot,
     make_table,
@@ -23,7 +24,7 @@ from dermnb.pages import (
     signed_cell,
     source_note,
 )
-from .results import EN_DASH, RunResult, count, listing, number, ranked
+from .results import EN_DASH, RunResult, count, listing, measured_on, number, ranked
 from .review import GUIDELINES, STATUSES, checklist, label_doubts, worst_errors
 
 # %% ../nbs/26_scrutiny.ipynb #9c1818e9
@@ -52,6 +53,21 @@ def _audit_block(runs: Sequence[RunResult], several: bool) -> dict:
         return block | {"sentences": ["The record of the audit cannot be read."]}
 
 
+def _chain_sentence(audit: Mapping) -> list[str]:
+    "Pairs that were found and not joined, and whether parts of the split share them."
+    refused, across = int(audit.get("chains_refused") or 0), audit.get("refused_across")
+    if not refused:
+        return []
+    one = "further pair looks alike but only through a chain, and was not joined"
+    many = "further pairs look alike but only through a chain, and were not joined"
+    text = plural(refused, one, many)
+    if across is None:
+        return [f"{text}; whether parts of the split share them was not recorded."]
+    where = f"{int(across):,}" if across else "none"
+    lies = "lies" if across == 1 else "lie"
+    return [f"{text}; {where} of them {lies} in different parts of the split."]
+
+
 def _audit_parts(many: bool, audit: Mapping) -> dict:
     these, their = ("These runs were", "their") if many else ("This run was", "its")
     if not audit:
@@ -66,7 +82,8 @@ def _audit_parts(many: bool, audit: Mapping) -> dict:
         return {"sentences": ["No audit was asked for: duplicates were not looked for."]}
     images, unreadable = int(audit["images"]), int(audit.get("unreadable") or 0)
     method = METHOD_TITLES.get(audit["method"], str(audit["method"]))
-    lines = [f"{images:,} images were compared by {method}."]
+    were = "was" if images == 1 else "were"
+    lines = [f"{plural(images, 'image')} {were} compared by {method}."]
     if unreadable:
         lines.append(f"{unreadable:,} of them could not be read.")
     if note := str(audit.get("note") or "").rstrip("."):
@@ -76,35 +93,36 @@ def _audit_parts(many: bool, audit: Mapping) -> dict:
         for key in ("pairs", "new_pairs", "leaks", "two_labels")
     )
     lines.append(
-        f"{sum(pairs.values()):,} pairs show the same, {sum(new.values()):,} of them without a lesion "
-        "id that says so."
+        f"{plural(sum(pairs.values()), 'pair shows', 'pairs show')} the same, {sum(new.values()):,} of "
+        "them without a lesion id that says so."
         if pairs
         else "No two images were found to show the same."
     )
     joined, groups = (int(audit.get(k) or 0) for k in ("images_joined", "groups_joined"))
     if joined:
         lines.append(
-            f"{joined:,} images in {groups:,} groups are held to be one lesion each"
+            f"{plural(joined, 'image')} in {plural(groups, 'group')} are held to be one lesion each"
             + (
                 "; the split was made before that was known, and is left as it was."
                 if audit.get("afterwards")
                 else ", so that a split keeps them together."
             )
         )
-    lines.append(
-        f"{sum(leaks.values()):,} pairs lie in different parts of the split."
-        if leaks
-        else "No pair lies in different parts of the split."
-    )
+    lines += _chain_sentence(audit)
+    if leaks:
+        lines.append(f"It found {found_words(leaks)}.")
+    elif not audit.get("refused_across"):
+        lines.append("No pair lies in different parts of the split.")
     if two:
-        lines.append(f"{sum(two.values()):,} pairs show one thing under two labels.")
+        lines.append(f"{plural(sum(two.values()), 'pair shows', 'pairs show')} one thing under two labels.")
     found = [pairs, new, leaks, two]
     kinds = list(dict.fromkeys(kind for table in found for kind in table))
     block = {"sentences": lines, "folded": []}
     if kinds:
         heads = ["Pairs", "Unknown to lesion ids", "Across parts of the split", "Under two labels"]
         block["table"] = make_table(
-            "Pairs by kind; lesion and patient ids are compared across parts only.",
+            "Pairs by kind; lesion and patient ids are compared across parts only, and count once for "
+            "each id and two parts.",
             [("Kind", False), *((h, True) for h in heads)],
             [
                 [make_cell(kind, num=False), *(make_cell(count(t.get(kind, 0))) for t in found)]
@@ -148,7 +166,10 @@ def subgroups_block(run: RunResult) -> dict:
     "The section of a run's page."
     found = run.subgroups
     if found is None:
-        return {"summary": "There is no predictions table to part into subgroups."}
+        try:
+            run.part()
+        except ConfigError as error:
+            return {"summary": str(error)}
     block = {k: found[k] for k in ("summary", "silent", "caution")}
     if not found["rows"]:
         return block | {"summary": "Nothing is known of these images that would part them.", "caution": ""}
@@ -220,7 +241,7 @@ def subgroups_overview(done: Sequence[RunResult]) -> dict | None:
         return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
     heads = [("Run", False), ("All", True), *((f"{n} (n = {n_of(n)})", True) for n in names)]
-    caption = "Balanced accuracy by subgroup, test split, with intervals"
+    caption = f"Balanced accuracy by subgroup, {measured_on(known)} split, with intervals"
     caption += "." if len(names) == len(sizes) else f"; the {len(names)} largest subgroups."
     return {
         "sentences": [(listing(who), text) for text, who in said.items()],
@@ -235,7 +256,9 @@ MOST_ERRORS = 20  # rows of a table
 
 def errors_block(runs: Sequence[RunResult]) -> dict | None:
     "Most confident mistakes of the first run, and labels that all of them together doubt."
-    runs = [r for r in runs if r.predictions is not None]
+    if runs and all(r.unsound for r in runs):
+        return {"sentence": runs[0].no_predictions}
+    runs = [r for r in runs if r.predictions is not None and not r.unsound]
     if not runs:
         return None
     run, classes = runs[0], list(runs[0].record["classes"])

@@ -6,8 +6,8 @@
 __all__ = ['MANY_EPOCHS', 'CLASS_FIGURES', 'PROVENANCE', 'NUMBERS', 'PAIRED', 'RULES', 'leaderboard_tables', 'run_table',
            'confusion_plot', 'curves_plot', 'class_table_rows', 'class_plots', 'absent_sentence', 'interval_note',
            'settings_of', 'setting_text', 'provenance_of', 'split_shared', 'differing_table', 'claims_block',
-           'paired_blocks', 'compared_pairs', 'ranks_of', 'pairs_block', 'leak_block', 'repeats_block', 'binary_block',
-           'member_table', 'ensemble_table', 'cost_table', 'cost_notes', 'cost_plots', 'data_blocks']
+           'paired_blocks', 'compared_pairs', 'not_compared', 'ranks_of', 'pairs_block', 'leak_block', 'repeats_block',
+           'binary_block', 'member_table', 'ensemble_table', 'cost_table', 'cost_notes', 'cost_plots', 'data_blocks']
 
 # %% ../nbs/24_sections.ipynb #9af43c58
 import json
@@ -41,6 +41,7 @@ from dermnb.figures import (
     learning_curves,
     pairs_figure,
     per_class_figure,
+    plural,
     repeats_figure,
 )
 from dermnb.pages import (
@@ -69,6 +70,7 @@ from dermnb.results import (
     intervals_overlap,
     lesions_per_class,
     listing,
+    measured_on,
     member_rows,
     members_of,
     metric_title,
@@ -114,7 +116,7 @@ def leaderboard_tables(
                     make_cell(
                         count(scored["n"]),
                         scored["n"],
-                        f"{scored['lesions']:,} lesions",
+                        plural(scored['lesions'], "lesion"),
                     )
                 ]
             )
@@ -151,7 +153,10 @@ def leaderboard_tables(
 def _rank_cell(run: RunResult, ranks: Mapping[str, tuple[int, int]]) -> dict:
     found = ranks.get(run.group or run.name)
     if found is None:
-        return make_cell(EN_DASH, "", "leaks" if run.leaks else "not compared")
+        why = "leaks" if run.leaks else "predictions not sound" if run.unsound else "not compared"
+        return make_cell(EN_DASH, "", why)
+    if run.unsound:  # of a recipe whose other repeats have a rank
+        return make_cell(EN_DASH, "", "predictions not sound")
     best, worst = found
     text = str(best) if best == worst else f"{best}{EN_DASH}{worst}"
     return make_cell(text, best + worst / 1000)
@@ -201,17 +206,17 @@ def _confusion_table(scored: Mapping, classes: Sequence[str], caption: str) -> d
 
 def confusion_plot(run: RunResult, id: str, synthetic: bool) -> dict:
     classes, scored = list(run.record["classes"]), run.test
-    split = "test" if "test" in run.splits else "val"
+    where = SPLIT_TITLES[run.split].lower()
     right = sum(row[i] for i, row in enumerate(scored["confusion"]))
     figure = confusion_figure(
         scored["confusion"],
         classes,
         run.name,
-        SPLIT_TITLES[split].lower(),
+        where,
         source_note(synthetic),
     )
     caption = (
-        f"Images by true class (rows) and predicted class (columns), {split} split, with the "
+        f"Images by true class (rows) and predicted class (columns), {where} split, with the "
         "share of the true class below."
     )
     alt = f"{right:,} of {scored['n']:,} images lie on the diagonal."
@@ -288,7 +293,7 @@ def class_table_rows(run: RunResult, link: bool = False) -> list[list[dict]]:
         name = make_cell(
             row["class"], num=False, sub=title if title != row["class"] else ""
         )
-        size = make_cell(count(row["n"]), row["n"], f"{count(row['lesions'])} lesions")
+        size = make_cell(count(row["n"]), row["n"], plural(row["lesions"], "lesion"))
         rows.append([name, size, *(estimate_cell(row[m]) for m in CLASS_METRICS)])
     return rows
 
@@ -298,13 +303,13 @@ CLASS_FIGURES = ("recall", "precision", "f1", "auc")  # the others are on the pa
 
 def class_plots(done: Sequence[RunResult], synthetic: bool) -> list[dict]:
     plots = []
-    level = done[0].metrics.get("level", 0.95)
+    level, where = done[0].metrics.get("level", 0.95), measured_on(done)
     for metric in CLASS_FIGURES:
         spec = CLASS_METRICS[metric]
         figure = per_class_figure(
             {shown_name(r): r.test["per_class"] for r in done},
             metric,
-            "test",
+            where,
             level,
             source_note(synthetic),
         )
@@ -333,7 +338,7 @@ def class_plots(done: Sequence[RunResult], synthetic: bool) -> list[dict]:
             f"{row['class']} {number(row[metric]['value'])}"
             for row in best.test["per_class"]
         )
-        table = make_table(f"{spec.title} by class and run, test split.", columns, rows)
+        table = make_table(f"{spec.title} by class and run, {where} split.", columns, rows)
         plots.append(make_plot(figure, f"class-{metric}", alt + ".", table))
     return plots
 
@@ -676,10 +681,11 @@ def _differences(
 ) -> list[dict]:
     "`paired_differences` of two groups of runs."
     pairs = _pairs(a, b)
-    for run in dict.fromkeys(r.name for pair in pairs for r in pair):
-        one = next(r for pair in pairs for r in pair if r.name == run)
-        if one.predictions is None:
-            raise ConfigError(f"{run} has no predictions that can be read.")
+    for run in {r.name: r for pair in pairs for r in pair}.values():
+        if run.unsound:
+            raise ConfigError(f"the predictions of {run.name} are not sound. {run.unsound}")
+        if run.predictions is None:
+            raise ConfigError(f"{run.name} has no predictions that can be read.")
     classes = [list(r.record["classes"]) for pair in pairs for r in pair]
     if any(c != classes[0] for c in classes):
         raise ConfigError("the runs tell different classes apart.")
@@ -741,7 +747,7 @@ def _paired_block(i, a, b, rows, mine, split, repeats, synthetic) -> dict:
             make_cell(r["label"], num=False),
             *(make_cell(number(r[s]), "" if r[s] is None else r[s]) for s in "ab"),
             signed_cell(r),
-            make_cell(count(r["n"]), r["n"], f"{r['lesions']:,} lesions"),
+            make_cell(count(r["n"]), r["n"], plural(r['lesions'], "lesion")),
         ]
         for r in rows
     ]
@@ -771,7 +777,7 @@ def compared_pairs(
     runs: Sequence[RunResult],  # done
 ) -> list[dict]:
     "`compare_all` of the recipes that do not leak, best first; empty where there is no pair."
-    sound = [r for r in runs if not r.leaks and r.predictions is not None]
+    sound = [r for r in runs if not r.leaks and not r.unsound and r.predictions is not None]
     groups = {name: g for name, g in grouped(sound).items() if g}
     if len(groups) < 2:
         return []
@@ -786,8 +792,19 @@ def compared_pairs(
             one.metrics.get("resamples", 1000),
             one.metrics.get("level", 0.95),
         )
-    except ConfigError:
+    except ConfigError:  # of a record whose positive class is none of its classes
         return []
+
+
+def not_compared(
+    runs: Sequence[RunResult],  # done
+) -> list[str]:
+    "Runs that no pair has, though they do not leak, and why."
+    return [
+        f"{r.name} is not compared: {r.no_predictions[0].lower()}{r.no_predictions[1:]}"
+        for r in runs
+        if r.unsound and not r.leaks
+    ]
 
 
 def ranks_of(pairs: Sequence[Mapping]) -> dict[str, tuple[int, int]]:
@@ -797,11 +814,16 @@ def ranks_of(pairs: Sequence[Mapping]) -> dict[str, tuple[int, int]]:
     return rank_ranges(known, names)
 
 
-def pairs_block(pairs: Sequence[Mapping], level: float, synthetic: bool) -> dict | None:
-    "Every pair of recipes; None where nothing could be compared."
+def pairs_block(
+    pairs: Sequence[Mapping],
+    level: float,
+    synthetic: bool,
+    left_out: Sequence[str] = (),  # of `not_compared`
+) -> dict | None:
+    "Every pair of recipes; None where nothing could be compared and nothing was left out."
     known = [p for p in pairs if p["value"] is not None]
     if not known:
-        return None
+        return {"left_out": left_out, "table": None} if left_out else None
     names = list(dict.fromkeys(n for p in pairs for n in (p["a"], p["b"])))
     rows = []
     for p in pairs:
@@ -816,7 +838,7 @@ def pairs_block(pairs: Sequence[Mapping], level: float, synthetic: bool) -> dict
                 p_cell(table["p_holm"]) | {"sub": told[0]},
                 signed_cell(area),
                 p_cell(area["p_holm"]),
-                make_cell(count(p["n"]), p["n"], f"{p['lesions']:,} lesions"),
+                make_cell(count(p["n"]), p["n"], plural(p['lesions'], "lesion")),
             ]
         )
     columns = [
@@ -834,7 +856,7 @@ def pairs_block(pairs: Sequence[Mapping], level: float, synthetic: bool) -> dict
     ]
     table = make_table(
         f"Differences on the same images with {level:.0%} intervals; p-values adjusted by Holm's "
-        f"rule for {len(known)} pairs.",
+        f"rule for {plural(len(known), 'pair')}.",
         columns,
         rows,
         narrow=True,
@@ -849,7 +871,7 @@ def pairs_block(pairs: Sequence[Mapping], level: float, synthetic: bool) -> dict
         + ("differs" if sure else "is not shown to differ")
         + f" by more than chance explains (p at most {SIGNIFICANT:g})."
     )
-    block = {"sentence": sentence, "table": table, "plot": None}
+    block = {"sentence": sentence, "table": table, "plot": None, "left_out": left_out}
     if len(names) > 2:
         figure = pairs_figure(pairs, names, SIGNIFICANT, note=source_note(synthetic))
         block["plot"] = make_plot(figure, "pairs-plot", sentence, table)
@@ -953,7 +975,7 @@ def _leak_row(run: RunResult) -> list[dict]:
         run_cell(run),
         make_cell(f"by {kind}" if kind in ("lesion", "image") else kind, num=False),
         *(estimate_cell(run.score(m)) for m in ("accuracy", "balanced_accuracy")),
-        make_cell(count(run.test["n"]), run.test["n"], f"{run.test['lesions']:,} lesions"),
+        make_cell(count(run.test["n"]), run.test["n"], plural(run.test['lesions'], "lesion")),
         make_cell(count(leaking), leaking or 0),
     ]
 
@@ -966,16 +988,29 @@ def _part_row(run: RunResult, part: Mapping, what: str) -> list[dict]:
         make_cell(what, num=False, sub=sub, wrap=bool(sub)),
         estimate_cell(part["accuracy"]),
         balanced,
-        make_cell(count(part["n"]), part["n"], f"{part['lesions']:,} lesions"),
+        make_cell(count(part["n"]), part["n"], plural(part['lesions'], "lesion")),
     ]
+
+
+def _how_split(run: RunResult) -> str:
+    config = run.get("config", default={})
+    by = {
+        "lesion": "split by lesion",
+        "image": "split by image",
+        "official": "split as its publishers did",
+        "kfold": f"split in folds by lesion (fold {config.get('fold')})",
+    }.get(config.get("split"), "in a split that is not recorded")
+    leaks = run.leaks and config.get("split") != "image"
+    return f"{by}, with a leak" if leaks else by
 
 
 def _gain_sentence(clean: RunResult, run: RunResult) -> str:
     a, b = run.score("accuracy"), clean.score("accuracy")
     gain = a["value"] - b["value"]
+    how, other = (_how_split(r) for r in (run, clean))
     start = (
-        f"Split by image, {run.name} has an accuracy of {a['value']:.3f}; the same recipe split "
-        f"by lesion, {clean.name}, has {b['value']:.3f}: "
+        f"{how[0].upper()}{how[1:]}, {run.name} has an accuracy of {a['value']:.3f}; the same recipe "
+        f"{other}, {clean.name}, has {b['value']:.3f}: "
     )
     if gain <= 0:
         return start + "here the leak does not show in the accuracy."
@@ -1032,7 +1067,7 @@ def repeats_block(runs: Sequence[RunResult], synthetic: bool) -> dict | None:
                     run_cell(r),
                     make_cell(r.repeat or EN_DASH, num=False),
                     estimate_cell(r.score()),
-                    make_cell(count(r.test["n"]), r.test["n"], f"{r.test['lesions']:,} lesions"),
+                    make_cell(count(r.test["n"]), r.test["n"], plural(r.test['lesions'], "lesion")),
                 ]
             )
     figure = repeats_figure(
@@ -1041,7 +1076,7 @@ def repeats_block(runs: Sequence[RunResult], synthetic: bool) -> dict | None:
             for n, g in groups.items()
         },
         "balanced_accuracy",
-        "test",
+        measured_on(done),
         source_note(synthetic),
     )
     columns = [(METRICS[m].title, True, METRICS[m].definition) for m in LEADERBOARD]
@@ -1112,7 +1147,7 @@ def binary_block(done: Sequence[RunResult]) -> dict | None:
                 [run_cell(run)]
                 + [estimate_cell(binary["metrics"][m]) for m in BINARY_METRICS]
                 + [make_cell(number(at), "" if at is None else at)]
-                + [make_cell(count(scored["n"]), scored["n"], f"{scored['lesions']:,} lesions")]
+                + [make_cell(count(scored["n"]), scored["n"], plural(scored['lesions'], "lesion"))]
             )
         if rows:
             found = {r.splits[split]["binary"]["positive"] for r in here}
@@ -1177,7 +1212,7 @@ def ensemble_table(
         return None
     columns = [("Ensemble", False), ("Member", False), ("Weight", True)]
     columns += [("Balanced accuracy of the member", True), ("of the ensemble", True)]
-    return make_table("Members of each ensemble, test split.", columns, rows)
+    return make_table(f"Members of each ensemble, {measured_on(done)} split.", columns, rows)
 
 # %% ../nbs/24_sections.ipynb #3e0e4da0
 def cost_table(done: Sequence[RunResult]) -> dict:
@@ -1256,7 +1291,7 @@ def cost_plots(done: Sequence[RunResult], synthetic: bool) -> list[dict]:
         }
         for r in done
     }
-    plots = []
+    plots, where = [], measured_on(done)
     for key in ("parameters", "flops", "train_s", "joules"):
         known = {name: p for name, p in points.items() if p[key]}
         if not known:
@@ -1265,14 +1300,14 @@ def cost_plots(done: Sequence[RunResult], synthetic: bool) -> list[dict]:
         alt = ", ".join(
             f"{n}: {number(p['value'])} at {say(p[key])}" for n, p in known.items()
         )
-        figure = cost_figure(points, key, note=source_note(synthetic))
+        figure = cost_figure(points, key, split=where, note=source_note(synthetic))
         rows = [
             [make_cell(n, num=False), make_cell(say(p[key]), p[key]), estimate_cell(p)]
             for n, p in known.items()
         ]
         name = COSTS[key][0]
         table = make_table(
-            f"{name} and balanced accuracy, test split.",
+            f"{name} and balanced accuracy, {where} split.",
             [("Run", False), (name, True), ("Balanced accuracy", True)],
             rows,
         )
@@ -1305,7 +1340,7 @@ def _data_block(runs: Sequence[RunResult]) -> dict:
         facts.append(
             (
                 "Size",
-                f"{dataset['images']:,} images of {dataset.get('lesions', 0):,} lesions",
+                f"{plural(dataset['images'], 'image')} of {plural(dataset.get('lesions', 0), 'lesion')}",
             )
         )
     config = run.get("config", default={})
@@ -1347,13 +1382,13 @@ def _data_block(runs: Sequence[RunResult]) -> dict:
                 images, lesions[split, name] = images["images"], images["lesions"]
             total[split] += images
             known = lesions.get((split, name))
-            sub = f"{known:,} lesions" if images and known is not None else ""
+            sub = plural(known, "lesion") if images and known is not None else ""
             row.append(make_cell(count(images) if images else "absent", images, sub))
         rows.append(row)
     foot = [make_cell("All", num=False)]
     for split in splits:
         size = run.get("split", split, "lesions")
-        foot.append(make_cell(count(total[split]), sub=f"{size:,} lesions" if size else ""))
+        foot.append(make_cell(count(total[split]), sub=plural(size, "lesion") if size else ""))
     columns = [("Class", False), *((SPLIT_TITLES[s], True) for s in splits)]
     table = make_table("Images and lesions by class and split.", columns, rows, foot=foot)
     note = (

@@ -21,6 +21,7 @@ from dermnb.figures import (
     STAGE_TITLES,
     VIEWS,
     mean_map_figure,
+    plural,
     reliability_figure,
     removal_figure,
     risk_coverage_figure,
@@ -43,6 +44,7 @@ from dermnb.results import (
     RunResult,
     count,
     listing,
+    measured_on,
     number,
     ranked,
     spelled,
@@ -91,7 +93,7 @@ def certainty_sentences(run: RunResult, found: Certainty) -> list[str]:
     lines = [_temperature_sentence(decision)]
     if not decision.n:
         return lines
-    loss, n = said["log_loss"], f"{said['n']:,} {split} images"
+    loss, n = said["log_loss"], plural(said["n"], f"{split} image")
     change = loss["difference"]
     clear = change["low"] is not None and (change["high"] < 0 or change["low"] > 0)
     verdict = "lowers" if (change["value"] or 0) < 0 else "raises"
@@ -152,7 +154,7 @@ def certainty_block(run: RunResult) -> dict:
     "The section of a run's page."
     found = run.certainty
     if found is None:
-        return {"sentences": ["There is no predictions table to compute this from."]}
+        return {"sentences": [run.no_predictions]}
     splits = [(s, found.summary["splits"][s]) for s in ("test", "val") if s in found.curves]
     level = found.summary["level"]
     quantities = [
@@ -175,7 +177,7 @@ def certainty_block(run: RunResult) -> dict:
         for title, pick, sub in quantities
     ]
     columns = [
-        (f"{SPLIT_TITLES[s]} (n = {m['n']:,} images, {m['lesions']:,} lesions)", True)
+        (f"{SPLIT_TITLES[s]} (n = {plural(m['n'], 'image')}, {plural(m['lesions'], 'lesion')})", True)
         for s, m in splits
     ]
     split, said = splits[0]
@@ -213,7 +215,7 @@ def certainty_block(run: RunResult) -> dict:
         note="; ".join(
             p
             for p in (
-                ", ".join(f"n = {m['n']:,} {SPLIT_TITLES[s].lower()} images" for s, m in splits),
+                ", ".join(f"n = {plural(m['n'], f'{SPLIT_TITLES[s].lower()} image')}" for s, m in splits),
                 source_note(run.synthetic),
             )
             if p
@@ -255,8 +257,8 @@ def _reliability_plot(run: RunResult, said: Mapping, split: str, level: float) -
     error = said["calibration_error"]
     chance = error["by_chance"]
     alt = "; ".join(
-        f"{title}: calibration error {number(error[s]['value'])}, of which about "
-        f"{number(chance[s])} would be there by chance"
+        f"{title}: calibration error {number(error[s]['value'])}; exact probabilities "
+        f"would show about {number(chance[s])}"
         for s, title in STAGE_TITLES.items()
     )
     cells = [
@@ -292,8 +294,11 @@ def _risk_alt(name: str, said: Mapping) -> str:
 def certainty_overview(done: Sequence[RunResult], synthetic: bool) -> dict:
     "The section of a suite's page."
     known = {r.name: r.certainty for r in done if r.certainty is not None}
-    lost = [r.name for r in done if r.name not in known]
+    lost = [r.name for r in done if r.name not in known and not r.unsound]
     notes = [f"No predictions that can be read: {listing(lost)}."] if lost else []
+    unsound = [r.name for r in done if r.unsound]
+    if unsound:
+        notes.append(f"Predictions that are not sound: {listing(unsound)}.")
     fitted = {name: c.decision for name, c in known.items() if c.decision.n}
     if len(fitted) == 1:
         notes.insert(0, _temperature_sentence(next(iter(fitted.values()))))
@@ -319,7 +324,7 @@ def certainty_overview(done: Sequence[RunResult], synthetic: bool) -> dict:
     for run in shown:
         decision, said = known[run.name].decision, known[run.name].summary["splits"][run.split]
         cut, k = said["abstain"], len(run.record["classes"])
-        size = make_cell(count(said["n"]), said["n"], f"{said['lesions']:,} lesions")
+        size = make_cell(count(said["n"]), said["n"], plural(said['lesions'], "lesion"))
         fit = f"{decision.n:,} validation" if decision.n else "not fitted"
         sets = estimate_cell(said["set_size"])
         sets["sub"] = f"{sets['sub']} of {k}".strip()
@@ -361,7 +366,7 @@ def certainty_overview(done: Sequence[RunResult], synthetic: bool) -> dict:
     for run in shown:
         for row in known[run.name].summary["splits"][run.split]["per_class"]:
             sizes[row["class"]].add(row["n"])
-    level = shown[0].metrics.get("level", 0.95)
+    level, where = shown[0].metrics.get("level", 0.95), measured_on(shown)
     figure = risk_coverage_figure(
         {
             shown_name(r): known[r.name].curves[r.split] if r.name in known else pd.DataFrame()
@@ -372,6 +377,7 @@ def certainty_overview(done: Sequence[RunResult], synthetic: bool) -> dict:
             for r in shown
             if known[r.name].decision.n
         },
+        where,
         n=shown[0].test["n"] if len({r.test["n"] for r in shown}) == 1 else None,
         note=source_note(synthetic),
     )
@@ -380,7 +386,7 @@ def certainty_overview(done: Sequence[RunResult], synthetic: bool) -> dict:
     )
     share = [(_share_title(s), True) for s in COVERAGES]
     table = make_table(
-        f"Error rate by the share of images answered, test split, with {level:.0%} intervals.",
+        f"Error rate by the share of images answered, {where} split, with {level:.0%} intervals.",
         [("Run", False), *share],
         risk,
     )
@@ -403,14 +409,14 @@ def certainty_overview(done: Sequence[RunResult], synthetic: bool) -> dict:
     return {
         "sentences": notes,
         "table": make_table(
-            f"Calibration and sets, test split, with {level:.0%} intervals.",
+            f"Calibration and sets, {where} split, with {level:.0%} intervals.",
             columns,
             rows,
             narrow=True,
         ),
         "abstain": make_table(
-            f"Abstaining below a confidence that 80% of validation images reach; test split, with "
-            f"{level:.0%} intervals.",
+            f"Abstaining below a confidence that 80% of validation images reach; {where} split, "
+            f"with {level:.0%} intervals.",
             [
                 ("Run", False),
                 ("Least confidence", True, "calibrated probability of the predicted class"),
@@ -424,7 +430,7 @@ def certainty_overview(done: Sequence[RunResult], synthetic: bool) -> dict:
             narrow=True,
         ),
         "classes": make_table(
-            "Coverage of the 90% sets by true class, test split.",
+            f"Coverage of the 90% sets by true class, {where} split.",
             [("Run", False), *((f"{c} (n = {n_of(c)})", True) for c in classes)],
             by_class,
         ),
@@ -532,7 +538,7 @@ def _looks_limits(e: Mapping) -> str:
     lines = [
         "A plausible map is no proof that the network uses the lesion as a dermatologist would, "
         "and maps of wrong answers look as plausible.",
-        f"All figures are of {e['n']:,} images of {e['lesions']:,} lesions"
+        f"All figures are of {plural(e['n'], 'image')} of {plural(e['lesions'], 'lesion')}"
         + (", which is few." if e["lesions"] < 100 else "."),
     ]
     if "shortcuts" in e or "inside" in e:
@@ -837,7 +843,7 @@ def looks_overview(done: Sequence[RunResult], synthetic: bool) -> dict:
         inside = estimate_cell(part("inside", "share"))
         area = part("inside", "area")["value"]
         inside["sub"] = f"{inside['sub']} of {number(area)}" if area is not None else ""
-        size = make_cell(count(e["n"]), e["n"], f"{e['lesions']:,} lesions")
+        size = make_cell(count(e["n"]), e["n"], plural(e['lesions'], "lesion"))
         rows.append(
             [run_cell(run)]
             + [resemblance(w) for w in ("head", "all")]

@@ -291,7 +291,7 @@ def test_odd_suites(tmp_path):
         tmp_path / "a" / "suite.json", {"title": "A", "question": "?", "runs": [state]}
     )
     page = Page(build_report(tmp_path / "a"))
-    assert "None of the 1 runs has results yet" in page.prose
+    assert "The one run has no results yet" in page.prose
     assert "Confusion" not in page.prose
     # One run, without suite.json, history, notebook and test split.
     table = make_predictions(list(ISIC8), 80)

@@ -362,6 +362,36 @@ def test_the_checklist_says_what_was_done_and_what_was_not():
     assert combined["Models combined"] == ("reported", "Combined: a and b by rank.")
 
 
+def test_the_checklist_counts_a_suite_once():
+    asked, gaps = "At which level these are disjoint", "What was done about missing values"
+
+    def audited(n, **more):
+        return record(audit={"method": "network", "leaks": {"same lesion": n}, "note": ""} | more)
+
+    status, said = answers([audited(16)] * 5)[asked]
+    assert status == "reported" and "left across splits: 16." in said
+    assert "left across splits: up to 16." in answers([audited(16), audited(0)])[asked][1]
+    status, said = answers([audited(16), record()])[asked]
+    assert status == "partly" and "in 1 of 2 runs" in said
+    status, said = answers([audited(0, note="no second pass", refused_across=3)])[asked]
+    assert status == "partly" and "But no second pass." in said and "and 3 that look" in said
+
+    def left_out(n):
+        return record(dataset={"images": 900, "problems": {"absent": n} if n else {}})
+
+    both = answers([left_out(15316), left_out(2)])
+    assert "up to 15,316 (absent)" in both[gaps][1]
+    assert "up to 15,316 (absent)" in next(a for _, a in both.values() if "were used" in a)
+    assert "No image of the dataset is missing." in answers([left_out(0)])[gaps][1]
+    assert answers([record()])[gaps][0] == "partly", "there is no record of it"
+    given = [
+        record(config={"metadata": "concat"}, metadata={"missing": {"age": n}}) for n in (57, 3)
+    ]
+    assert "age of up to 57 images" in answers(given)[gaps][1]
+    chosen = next(a for a in answers([record()]).values() if "The weights are" in a[1])
+    assert chosen[0] == "partly" and "is not recorded" in chosen[1]
+
+
 def test_the_checklist_bears_records_of_any_kind():
     empty = checklist([])
     assert {r["status"] for r in empty} <= {*STATUSES}
