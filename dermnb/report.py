@@ -147,7 +147,7 @@ def summary_sentences(
         sentence = f"One run, measured on {size_text(best.test)}"
     if unsound:
         names = listing([r.name for r in unsound])
-        sentence += f"; the predictions of {names} are not sound, so figures of it cannot be checked"
+        sentence += f"; the predictions of {names} are not sound, so these figures cannot be checked"
         if not any(r.unsound for r in among):
             sentence += " and are left out of what follows"
     sentences = [f"{sentence}."]
@@ -671,7 +671,7 @@ def _results(suite: Mapping, done: Sequence[RunResult], synthetic: bool) -> dict
     figure = leaderboard_figure(
         {shown_name(r): r.splits for r in done},
         order=order,
-        chance=chances.pop() if len(chances) == 1 else None,
+        chance=chances.pop() if len(chances) == 1 and chances != {1} else None,
         level=done[0].metrics.get("level", 0.95),
         note=source_note(synthetic),
     )

@@ -1045,7 +1045,7 @@ def _effect_sentence(run: RunResult, effect: Mapping, twin: RunResult | None) ->
 # %% ../nbs/24_sections.ipynb #37f8064e
 def repeats_block(runs: Sequence[RunResult], synthetic: bool) -> dict | None:
     "Mean and spread of repeated runs; None where nothing was repeated."
-    done = [r for r in runs if r.status == "done"]
+    done = [r for r in runs if r.status == "done" and not r.unsound]
     groups = {n: g for n, g in grouped(done).items() if len(g) > 1}
     if not groups:
         return None
@@ -1128,9 +1128,9 @@ def _repeat_notes(runs: Sequence[RunResult], groups: Mapping) -> list[str]:
         notes.append(f"The test images of {listing(other)} differ between repeats and overlap.")
     if min(map(len, groups.values())) < 5:
         notes.append("A standard deviation of fewer than five values is itself only rough.")
-    lost = [r.name for r in runs if r.status != "done" and r.group in groups]
+    lost = [r.name for r in runs if (r.status != "done" or r.unsound) and r.group in groups]
     if lost:
-        notes.append(f"Without results, and so not in the means: {listing(lost)}.")
+        notes.append(f"Without results that can be checked, and so not in the means: {listing(lost)}.")
     return notes
 
 
