@@ -691,7 +691,9 @@ class _Answers:
         "Images of the dataset that were not used, by kind; None where that was not recorded."
         if not any(isinstance(_at(r, ("dataset", "problems")), Mapping) for r in self.records):
             return None
-        return _listed([f"{n} ({kind})" for kind, n in self._counts("dataset", "problems").items()])
+        named = {"left out": "of other diagnoses"}  # those that a taxonomy leaves out
+        counts = self._counts("dataset", "problems").items()
+        return _listed([f"{n} ({named.get(kind, kind)})" for kind, n in counts])
 
     def _say(self, *keys: str, most: int = 6) -> str:
         return _listed(self._each(*keys), most) if self._each(*keys) else ""
