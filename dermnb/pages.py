@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEAK_MARK', 'LEAK_TITLE', 'TAGS', 'PICTURE_LEFT_OUT', 'MANY_CELLS', 'PLOTLY_JS', 'make_cell', 'leak_text',
            'leak_head', 'found_words', 'found_text', 'notices', 'run_cell', 'shown_name', 'estimate_cell',
-           'signed_cell', 'p_cell', 'make_table', 'make_plot', 'script_json', 'source_note', 'clean_html', 'warm_up',
+           'signed_cell', 'p_cell', 'make_table', 'make_plot', 'script_json', 'source_note', 'clean_html',
            'notebook_html', 'template_folder', 'row_html', 'render_page', 'write_page', 'write_plotly_js',
            'build_notebook_page']
 
@@ -15,7 +15,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -289,21 +289,31 @@ def _stream_text(text: str, most: int = 200) -> str:
 
 @cache
 def _exporter(pictures: bool):
-    from nbconvert.exporters import HTMLExporter
+    from nbconvert.exporters import HTMLExporter, TemplateExporter
+    from nbconvert.filters import Highlight2HTML
+
+    class Fragment(HTMLExporter):
+        def from_notebook_node(self, nb, resources=None, **kw):
+            # HTMLExporter's own parses the result anew, to add what this template has.
+            return TemplateExporter.from_notebook_node(self, nb, resources, **kw)
 
     blank = dict.fromkeys(
         ("mathjax_url", "require_js_url", "jquery_url", "mermaid_js_url"), ""
     )
-    exporter = HTMLExporter(
+    exporter = Fragment(
         template_file=str(template_folder() / "notebook.html.j2"),
         exclude_anchor_links=True,
         **blank,
     )
-    exporter.register_filter("clean", lambda text: clean_html(text, pictures))
+    # The runs of a suite have most of their code and prose in common.
+    highlight = Highlight2HTML(pygments_lexer="ipython3", parent=exporter)
+    exporter.register_filter("highlight_code", lru_cache(256)(highlight))
+    clean = lru_cache(256)(lambda text: clean_html(text, pictures))
+    exporter.register_filter("clean", clean)
     return exporter
 
 
-def warm_up() -> None:
+def _load_readers() -> None:
     "Load what reads notebooks, which takes seconds; most rebuilds touch no notebook."
     # jsonschema would compile 38 grammars of addresses, which notebooks do not have.
     absent = "rfc3987_syntax" not in sys.modules
@@ -322,7 +332,7 @@ def notebook_html(
     pictures: bool = False,  # keep the pictures in its outputs
 ) -> str:
     "The notebook as a fragment of HTML with its code folded."
-    warm_up()
+    _load_readers()
     import nbformat
 
     notebook = nbformat.read(path, as_version=4)

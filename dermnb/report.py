@@ -8,12 +8,7 @@ __all__ = ['RUN_SECTIONS', 'RUN_INPUTS', 'CODE', 'TIMES', 'SUITE_SECTIONS', 'ALW
 
 # %% ../nbs/27_report.ipynb #5e4520a1
 import hashlib
-import os
-import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from itertools import repeat
-from multiprocessing import get_context
 from pathlib import Path
 from urllib.parse import quote
 
@@ -41,7 +36,6 @@ from dermnb.pages import (
     shown_name,
     source_note,
     template_folder,
-    warm_up,
     write_page,
     write_plotly_js,
 )
@@ -732,29 +726,6 @@ def _best_group(done: Sequence[RunResult]) -> list[RunResult]:
     return next(iter(grouped(judged(done)).values()))
 
 
-def _build_and_measure(folder: Path, photographs: bool) -> dict:
-    "A run's page if it has changed, and what the page of its suite asks of it too."
-    run = load_run(folder)
-    _build_run_page(folder, lambda: run, False, photographs)
-    return {name: getattr(run, name) for name in ("certainty", "subgroups")}
-
-
-def _build_run_pages(done: Sequence[RunResult], photographs: bool) -> None:
-    "The pages of runs, by several processes where it is safe to split this one."
-    workers = min(os.cpu_count() or 1, len(done))
-    frameworks = {"tensorflow", "jax", "torch"} & set(sys.modules)
-    if workers < 2 or frameworks or not sys.platform.startswith("linux"):
-        for run in done:
-            _build_run_page(run.folder, lambda run=run: run, False, photographs)
-        return
-    if not all(_up_to_date(run.folder, photographs) for run in done):
-        warm_up()  # once, not in every process
-    with ProcessPoolExecutor(workers, get_context("fork")) as pool:
-        folders = [run.folder for run in done]
-        for run, known in zip(done, pool.map(_build_and_measure, folders, repeat(photographs))):
-            vars(run).update(known)
-
-
 def build_report(
     suite_dir: str | Path,  # reports/<suite>
     single_file: bool = False,
@@ -779,5 +750,6 @@ def build_report(
             check_licence(run)
     if not single_file:
         write_plotly_js(folder)
-        _build_run_pages(done, photographs)
+        for run in done:
+            _build_run_page(run.folder, lambda run=run: run, False, photographs)
     return _build_suite_page(folder, suite, runs, single_file)

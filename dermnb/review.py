@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files as package_files
 from statistics import NormalDist
 
@@ -998,6 +999,14 @@ class _Answers:
         return ("reported" if clean else "partly"), f"{text[0].upper()}{text[1:]}."
 
 
+@cache
+def _asked() -> list[dict]:
+    import yaml
+
+    text = (package_files("dermnb") / "checklists" / "reporting.yaml").read_text("utf-8")
+    return yaml.safe_load(text)
+
+
 def checklist(
     records: Sequence[Mapping],  # run.json of one run, or of all runs of a page
     metrics: Sequence[Mapping] = (),  # their metrics.json, the best first
@@ -1011,12 +1020,9 @@ def checklist(
     asked, answer and status, one of `STATUSES`. Texts of records are passed on as they are: a page
     has to escape them. What a record lacks is not known, and no error.
     """
-    import yaml
-
-    text = (package_files("dermnb") / "checklists" / "reporting.yaml").read_text("utf-8")
     answers = _Answers(records, metrics, suite, found, explained)
     rows = []
-    for group in yaml.safe_load(text):
+    for group in _asked():
         for item in group["items"]:
             named = {g: item.get(k) for g, k in zip(GUIDELINES, ("claim", "tripod"), strict=True)}
             named = {g: number for g, number in named.items() if number}

@@ -23,14 +23,14 @@ DERMNB = Path(sys.executable).parent / "dermnb"
 def run_smoke(suite, reports, data_dir, *more) -> tuple[dict, dict[str, dict], str]:
     "suite.json, run.json of every run, and the report's text."
     file = suite if isinstance(suite, Path) else Path(f"nbs/suites/{suite}.yaml")
-    done = subprocess.run(
-        [str(DERMNB), "run", str(file), "--profile", "smoke", "--workers", "2"]
-        + ["--reports", str(reports), "--data-dir", str(data_dir), *more],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [str(DERMNB), "run", str(file), "--profile", "smoke", "--workers", "2"]
+    command += ["--reports", str(reports), "--data-dir", str(data_dir), *more]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=540
+        )
+    except subprocess.TimeoutExpired as late:
+        pytest.fail(f"still running after {late.timeout} s: {late.stdout}\n{late.stderr}")
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     folder = Path(reports) / f"{file.stem}-smoke"
     record = read_json(folder / "suite.json")

@@ -342,3 +342,30 @@ def test_metrics_of_an_older_run_are_computed_anew(tmp_path):
     (run / "predictions.parquet").unlink()
     with pytest.raises(ConfigError, match="older dermnb"):
         load_run(run)
+
+
+def test_what_takes_long_is_kept_until_its_tables_change(tmp_path, monkeypatch):
+    from dermnb import results
+
+    run = make_run(tmp_path / "s" / "a", 1.5, facts=True, **QUICK)
+    first = load_run(run)
+    said, decision = first.subgroups, first.certainty.decision
+    assert {"sex", "age"} < {row["kind"] for row in said["rows"]} and decision.n
+    with monkeypatch.context() as m:  # read back, not computed
+        m.setattr(results, "subgroups", None)
+        m.setattr(results, "calibration_summary", None)
+        again = load_run(run)
+        assert again.subgroups == said and again.certainty.decision == decision
+        assert again.certainty.summary == first.certainty.summary
+
+    kept = run / results.MEASURED
+    for broken in (kept.read_text()[:200], "[]", "{}"):
+        kept.write_text(broken)
+        assert load_run(run).subgroups == said
+
+    table = pd.read_parquet(run / "split.parquet")
+    table.drop(columns=[c for c in table if c in ("sex", "age", "site")]).to_parquet(
+        run / "split.parquet"
+    )
+    kinds = {row["kind"] for row in load_run(run).subgroups["rows"]}
+    assert kinds < {row["kind"] for row in said["rows"]}
