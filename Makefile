@@ -20,7 +20,7 @@ report: install  ## run the demo suite and print the path of its report
 test: install  ## notebooks clean, export in step, every notebook and test passes
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/in_step.py
 	$(BIN)/nbdev_test --n_workers 2 --do_print --timing
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 15
 
 bench: install  ## what answers and the leak audit cost on this machine: reports/benchmarks
 	mkdir -p reports/benchmarks
