@@ -472,11 +472,18 @@ def build_notebook_page(
     "An executed notebook as a page of its own, with its code folded."
     notebook = Path(notebook)
     page = Path(page) if str(page) else notebook.with_suffix(".html")
+    # Here no other heading is above the notebook's own.
+    text = re.sub(r"(</?h)([3-6])", lambda m: m[1] + str(int(m[2]) - 2), notebook_html(notebook))
+    title = re.search(r"(?s)<h1>(.*?)</h1>", text)
+    charts = "data-figure=" in text
+    if charts:
+        write_plotly_js(page.parent)
     text = render_page(
         "page.html.j2",
         [],
-        title=notebook.stem,
-        notebook=Markup(notebook_html(notebook)),
+        title=Markup(title[1]).striptags() if title else notebook.stem,
+        notebook=Markup(text),
         code_css=True,
+        plotly_src=PLOTLY_JS if charts else "",
     )
     return write_page(page, text)

@@ -7,6 +7,7 @@ import pytest
 from fabricate import make_explanation, make_run
 
 from dermnb.core import write_json
+from dermnb.pages import build_notebook_page
 from dermnb.report import build_report
 
 api = pytest.importorskip("playwright.sync_api")
@@ -115,6 +116,19 @@ def test_hostile_names_neither_run_nor_widen_the_page(tmp_path, visit):
     # In charts too, where plotly would read tags.
     assert page.locator("svg b, svg i, svg script").count() == 0
     assert page.locator("svg text", has_text="</script><b>").count() > 0
+
+
+def test_a_notebook_by_itself_has_the_width_of_the_page(tmp_path, visit):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    run = make_run(tmp_path / "s" / "a", lesions=80, resamples=20)
+    page = visit(build_notebook_page(run / "notebook.ipynb"), DESK)
+    assert page.locator("main").bounding_box()["width"] > 1000
+    assert page.locator("h1").count() == 1
+    assert page.locator("[data-drawn]").count() == page.locator("[data-figure]").count()
+    found = axe.run(page).response["violations"]
+    assert not [v["id"] for v in found if v["impact"] in ("serious", "critical")]
+    page.set_viewport_size(PHONE)
+    page.wait_for_function("document.documentElement.scrollWidth === 400", timeout=20_000)
 
 
 def test_tables_are_sorted_by_keyboard(page):
