@@ -208,7 +208,7 @@ class RunResult:
         with suppress(ConfigError):
             known["subgroups"] = self.part()
         with suppress(OSError):  # of a folder that cannot be written
-            write_json(kept, known)
+            write_json(kept, known, indent=None)
         return known
 
     def part(self) -> Mapping:

@@ -440,7 +440,7 @@ def worst_errors(
     table = table[table["split"] == split].reset_index(drop=True)
     p = table[probability_columns(classes)].to_numpy(dtype=float)
     y, called = pd.Index(classes).get_indexer(table["y_true"]), p.argmax(axis=1)
-    ids = table["image_id"].astype(str)
+    ids = table["image_id"].astype(str).to_numpy(object)
     wrong = np.flatnonzero(called != y)
     order = sorted(wrong, key=lambda i: (-p[i, called[i]], ids[i]))[: max(most, 0)]
     return [
@@ -556,7 +556,8 @@ def label_doubts(
     doubtful = np.flatnonzero(use & (suggested != y) & ~right)
     at = np.arange(len(y))
     margin = p[at, suggested] - p[at, y]
-    order = sorted(doubtful, key=lambda i: (-margin[i], table["image_id"][i]))
+    ids = table["image_id"].to_numpy(object)
+    order = sorted(doubtful, key=lambda i: (-margin[i], ids[i]))
     off = [(i, j) for i, j in np.argwhere(counted > 0) if i != j]
     off.sort(key=lambda ij: (-expected[tuple(ij)], tuple(ij)))
     wrong = float(sum(expected[ij] for ij in off))
