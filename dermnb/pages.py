@@ -314,7 +314,7 @@ def _exporter(pictures: bool):
 
 
 def _load_readers() -> None:
-    "Load what reads notebooks, which takes seconds; most rebuilds touch no notebook."
+    "Import nbformat and nbconvert, which takes a second; most rebuilds touch no notebook."
     # jsonschema would compile 38 grammars of addresses, which notebooks do not have.
     absent = "rfc3987_syntax" not in sys.modules
     if absent:
