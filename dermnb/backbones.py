@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'IMAGENET_MEAN', 'IMAGENET_STD', 'PREPROCESS', 'BackboneSpec', 'get_backbone', 'preprocess',
-           'build_backbone', 'weights_folder', 'find_weights']
+           'build_backbone', 'weights_folder', 'keras_folders', 'find_weights', 'weights_origin', 'fetch_weights',
+           'weights_address']
 
 # %% ../nbs/06_backbones.ipynb #fee14738
+import hashlib
 import math
 import os
 import re
 import shutil
-import socket
 import tempfile
-import warnings
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import ConfigError, unknown_name
+from .core import ConfigError, project_root, unknown_name
+from .datasets import ResumingDownloader
 
 # %% ../nbs/06_backbones.ipynb #0a9def13
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class BackboneSpec:
     features: int  # channels of the output
     parameters: int  # weights at native size, without classifier
     weights_url: str  # ImageNet weights without classifier; empty: there are none
+    weights_md5: str  # of that file, as Keras' source has it; empty: it has none
     citation: str  # the paper
 
     @property
@@ -95,6 +99,7 @@ def _efficientnet(
     depth: float,  # factor on the number of layers in each stage
     features: int,
     parameters: int,
+    md5: str,
 ) -> BackboneSpec:
     "The row of one EfficientNet; block names follow from its depth."
     blocks = ["stem_activation"]
@@ -114,6 +119,7 @@ def _efficientnet(
         features=features,
         parameters=parameters,
         weights_url=f"{_EFFICIENTNET_WEIGHTS}efficientnet{version}_notop.h5",
+        weights_md5=md5,
         citation="Tan and Le, ICML 2019",
     )
 
@@ -136,6 +142,7 @@ _ROWS = (
         features=64,
         parameters=19_392,
         weights_url="",
+        weights_md5="",
         citation="no paper; the size of a first tutorial network",
     ),
     BackboneSpec(
@@ -158,6 +165,7 @@ _ROWS = (
         features=4096,
         parameters=58_282_752,
         weights_url="",
+        weights_md5="",
         citation="Krizhevsky, Sutskever and Hinton, NeurIPS 2012",
     ),
     BackboneSpec(
@@ -182,6 +190,7 @@ _ROWS = (
         parameters=2_257_984,
         weights_url=f"{_KERAS_WEIGHTS}mobilenet_v2/"
         "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5",
+        weights_md5="",
         citation="Sandler et al., CVPR 2018",
     ),
     BackboneSpec(
@@ -200,6 +209,7 @@ _ROWS = (
         parameters=23_587_712,
         weights_url=f"{_KERAS_WEIGHTS}resnet/"
         "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5",
+        weights_md5="4d473c1dd8becc155b73f8504c6f6626",
         citation="He et al., CVPR 2016",
     ),
     BackboneSpec(
@@ -225,6 +235,7 @@ _ROWS = (
         parameters=7_037_504,
         weights_url=f"{_KERAS_WEIGHTS}densenet/"
         "densenet121_weights_tf_dim_ordering_tf_kernels_notop.h5",
+        weights_md5="30ee3e1110167f948a6b9946edeeb738",
         citation="Huang et al., CVPR 2017",
     ),
     BackboneSpec(
@@ -244,6 +255,7 @@ _ROWS = (
         parameters=21_802_784,
         weights_url=f"{_KERAS_WEIGHTS}inception_v3/"
         "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5",
+        weights_md5="bcbd6486424b2319ff4ef7d526e38f63",
         citation="Szegedy et al., CVPR 2016",
     ),
     BackboneSpec(
@@ -264,13 +276,14 @@ _ROWS = (
         parameters=20_861_480,
         weights_url=f"{_KERAS_WEIGHTS}xception/"
         "xception_weights_tf_dim_ordering_tf_kernels_notop.h5",
+        weights_md5="b0042744bf5b25fce3cb969f33bebb97",
         citation="Chollet, CVPR 2017",
     ),
-    _efficientnet("b0", 224, 1.0, 1280, 4_049_571),
-    _efficientnet("b1", 240, 1.1, 1280, 6_575_239),
-    _efficientnet("b4", 380, 1.8, 1792, 17_673_823),
-    _efficientnet("b5", 456, 2.2, 2048, 28_513_527),
-    _efficientnet("b7", 600, 3.1, 2560, 64_097_687),
+    _efficientnet("b0", 224, 1.0, 1280, 4_049_571, "50bc09e76180e00e4465e1a485ddc09d"),
+    _efficientnet("b1", 240, 1.1, 1280, 6_575_239, "74c4e6b3e1f6a1eea24c589628592432"),
+    _efficientnet("b4", 380, 1.8, 1792, 17_673_823, "ebc24e6d6c33eaebbd558eafbeedf1ba"),
+    _efficientnet("b5", 456, 2.2, 2048, 28_513_527, "38879255a25d3c92d5e44e04ae6cec6f"),
+    _efficientnet("b7", 600, 3.1, 2560, 64_097_687, "cbcfe4450ddf6f3ad90b1b398090fe4a"),
 )
 
 BACKBONES: dict[str, BackboneSpec] = {spec.name: spec for spec in _ROWS}
@@ -339,6 +352,8 @@ def build_backbone(
 
     spec = get_backbone(backbone)
     file = find_weights(spec, weights)
+    if file is None and weights == "imagenet":
+        (file,) = fetch_weights(spec)
     size = min(inputs.shape[1:3])
     if size < spec.min_size:
         raise ConfigError(
@@ -348,8 +363,6 @@ def build_backbone(
     x = preprocess(inputs, spec.preprocess)
     if not isinstance(spec.builder, str):
         trunk = keras.Model(inputs, spec.builder(x), name=spec.name)
-    elif weights == "imagenet" and file is None:
-        trunk = _download(spec, x)
     else:
         trunk = getattr(keras.applications, spec.builder)(
             include_top=False, weights=None, input_tensor=x
@@ -397,80 +410,187 @@ def _renumber(trunk) -> None:
 
 # %% ../nbs/06_backbones.ipynb #41ef9600
 def weights_folder() -> Path:
-    "Where ImageNet weights are kept: `$DERMNB_WEIGHTS`, or `data/weights`."
-    return Path(os.environ.get("DERMNB_WEIGHTS") or "data/weights")
+    "Where weights are put by hand: `$DERMNB_WEIGHTS`, or `data/weights` of the project."
+    own = os.environ.get("DERMNB_WEIGHTS")
+    return Path(own) if own else project_root() / "data" / "weights"
+
+
+def keras_folders() -> list[Path]:
+    "Where Keras keeps weights; what it fetches goes into the last of them."
+    home = Path(os.environ.get("KERAS_HOME") or os.path.expanduser("~/.keras"))
+    there = next(f for f in (home, *home.absolute().parents) if f.exists())
+    # Keras goes to the temporary folder where it may not write.
+    other = () if os.access(there, os.W_OK) else (Path(tempfile.gettempdir(), ".keras"),)
+    return [folder / "models" for folder in (home, *other)]
 
 
 def find_weights(
     backbone: str | BackboneSpec,  # a row, or the name of one
     weights: str,  # "imagenet", "none", or a file
 ) -> Path | None:
-    """The file to load, or None for no file here ("none", or Keras has to fetch it).
+    """The file to load; None for "none", and where ImageNet weights have to be fetched.
 
-    Loads no framework. Raises `ConfigError` when the file is not there, or when there
-    are no ImageNet weights of this network.
+    Loads no framework. Raises `ConfigError` when the file is not there or is no HDF5
+    file, or when there are no ImageNet weights of this network.
     """
     spec = get_backbone(backbone)
     if weights == "none":
         return None
-    if weights == "imagenet":
-        names = [f"{spec.name}.weights.h5"]
-        names += [spec.weights_file] if spec.weights_url else []
-        for name in names:
-            if (weights_folder() / name).is_file():
-                return weights_folder() / name
-        if not spec.weights_url:
+    if weights != "imagenet":
+        if not Path(weights).is_file():
             raise ConfigError(
-                f"no ImageNet weights are published for {spec.name}: "
-                "use weights 'none', or the path of a file."
+                f"weights {str(weights)!r} of {spec.name} is no file: "
+                "give 'imagenet', 'none', or the path of a .weights.h5 or .h5 file."
             )
-        return None
-    path = Path(weights)
-    if not path.is_file():
+        return _readable(Path(weights))
+    for name in filter(None, (f"{spec.name}.weights.h5", spec.weights_file)):
+        if (weights_folder() / name).is_file():
+            return _readable(weights_folder() / name)
+    if not spec.weights_url:
         raise ConfigError(
-            f"weights {str(weights)!r} of {spec.name} is no file: "
-            "give 'imagenet', 'none', or the path of a .weights.h5 or .h5 file."
+            f"no ImageNet weights are published for {spec.name}: "
+            "use weights 'none', or the path of a file."
+        )
+    # Keras writes a download under its final name: a part of one may lie there.
+    kept = [folder / spec.weights_file for folder in keras_folders()]
+    return next((file for file in kept if file.is_file() and _is_hdf5(file)), None)
+
+
+def _is_hdf5(path: Path) -> bool:
+    import h5py
+
+    try:
+        with h5py.File(path):
+            return True
+    except OSError:  # also where the end is missing
+        return False
+
+
+def _readable(path: Path) -> Path:
+    if not _is_hdf5(path):
+        raise ConfigError(
+            f"weights file {path} is not a readable HDF5 file: "
+            "give a .weights.h5 or .h5 file that Keras wrote."
         )
     return path
 
 
-def _download(spec: BackboneSpec, x):
-    "The network with ImageNet weights from Keras' cache or the network."
-    import keras
-
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # otherwise a silent firewall stops us for minutes
-    try:
-        with warnings.catch_warnings():
-            # MobileNetV2 warns that weights of 224 pixels serve the size in use.
-            warnings.filterwarnings("ignore", message="`input_shape` is undefined")
-            return getattr(keras.applications, spec.builder)(
-                include_top=False, weights="imagenet", input_tensor=x
-            )
-    except Exception as error:
-        reason = " ".join(str(error).split()).rsplit(" -- ", 1)[-1][:120]
-        raise ConfigError(
-            f"the ImageNet weights of {spec.name} could not be fetched ({reason}): "
-            f"download {spec.weights_url} and put {spec.weights_file} into "
-            f"{weights_folder().absolute()}."
-        ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
+def weights_origin(
+    backbone: str | BackboneSpec,  # a row, or the name of one
+    file: Path,  # of `find_weights` or `fetch_weights`
+) -> str:
+    "Where a file of weights is from, in words that name no folder of the machine."
+    spec = get_backbone(backbone)
+    origin = "the file given"
+    if file.parent == weights_folder():
+        origin = "DERMNB_WEIGHTS" if os.environ.get("DERMNB_WEIGHTS") else "data/weights"
+    elif file.parent in keras_folders():
+        origin = "Keras' cache"
+    if file.name == spec.weights_file and not _as_published(spec, file):
+        origin += ", other than published (by its checksum)"
+    return origin
 
 
+def _as_published(spec: BackboneSpec, file: Path) -> bool:
+    with file.open("rb") as f:
+        return spec.weights_md5 in ("", hashlib.file_digest(f, "md5").hexdigest())
+
+# %% ../nbs/06_backbones.ipynb #d9a4e6b1
+def fetch_weights(
+    *backbones: str | BackboneSpec,  # rows, or their names
+    instead: str = "use weights 'none'",  # what else can be done, for the error
+    say: Callable[[str], None] = lambda line: None,  # gets a line before a download
+    patience: float = 10.0,  # seconds of silence after which a server is given up
+) -> list[Path]:
+    """Files of ImageNet weights, one a network; fetched into Keras' cache if not here.
+
+    Loads no framework. Where one cannot be had, `ConfigError` names the address, the
+    file and the folder of each.
+    """
+    specs = [get_backbone(backbone) for backbone in backbones]
+    files = {spec.name: find_weights(spec, "imagenet") for spec in specs}
+    absent = [spec for spec in specs if files[spec.name] is None]
+    while absent:
+        try:
+            files[absent[0].name] = _download(absent[0], say, patience)
+        except (OSError, ValueError) as error:  # those of requests are OSErrors
+            wanted = [f"{weights_address(s)} as {s.weights_file}" for s in absent]
+            raise ConfigError(
+                f"the ImageNet weights of {' and '.join(s.name for s in absent)} are not here "
+                f"and cannot be fetched ({_short(error)}): download {' and '.join(wanted)} "
+                f"into {weights_folder().absolute()}, or {instead}."
+            ) from error
+        del absent[0]
+    return [files[spec.name] for spec in specs]
+
+
+def weights_address(
+    spec: BackboneSpec,
+) -> str:
+    "Where the ImageNet weights are fetched: `$DERMNB_WEIGHTS_URL`, a mirror, or Google's."
+    mirror = os.environ.get("DERMNB_WEIGHTS_URL")
+    return f"{mirror.rstrip('/')}/{spec.weights_file}" if mirror else spec.weights_url
+
+
+def _download(spec: BackboneSpec, say, patience: float) -> Path:
+    from filelock import FileLock
+
+    folder, url = keras_folders()[-1], weights_address(spec)
+    target, new, part = (
+        folder / name.format(spec.weights_file) for name in ("{}", ".{}.new", ".{}.part")
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f".{spec.weights_file}.lock"):
+        if file := find_weights(spec, "imagenet"):  # another process was faster
+            return file
+        say(f"fetching the ImageNet weights of {spec.title} from {url}")
+        _patiently(ResumingDownloader(part, attempts=1, timeout=patience), url, new)
+        if not (_is_hdf5(new) and _as_published(spec, new)):
+            new.unlink()
+            raise ValueError("what came is not the published file")
+        return new.replace(target)
+
+
+def _patiently(downloader: ResumingDownloader, url: str, target: Path) -> None:
+    "Give up after some silence: a firewall costs one timeout for each address of a server."
+    result = Future()
+
+    def fetch():
+        try:
+            result.set_result(downloader(url, target, None))
+        except BaseException as error:
+            result.set_exception(error)
+
+    part, seen = downloader.part, None
+    threading.Thread(target=fetch, daemon=True).start()
+    while True:
+        seen, before = part.stat().st_size if part.exists() else 0, seen
+        if seen == before:
+            raise TimeoutError(f"no answer for {downloader.timeout:g} s")
+        try:
+            return result.result(downloader.timeout)
+        except TimeoutError:
+            if result.done():
+                return result.result()
+
+
+def _short(error: Exception) -> str:
+    import requests
+
+    if isinstance(error, requests.HTTPError):
+        return f"the server answers {error.response.status_code}"
+    if isinstance(error, requests.RequestException):
+        return type(error).__name__
+    return str(error).rstrip(".")
+
+# %% ../nbs/06_backbones.ipynb #71e5d038
 def _load_weights(trunk, spec: BackboneSpec, path: Path) -> None:
     "Load a file into the backbone, or say in one sentence why it does not fit."
     import h5py
 
-    try:
-        with h5py.File(path) as f:
-            legacy = "layer_names" in f.attrs or "model_weights" in f
-            held = 0 if legacy else _parameters_in(f)
-    except OSError as error:
-        raise ConfigError(
-            f"weights file {path} is not a readable HDF5 file: "
-            "give a .weights.h5 or .h5 file that Keras wrote."
-        ) from error
+    with h5py.File(path) as f:
+        legacy = "layer_names" in f.attrs or "model_weights" in f
+        held = 0 if legacy else _parameters_in(f)
     # Keras would leave out surplus layers in silence, and so take another network's
     # file that happens to begin alike.
     expected = trunk.count_params()
