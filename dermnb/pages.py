@@ -98,7 +98,7 @@ def notices(
     said: dict[str, list[str]] = {}
     for run in runs:
         unsound = run.unsound and f"{run.no_predictions} Its figures cannot be checked."
-        for text in (found_text(run), unsound):
+        for text in (run.note, found_text(run), unsound):
             if text:
                 said.setdefault(text, []).append(run.name)
     return [("" if len(names) == len(runs) else listing(names), t) for t, names in said.items()]

@@ -63,6 +63,7 @@ class RunResult:
     history: pd.DataFrame = field(default_factory=pd.DataFrame)
     group: str = ""  # its name in the suite file
     repeat: str = ""  # "seed 1", "fold 2", or nothing
+    note: str = ""  # what suite.json says of it, such as that a repetition failed
 
     @property
     def splits(self) -> Mapping:
@@ -366,6 +367,7 @@ def load_suite_runs(
 def _suite_run(suite_dir: Path, state: Mapping) -> RunResult:
     name, status = str(state["run"]), state.get("status", "missing")
     place = {"group": str(state.get("group") or name), "repeat": str(state.get("repeat") or "")}
+    place["note"] = forget_paths(str(state.get("note") or ""))
     folder = suite_dir / name
     if name in ("", ".", "..") or "\\" in name or Path(name).name != name:
         error = "This name cannot be the name of a folder."

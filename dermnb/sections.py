@@ -170,7 +170,7 @@ def run_table(runs: Sequence[RunResult], links: Mapping[str, str]) -> dict:
         network = run.get("model", "title") or run.get(
             "model", "backbone", default=EN_DASH
         )
-        reason = run.error if run.status != "done" else ""
+        reason = run.error if run.status != "done" else run.note
         rows.append(
             [
                 run_cell(run, href=links.get(run.name, "")),
