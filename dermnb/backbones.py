@@ -579,6 +579,8 @@ def _short(error: Exception) -> str:
 
     if isinstance(error, requests.HTTPError):
         return f"the server answers {error.response.status_code}"
+    if type(error) is requests.ConnectionError:
+        return "the server cannot be reached"
     if isinstance(error, requests.RequestException):
         return type(error).__name__
     return str(error).rstrip(".")

@@ -154,6 +154,12 @@ def audit(
     if folders and (len(folders) < len(targets) or out):
         raise ConfigError("audit datasets, perhaps with --out, or finished runs: not both.")
     runs = [run for folder in folders for run in runs_of(folder)]
+    if network:
+        from dermnb.audit import NETWORK
+        from dermnb.backbones import fetch_weights, weights_origin
+
+        (file,) = fetch_weights(NETWORK, instead="leave out --network", say=print)
+        print(f"weights of the network: {weights_origin(NETWORK, file)}, {file}", flush=True)
     if runs or network:
         _load_keras()
     found = _audit_runs(runs, data_dir, method) if runs else _audit_data(targets, method, out)
