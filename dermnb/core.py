@@ -52,7 +52,8 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 class ExperimentConfig(BaseModel):
     "Everything that decides the outcome of one run."
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Classes may be called 0 and 1, which YAML reads as numbers.
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
     suite: str = Field("adhoc", min_length=1)  # the folder of runs it belongs to
     run: str = Field("run", min_length=1)  # its own name, and the name of its folder
@@ -61,6 +62,7 @@ class ExperimentConfig(BaseModel):
     dataset: str = "demo"  # a row of the dataset table
     data_dir: str = ""  # where its files are; empty: data/<dataset>
     taxonomy: str = ""  # built-in name or YAML file; empty: the dataset's own
+    positive: str = ""  # of two classes the one looked for; empty: the taxonomy's, or none
     on_problem: Literal["error", "exclude"] = "error"  # absent files, unknown labels
     subset: int = Field(0, ge=0)  # use about so many images, whole lesions; 0: all
 
@@ -173,7 +175,7 @@ class ExperimentConfig(BaseModel):
 # All that matters to a run that combines others and trains nothing.
 ENSEMBLE_FIELDS = (
     *("suite", "run", "seed", "members", "combine", "member_weights", "bootstrap"),
-    "explain",
+    *("positive", "explain"),
 )
 
 

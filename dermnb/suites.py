@@ -128,11 +128,12 @@ def parse_overrides(
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             value = text
-        numeric = ExperimentConfig.model_fields[key].annotation in (int, float)
+        kind = ExperimentConfig.model_fields[key].annotation
+        numeric = kind in (int, float)
         # YAML reads 1e-3 as a text and `none` stays one: only numbers need help.
         values[key] = float(value) if numeric and _is_float(value) else value
-        if value is None:
-            values[key] = text
+        if value is None or (kind is str and not isinstance(value, str)):
+            values[key] = text  # such as a class that is called 1 or no
     return values
 
 
@@ -425,7 +426,10 @@ def run_suite(
         run, again = planned.config.run, any(p in todo for p in planned.parents)
         if not force and not again and is_done(folder / run, planned.config):
             states[run] = {"run": run, "status": "done", "error": ""}
-            say(f"{run}: already done")
+            from dermnb.results import name_positive
+
+            named = name_positive(folder / run, planned.config)
+            say(f"{run}: already done" + ", measured anew with its positive class" * named)
         else:
             todo[run] = planned
     if todo:

@@ -49,7 +49,7 @@ from dermnb.core import (
     write_json,
 )
 from .datasets import Dataset, load_dataset
-from .evaluate import evaluate
+from .evaluate import evaluate, positive_class
 from .finetune import backbone_layers, fit_stages, make_schedule
 from .gradcam import CamNetwork
 from .images import ImageStore, build_store, make_batches
@@ -142,6 +142,7 @@ def prepare_data(
     dataset = load_dataset(
         config.dataset, data_dir, config.taxonomy, config.on_problem
     )
+    positive_class(dataset.classes, config.positive)  # a wrong one is told before the work
     manifest = dataset.manifest
     # The store holds the whole dataset, so that every subset and split shares it.
     store = build_store(
@@ -510,12 +511,13 @@ def save_run(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dataset, taxonomy = data.dataset, data.dataset.taxonomy
+    own = taxonomy.positive if len(data.classes) == 2 else ""
     with clock("evaluate_s"):
         metrics = evaluate(
             predictions,
             data.classes,
             resamples=config.bootstrap,
-            positive=taxonomy.positive if len(data.classes) == 2 else "",
+            positive=config.positive or own,
         )
     write_json(folder / "metrics.json", metrics)
     history.to_csv(folder / "history.csv", index=False)
@@ -572,7 +574,7 @@ def save_run(
                 data.manifest[columns].sort_values("image_id", ignore_index=True)
             ),
             "problems": dataset.problems["kind"].value_counts().to_dict(),
-            "positive": taxonomy.positive if len(data.classes) == 2 else "",
+            "positive": own,  # of its taxonomy; what config names comes first
         },
         "split": _split_summary(data),
         "leak": leak_counts(data.manifest),
