@@ -1156,8 +1156,8 @@ def _unnamed_note(pair: Sequence[str], done: Sequence[RunResult]) -> str:
             if known.code(code, str(titles.get(code, code))) == "malignant":
                 malignant.append(code)
     note = (
-        f"Of {pair[0]} and {pair[1]} none is named as the positive class, so there are no "
-        "sensitivity, specificity and threshold. To name one, say positive: CODE in the suite "
+        f"Of {pair[0]} and {pair[1]} none is named as the positive class, so no sensitivity, "
+        "specificity or threshold is given. To name one, say positive: CODE in the suite "
         "file or -p positive=CODE, which trains nothing again, or positive: CODE in a taxonomy."
     )
     if len(malignant) == 1:
