@@ -412,7 +412,9 @@ def _suite_run(suite_dir: Path, state: Mapping) -> RunResult:
 
 def forget_paths(text: str) -> str:
     "Absolute paths cut to their last part: where a file lay is this machine's matter."
-    return re.sub(r"(?<![\w.>])/(?:[^/\s'\"<>:]+/)+", "", text)
+    text = re.sub(r"\b[A-Za-z]:[\\/]+(?:[^\\/\s'\"<>:]+[\\/]+)*", "", text)  # of Windows
+    # Not of an address, where the slash stands after another.
+    return re.sub(r"(?<![\w.>])(?<!:/)/(?:[^/\s'\"<>:]+/)+", "", text)
 
 # %% ../nbs/22_results.ipynb #94621b37
 def example_suite(

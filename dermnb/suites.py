@@ -104,6 +104,13 @@ def load_suite(
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise ConfigError(f"{file}: {place}: {first['msg']}.") from None
+    by_folder: dict[str, str] = {}
+    for name in suite.runs:
+        if by_folder.setdefault(name.casefold(), name) != name:
+            raise ConfigError(
+                f"{file}: runs {by_folder[name.casefold()]!r} and {name!r} would share one "
+                "folder where case does not tell names apart, as on Windows and macOS."
+            )
     load_claims(suite.claims, list(suite.runs), str(file))
     for name in [n for pair in suite.compare for n in pair]:
         if name not in suite.runs:

@@ -9,9 +9,7 @@ __all__ = ['FACTS', 'Stopwatch', 'Data', 'prepare_data', 'check_leakage', 'train
 # %% ../nbs/15_train.ipynb #7a43f5d6
 import contextlib
 import os
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -40,6 +38,7 @@ from dermnb.core import (
     ExperimentConfig,
     cache_dir,
     now,
+    peak_memory_mb,
     project_root,
     progress,
     provenance,
@@ -594,7 +593,7 @@ def save_run(
         "timing": {name: round(s, 2) for name, s in clock.seconds.items()}
         | {"epoch_s": round(float(history["seconds"].mean()), 2)},
         "energy": clock.energy.get("train_s"),
-        "peak_memory_mb": _peak_memory_mb(),
+        "peak_memory_mb": peak_memory_mb(),
         "provenance": provenance()
         | {
             "backend": keras.backend.backend(),
@@ -605,11 +604,6 @@ def save_run(
     write_bundle(folder / "model", record, metrics, predictions, novelty)
     write_json(folder / "run.json", record)
     return metrics
-
-
-def _peak_memory_mb() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / 2**20 if sys.platform == "darwin" else peak / 2**10)
 
 
 def run_experiment(
