@@ -690,7 +690,9 @@ def _check_port(host: str, port: int) -> None:
     try:
         family = socket.getaddrinfo(host, port)[0][0]
         with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # On Windows the same name lets two servers have one port.
+            alone = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
+            probe.setsockopt(socket.SOL_SOCKET, alone, 1)
             probe.bind((host, port))
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)

@@ -26,7 +26,7 @@ from PIL import Image
 
 from .calibrate import Decision, fit_decision
 from .core import ConfigError, read_json, unknown_name, write_json
-from .evaluate import BINARY_METRICS, METRICS
+from .evaluate import BINARY_METRICS, METRICS, recorded_positive
 from .images import RESIZE_METHODS
 
 # %% ../nbs/13_bundle.ipynb #e9d079c8
@@ -295,6 +295,11 @@ def _limits(record: Mapping, metrics: Mapping, decision: Decision) -> list[str]:
             f"All images come from {_plain(dataset['title'])}: other cameras, clinics,"
             " ages and skin tones were not tested, and scores may be lower there."
         )
+    if len(record["classes"]) == 2 and not decision.positive:
+        lines.append(
+            "No positive class is named, so it has neither a sensitivity and specificity nor"
+            " a threshold for them."
+        )
     if not decision.n:
         lines.append(
             "Nothing was calibrated, for lack of validation images: its probabilities"
@@ -502,9 +507,7 @@ def write_bundle(
     "Complete a `model` folder with decision.json, novelty.npz and the model card."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    decision = fit_decision(
-        predictions, record["classes"], record["dataset"].get("positive", "")
-    )
+    decision = fit_decision(predictions, record["classes"], recorded_positive(record))
     save_novelty(folder, novelty)
     about = {
         "schema": 1,

@@ -226,7 +226,7 @@ def _split(table: pd.DataFrame, classes: Sequence[str], split: str) -> tuple:
 def fit_decision(
     predictions: pd.DataFrame,  # image_id, lesion_id, split, y_true, p_<class>...
     classes: Sequence[str],  # class codes, in the order of the columns
-    positive: str = "",  # of two classes the positive one; empty: the second
+    positive: str = "",  # of two classes the positive one; empty: none is named
     coverage: float = 0.9,  # of the sets
     answered: float = 0.8,  # share of validation images to answer
 ) -> Decision:

@@ -281,7 +281,7 @@ def predict(
             if cam and not answer.error:
                 ask.save_cam(answer, target)
             if json:
-                print(jsonlib.dumps(answer.to_dict(), ensure_ascii=False), flush=True)
+                print(jsonlib.dumps(answer.to_dict()), flush=True)  # ASCII fits every console
             elif not out:
                 print(ask.sentence(answer, predictor.bundle), flush=True)
             bar.update(1)
@@ -358,6 +358,9 @@ def _load_keras():
 
 def main():
     "The `dermnb` command."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that the console cannot show is no error
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except ValueError as error:

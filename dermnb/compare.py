@@ -393,7 +393,7 @@ def paired_differences(
     classes: Sequence[str],  # class codes, in the order of the columns
     metrics: Sequence[str],  # METRICS, `THRESHOLD_FREE` with two classes, or recall:CLASS
     split: str = "test",
-    positive: str = "",  # of two classes; empty: the second
+    positive: str = "",  # of two classes; empty: none is named
     resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
@@ -628,6 +628,11 @@ def _check_paired(metric: str, classes: Sequence[str], positive: int | None) -> 
         raise ConfigError(f"metric {metric!r}: {unknown_name('class', name, classes)}")
     if name or metric in METRICS:
         return
+    if positive is None and len(classes) == 2:
+        raise ConfigError(
+            f"metric {metric!r} is of a positive class, and none is named: say which of "
+            f"{' and '.join(classes)} is looked for."
+        )
     if positive is None:
         raise ConfigError(
             f"metric {metric!r} is for two classes; here are {len(classes)}."
@@ -753,7 +758,7 @@ def compare_all(
     classes: Sequence[str],  # class codes, in the order of the columns
     metric: str = "balanced_accuracy",  # as for `paired_differences`
     split: str = "test",
-    positive: str = "",  # of two classes; empty: the second
+    positive: str = "",  # of two classes; empty: none is named
     resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,

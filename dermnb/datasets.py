@@ -1286,7 +1286,7 @@ class ResumingDownloader:
         if have:
             headers["Range"] = f"bytes={have}-"
             if self.validator.exists():
-                headers["If-Range"] = self.validator.read_text()
+                headers["If-Range"] = self.validator.read_text(encoding="utf-8")
         with requests.get(
             url, headers=headers, stream=True, timeout=self.timeout
         ) as answer:
@@ -1326,7 +1326,7 @@ class ResumingDownloader:
             headers.get("Last-Modified", "") if tag.startswith("W/") or not tag else tag
         )
         if tag:
-            self.validator.write_text(tag)
+            self.validator.write_text(tag, encoding="utf-8")
         else:
             self.validator.unlink(missing_ok=True)
 
@@ -1415,7 +1415,7 @@ def _already_there(target: Path, known_hash: str) -> bool:
         algorithm, _, value = known_hash.partition(":")
         right = pooch.file_hash(str(target), alg=algorithm) == value
     elif record.exists():
-        right = record.read_text().split()[:1] == [_sha256(target)]
+        right = record.read_text(encoding="utf-8").split()[:1] == [_sha256(target)]
     else:
         right = not target.name.endswith(".zip") or zipfile.is_zipfile(target)
     if not right:
@@ -1491,7 +1491,7 @@ def fetch_dataset(
                 raise ConfigError(f"{name}: {url} was refused: {reason}.") from None
             digest = _sha256(target)
             record = target.with_name(target.name + ".sha256")
-            record.write_text(f"{digest}  {target.name}\n")
+            record.write_text(f"{digest}  {target.name}\n", encoding="utf-8")
             state = "already there" if there else "fetched"
             rows.append((target.name, target.stat().st_size, digest, state))
     return pd.DataFrame(rows, columns=["file", "bytes", "sha256", "state"])

@@ -31,7 +31,12 @@ from dermnb.core import (
     unknown_name,
     write_json,
 )
-from .evaluate import check_predictions, evaluate, probability_columns
+from dermnb.evaluate import (
+    check_predictions,
+    evaluate,
+    probability_columns,
+    recorded_positive,
+)
 from .runs import file_hash, find_run, finish_run, validate_run
 
 # %% ../nbs/17_ensemble.ipynb #c8961c8a
@@ -283,12 +288,9 @@ def save_ensemble(
     folder, first, started = Path(folder), members[0], started or now()
     (folder / "model").mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()
-    positive = first.record["dataset"].get("positive", "")
+    positive = config.positive or recorded_positive(*(m.record for m in members))
     metrics = evaluate(
-        predictions,
-        first.classes,
-        resamples=config.bootstrap,
-        positive=positive if len(first.classes) == 2 else "",
+        predictions, first.classes, resamples=config.bootstrap, positive=positive
     )
     evaluated = time.perf_counter() - begun
     write_json(folder / "metrics.json", metrics)
@@ -319,7 +321,9 @@ def save_ensemble(
         "run": config.run,
         "notebook": "ensemble",
         "parents": parents,
-        "config": _common_config(members) | config.model_dump(include=set(ENSEMBLE_FIELDS)),
+        "config": _common_config(members)
+        | config.model_dump(include=set(ENSEMBLE_FIELDS))
+        | {"positive": positive},
         "classes": first.classes,
         "class_titles": first.record["class_titles"],
         "dataset": first.record["dataset"],

@@ -8,10 +8,10 @@ __all__ = ['SCHEMA', 'METRICS', 'CLASS_METRICS', 'TARGET_SENSITIVITY', 'TARGET_S
            'probability_columns', 'check_predictions', 'scores_from_counts', 'RankedScores', 'confidence_bins',
            'log_losses', 'draw_groups', 'TableScores', 'bootstrap_scores', 'estimate', 'centred', 'lesion_numbers',
            'resampling_unit', 'unit_numbers', 'choose_threshold', 'choose_specific_threshold', 'positive_class',
-           'evaluate', 'metrics_table', 'class_table']
+           'recorded_positive', 'evaluate', 'metrics_table', 'class_table']
 
 # %% ../nbs/10_evaluate.ipynb #ca85c5e1
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -718,18 +718,35 @@ def _evaluate_split(
 
 def positive_class(
     classes: Sequence[str],  # class codes
-    positive: str = "",  # one of them; empty: the second
+    positive: str = "",  # one of two; empty: none is named
 ) -> int | None:
-    "The place of the positive class, or None where there are not exactly two classes."
-    if len(classes) != 2:
-        if positive:
-            raise ConfigError(
-                f"positive {positive!r} is for two classes; here are {len(classes)}."
-            )
+    "The place of the positive class; None where none is named, as no order of classes tells it."
+    if not positive:
         return None
-    if positive and positive not in classes:
+    if len(classes) != 2:
+        raise ConfigError(
+            f"positive {positive!r} is for two classes; here are {len(classes)}."
+        )
+    if positive not in classes:
         raise unknown_name("positive class", positive, classes)
-    return list(classes).index(positive) if positive else 1
+    return list(classes).index(positive)
+
+
+def recorded_positive(
+    *records: Mapping,  # run.json of one run, or of several that belong together
+) -> str:
+    "The positive class that a run's config names, else its taxonomy; empty: none."
+    named = set()
+    for record in records:
+        config, dataset = (record.get(k) or {} for k in ("config", "dataset"))
+        if len(record.get("classes") or ()) == 2:
+            named.add(str(config.get("positive") or dataset.get("positive") or ""))
+    named = sorted(named - {""})
+    if len(named) > 1:
+        raise ConfigError(
+            f"the runs name different positive classes, {' and '.join(named)}: say positive."
+        )
+    return named[0] if named else ""
 
 
 def evaluate(
@@ -738,7 +755,7 @@ def evaluate(
     level: float = 0.95,  # coverage of the intervals, between 0 and 1
     resamples: int = 1000,  # bootstrap resamples of lesions
     seed: int = 0,
-    positive: str = "",  # of two classes the positive one; empty: the second
+    positive: str = "",  # of two classes the positive one; empty: none is named
 ) -> dict:
     """Metrics with n and intervals for each split, ready for `metrics.json`.
 

@@ -158,7 +158,9 @@ def _open_litert(path: Path) -> Callable:
     with warnings.catch_warnings():
         # TensorFlow points to the package that succeeds it; the file is the same.
         warnings.filterwarnings("ignore", "(?s).*tf.lite.Interpreter is deprecated")
-        runner = tf.lite.Interpreter(str(path)).get_signature_runner("serving_default")
+        # By its content: a file that it holds open keeps Windows from renaming the folder.
+        model = tf.lite.Interpreter(model_content=path.read_bytes())
+        runner = model.get_signature_runner("serving_default")
     return lambda inputs: runner(**inputs)["probabilities"].copy()
 
 

@@ -212,7 +212,8 @@ class _Rows:
             (self.journal, self.count * _LINE),
         ):
             with open(path, "ab") as f:
-                f.truncate(length)
+                if f.tell() != length:  # Windows cuts no file that another run has mapped
+                    f.truncate(length)
 
     def append(self, images: list[np.ndarray], digests: list[str]) -> None:
         with open(self.images, "r+b") as f:

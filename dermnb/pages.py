@@ -15,6 +15,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache, lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -356,8 +357,12 @@ def notebook_html(
 
 def _forget_paths_in_text(text: str) -> str:
     "The same page without the place of this project on this machine."
-    for place in {str(Path.cwd()), str(Path.home())} - {"/"}:
-        text = text.replace(place, "")
+    places = {Path.cwd()}
+    with suppress(RuntimeError):  # a user without a home
+        places.add(Path.home())
+    for place in {p for p in places if p != Path(p.anchor)}:
+        for written in (str(place), str(place).replace("\\", "\\\\"), place.as_posix()):
+            text = text.replace(written, "")
     return text
 
 # %% ../nbs/23_pages.ipynb #990d3676

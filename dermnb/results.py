@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'MEASURED_BY', 'EN_DASH', 'MINUS', 'FEW_LESIONS', 'LEADERBOARD', 'ARROW', 'SHORTCUT_METRICS', 'RunResult',
-           'load_run', 'load_suite_runs', 'forget_paths', 'example_suite', 'number', 'interval', 'spelled', 'count',
-           'listing', 'ranked', 'judged', 'grouped', 'group_score', 'best_of', 'same_test', 'data_key', 'chance_of',
-           'size_text', 'measured_on', 'intervals_overlap', 'members_of', 'without_results', 'split_name',
-           'lesions_per_class', 'train_lesions', 'metric_title', 'member_rows', 'origin_of', 'Certainty',
+           'load_run', 'name_positive', 'load_suite_runs', 'forget_paths', 'example_suite', 'number', 'interval',
+           'spelled', 'count', 'listing', 'ranked', 'judged', 'grouped', 'group_score', 'best_of', 'same_test',
+           'data_key', 'chance_of', 'size_text', 'measured_on', 'intervals_overlap', 'members_of', 'without_results',
+           'split_name', 'lesions_per_class', 'train_lesions', 'metric_title', 'member_rows', 'origin_of', 'Certainty',
            'certainty_of', 'explanation_of']
 
 # %% ../nbs/22_results.ipynb #55fc92d3
@@ -25,9 +25,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .bundle import write_bundle
 from .calibrate import Decision, calibration_summary, fit_decision, risk_coverage, temper
 from .compare import summarise_repeats
-from .core import ConfigError, make_config, read_json, write_json
+from .core import ConfigError, ExperimentConfig, make_config, read_json, write_json
 from dermnb.evaluate import (
     BINARY_METRICS,
     CLASS_METRICS,
@@ -35,11 +36,13 @@ from dermnb.evaluate import (
     SCHEMA,
     check_predictions,
     evaluate,
+    positive_class,
     probability_columns,
+    recorded_positive,
 )
 from .figures import HISTORY_COLUMNS, VIEWS, plural
 from .review import subgroups
-from .runs import file_hash
+from .runs import file_hash, find_run
 
 # %% ../nbs/22_results.ipynb #fbd6c76f
 MEASURED = ".measured.json"
@@ -180,9 +183,8 @@ class RunResult:
 
     @cached_property
     def positive(self) -> str:
-        "Of two classes the positive one; else nothing."
-        two = len(self.record.get("classes", ())) == 2
-        return str(self.get("dataset", "positive", default="")) if two else ""
+        "Of two classes the one that is named as positive; else nothing."
+        return recorded_positive(self.record)
 
     @cached_property
     def subgroups(self) -> Mapping | None:
@@ -242,7 +244,8 @@ def load_run(
 ) -> RunResult:
     """Read a run folder; a `ConfigError` says which record is absent or unfit.
 
-    Metrics of an older schema are computed anew from the predictions, as they were, and kept.
+    Metrics of an older schema, or of a positive class that the record does not name, are
+    computed anew from the predictions, as they were, and kept.
     Metrics that count other answers than the predictions hold are refused.
     """
     folder = Path(folder)
@@ -250,7 +253,7 @@ def load_run(
         if not (folder / file).is_file():
             raise ConfigError(f"{folder} holds no finished run: {file} is absent.")
     record, metrics = (read_json(folder / f) for f in ("run.json", "metrics.json"))
-    if _is_old(metrics):
+    if _is_old(metrics, record):
         metrics = _renewed(folder, record, metrics)
     try:
         classes = list(record["classes"])
@@ -296,12 +299,14 @@ def _of_these_answers(run: RunResult) -> bool:
     )
 
 
-def _is_old(metrics: Mapping) -> bool:
-    "Whether it was written before there were all of today's metrics."
+def _is_old(metrics: Mapping, record: Mapping) -> bool:
+    "Whether it was written before all of today's metrics, or with another positive class."
     try:
         if metrics.get("schema", 1) > SCHEMA:
             return False
-        scored = metrics["splits"].values()
+        scored, positive = metrics["splits"].values(), recorded_positive(record)
+        if any(s.get("binary", {}).get("positive", "") != positive for s in scored):
+            return True
         return metrics.get("schema", 1) < SCHEMA or any(
             set(METRICS) - set(s["metrics"]) or set(CLASS_METRICS) - set(row)
             for s in scored
@@ -312,7 +317,7 @@ def _is_old(metrics: Mapping) -> bool:
 
 
 def _renewed(folder: Path, record: Mapping, old: Mapping) -> dict:
-    "Metrics of the same predictions with the same draws, written back."
+    "Metrics of the same predictions with the same draws, written back; and what follows."
     try:
         table = pd.read_parquet(folder / "predictions.parquet")
     except (OSError, ValueError):
@@ -323,18 +328,43 @@ def _renewed(folder: Path, record: Mapping, old: Mapping) -> dict:
     try:
         classes = list(record["classes"])
         settings = {k: old[k] for k in ("level", "resamples", "seed") if k in old}
-        positive = (record.get("dataset") or {}).get("positive") or ""
         before = {s: m["confusion"] for s, m in old["splits"].items()}
     except (AttributeError, KeyError, TypeError):
         raise ConfigError(f"{folder}: run.json and metrics.json do not fit each other.") from None
-    metrics = evaluate(table, classes, **settings, positive=positive if len(classes) == 2 else "")
+    metrics = evaluate(table, classes, **settings, positive=recorded_positive(record))
     if before != {s: m["confusion"] for s, m in metrics["splits"].items()}:
         raise ConfigError(
             f"{folder}: metrics.json was not computed from predictions.parquet; repeat the run."
         )
     with suppress(OSError):  # a folder that cannot be written to is read all the same
         write_json(folder / "metrics.json", metrics)
+        if (folder / "model" / "decision.json").is_file():  # its thresholds, and the card
+            write_bundle(folder / "model", record, metrics, table)
     return metrics
+
+
+def name_positive(
+    folder: str | Path,  # of a finished run
+    config: ExperimentConfig,  # what is wanted there
+) -> bool:  # whether that changed anything
+    """Give a finished run the positive class that `config` names, without training.
+
+    Metrics, thresholds and the model card follow from its predictions. An ensemble for which
+    none is named has that of its members.
+    """
+    folder = Path(folder)
+    record, metrics = (read_json(folder / f) for f in ("run.json", "metrics.json"))
+    wanted = config.positive
+    if config.members and not wanted:
+        runs = [find_run(name, folder.parent) for name in config.members]
+        wanted = recorded_positive(*(read_json(run / "run.json") for run in runs))
+    positive_class(record["classes"], wanted)
+    named = record | {"config": record["config"] | {"positive": wanted}}
+    if recorded_positive(named) == recorded_positive(record):
+        return False
+    _renewed(folder, named, metrics)
+    write_json(folder / "run.json", named)
+    return True
 
 
 def load_suite_runs(
@@ -384,7 +414,9 @@ def _suite_run(suite_dir: Path, state: Mapping) -> RunResult:
 
 def forget_paths(text: str) -> str:
     "Absolute paths cut to their last part: where a file lay is this machine's matter."
-    return re.sub(r"(?<![\w.>])/(?:[^/\s'\"<>:]+/)+", "", text)
+    text = re.sub(r"\b[A-Za-z]:[\\/]+(?:[^\\/\s'\"<>:]+[\\/]+)*", "", text)  # of Windows
+    # Not of an address, where the slash stands after another.
+    return re.sub(r"(?<![\w.>])(?<!:/)/(?:[^/\s'\"<>:]+/)+", "", text)
 
 # %% ../nbs/22_results.ipynb #94621b37
 def example_suite(

@@ -220,7 +220,7 @@ def subgroups(
     facts: pd.DataFrame | None,  # image_id and what is known of it: `FACT_KINDS`
     classes: Sequence[str],  # class codes, in the order of the columns
     split: str = "test",
-    positive: str = "",  # of two classes the positive one; empty: the second
+    positive: str = "",  # of two classes the positive one; empty: none is named
     resamples: int = 500,
     level: float = 0.95,
     seed: int = 0,

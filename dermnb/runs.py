@@ -25,7 +25,7 @@ from dermnb.core import (
     unknown_name,
 )
 from .datasets import DATASETS, load_taxonomy
-from .evaluate import check_predictions
+from .evaluate import check_predictions, positive_class
 
 # %% ../nbs/14_runs.ipynb #f32ede27
 def check_config(
@@ -48,8 +48,9 @@ def check_config(
         made = config.dataset == "demo"  # generates itself where it is wanted
         if config.data_dir and not made and not Path(config.data_dir).exists():
             raise ConfigError(f"data_dir {config.data_dir!r} does not exist.")
-        if config.taxonomy:
-            load_taxonomy(config.taxonomy)
+        named = config.taxonomy or DATASETS[config.dataset].taxonomy
+        if named and not config.members:  # a combination has its members' classes
+            positive_class(load_taxonomy(named).classes, config.positive)
         if config.test_list and not Path(config.test_list).is_file():
             raise ConfigError(f"test_list {config.test_list!r} does not exist.")
     except ConfigError as error:
@@ -191,5 +192,6 @@ def is_done(
     have = make_config({}).model_dump() | record["config"]
     wanted = config.model_dump(exclude={"data_dir"})
     decisive = ENSEMBLE_FIELDS if config.members else wanted
-    # Looking into a finished run changes none of its results.
-    return all(have[name] == wanted[name] for name in decisive if name != "explain")
+    # Looking into a finished run changes none of its predictions, nor does a positive class.
+    later = ("explain", "positive")
+    return all(have[name] == wanted[name] for name in decisive if name not in later)

@@ -7,12 +7,14 @@ __all__ = ['MANY_EPOCHS', 'CLASS_FIGURES', 'PROVENANCE', 'NUMBERS', 'PAIRED', 'R
            'confusion_plot', 'curves_plot', 'class_table_rows', 'class_plots', 'absent_sentence', 'interval_note',
            'settings_of', 'setting_text', 'provenance_of', 'split_shared', 'differing_table', 'claims_block',
            'paired_blocks', 'compared_pairs', 'not_compared', 'ranks_of', 'pairs_block', 'leak_block', 'repeats_block',
-           'binary_block', 'member_table', 'ensemble_table', 'cost_table', 'cost_notes', 'cost_plots', 'data_blocks']
+           'unnamed_notes', 'binary_block', 'member_table', 'ensemble_table', 'cost_table', 'cost_notes', 'cost_plots',
+           'data_blocks']
 
 # %% ../nbs/24_sections.ipynb #9af43c58
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import pandas as pd
 
@@ -31,6 +33,7 @@ from dermnb.compare import (
     summarise_repeats,
 )
 from .core import ConfigError, duration
+from .datasets import load_taxonomy
 from .evaluate import BINARY_METRICS, CLASS_METRICS, METRICS
 from dermnb.figures import (
     COSTS,
@@ -469,8 +472,10 @@ def _measured(run: RunResult, metric: str, split: str) -> Mapping:
         return rows[name][kind]
     if metric in METRICS:
         return scored["metrics"][metric]
-    if "binary" not in scored:
+    if len(run.record["classes"]) != 2:
         raise ConfigError(f"{run.name} does not tell two classes apart.")
+    if "binary" not in scored:
+        raise ConfigError(f"of {run.name} no positive class is named.")
     return scored["binary"]["metrics"][metric]
 
 
@@ -696,7 +701,7 @@ def _differences(
         classes[0],
         metrics,
         split,
-        one.get("dataset", "positive", default=""),
+        one.positive,
         one.metrics.get("resamples", 1000),
         one.metrics.get("level", 0.95),
     )
@@ -1134,9 +1139,35 @@ def _repeat_notes(runs: Sequence[RunResult], groups: Mapping) -> list[str]:
     return notes
 
 
+def unnamed_notes(done: Sequence[RunResult]) -> list[str]:
+    "A sentence for each pair of classes of which runs name no positive one, and how to."
+    pairs = [list(r.record["classes"]) for r in done if not r.positive]
+    pairs = dict.fromkeys(tuple(p) for p in pairs if len(p) == 2)
+    return [_unnamed_note(pair, done) for pair in pairs]
+
+
+def _unnamed_note(pair: Sequence[str], done: Sequence[RunResult]) -> str:
+    run = next(r for r in done if list(r.record["classes"]) == list(pair))
+    titles = run.get("class_titles", default={})
+    known = load_taxonomy("binary")
+    malignant = []
+    for code in pair:
+        with suppress(KeyError):
+            if known.code(code, str(titles.get(code, code))) == "malignant":
+                malignant.append(code)
+    note = (
+        f"Of {pair[0]} and {pair[1]} none is named as the positive class, so no sensitivity, "
+        "specificity or threshold is given. To name one, say positive: CODE in the suite "
+        "file or -p positive=CODE, which trains nothing again, or positive: CODE in a taxonomy."
+    )
+    if len(malignant) == 1:
+        note += f" {malignant[0]} is a malignant diagnosis: -p positive={malignant[0]} names it."
+    return note
+
+
 def binary_block(done: Sequence[RunResult]) -> dict | None:
     "Metrics of runs that tell two classes apart; None if none does."
-    tables = []
+    tables, notes = [], unnamed_notes(done)
     for split in ("test", "val"):
         here = [r for r in ranked(done) if "binary" in r.splits.get(split, {})]
         rows = []
@@ -1170,10 +1201,11 @@ def binary_block(done: Sequence[RunResult]) -> dict | None:
                     title=f"{SPLIT_TITLES[split]} split.",
                 )
             )
-    if not tables:
+    if not tables and not notes:
         return None
     about = [(m.title, m.definition) for m in BINARY_METRICS.values()]
-    return {"table": tables[0], "more": tables[1:], "definitions": about}
+    first = tables[0] if tables else None
+    return {"table": first, "more": tables[1:], "definitions": about, "notes": notes}
 
 
 RULES = {

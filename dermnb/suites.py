@@ -145,6 +145,13 @@ def load_suite(
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise ConfigError(f"{file}: {place}: {first['msg']}.") from None
+    by_folder: dict[str, str] = {}
+    for name in suite.runs:
+        if by_folder.setdefault(name.casefold(), name) != name:
+            raise ConfigError(
+                f"{file}: runs {by_folder[name.casefold()]!r} and {name!r} would share one "
+                "folder where case does not tell names apart, as on Windows and macOS."
+            )
     claims = load_claims(suite.claims, list(suite.runs), str(file))
     for name in [n for pair in suite.compare for n in pair]:
         if name not in suite.runs:
@@ -502,7 +509,10 @@ def run_suite(
         run, again = planned.config.run, any(p in todo for p in planned.parents)
         if not force and not again and is_done(folder / run, planned.config):
             states[run] = {"run": run, "status": "done", "error": ""}
-            say(f"{run}: already done")
+            from dermnb.results import name_positive
+
+            named = name_positive(folder / run, planned.config)
+            say(f"{run}: already done" + ", measured anew with its positive class" * named)
         else:
             todo[run] = planned
     wanted = [planned.config for planned in todo.values()]

@@ -11,6 +11,7 @@ __all__ = ['TITLES', 'CLASSES', 'PRIOR', 'LOOKS', 'SITES', 'PEOPLE', 'GAPS', 'RE
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -992,6 +993,9 @@ def generate_demo(
     with lock:  # runs that start together wait for one of them to make the set
         if not _is_whole(folder, wanted):
             _write_set(work, lesions, seed, (width, height), wanted, workers)
+            with suppress(OSError):  # only Linux and macOS rename onto an empty folder
+                folder.rmdir()
             os.replace(work, folder)
-        Path(lock.lock_file).unlink(missing_ok=True)
+        with suppress(OSError):  # Windows removes no open file, but this one on release
+            Path(lock.lock_file).unlink(missing_ok=True)
     return folder

@@ -9,9 +9,7 @@ __all__ = ['FACTS', 'Stopwatch', 'Data', 'prepare_data', 'check_leakage', 'train
 # %% ../nbs/15_train.ipynb #7a43f5d6
 import contextlib
 import os
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -40,6 +38,7 @@ from dermnb.core import (
     ExperimentConfig,
     cache_dir,
     now,
+    peak_memory_mb,
     project_root,
     progress,
     provenance,
@@ -49,7 +48,7 @@ from dermnb.core import (
     write_json,
 )
 from .datasets import Dataset, load_dataset
-from .evaluate import evaluate
+from .evaluate import evaluate, positive_class
 from .finetune import backbone_layers, fit_stages, make_schedule
 from .gradcam import CamNetwork
 from .images import ImageStore, build_store, make_batches
@@ -142,6 +141,7 @@ def prepare_data(
     dataset = load_dataset(
         config.dataset, data_dir, config.taxonomy, config.on_problem
     )
+    positive_class(dataset.classes, config.positive)  # a wrong one is told before the work
     manifest = dataset.manifest
     # The store holds the whole dataset, so that every subset and split shares it.
     store = build_store(
@@ -521,12 +521,13 @@ def save_run(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dataset, taxonomy = data.dataset, data.dataset.taxonomy
+    own = taxonomy.positive if len(data.classes) == 2 else ""
     with clock("evaluate_s"):
         metrics = evaluate(
             predictions,
             data.classes,
             resamples=config.bootstrap,
-            positive=taxonomy.positive if len(data.classes) == 2 else "",
+            positive=config.positive or own,
         )
     write_json(folder / "metrics.json", metrics)
     history.to_csv(folder / "history.csv", index=False)
@@ -583,7 +584,7 @@ def save_run(
                 data.manifest[columns].sort_values("image_id", ignore_index=True)
             ),
             "problems": dataset.problems["kind"].value_counts().to_dict(),
-            "positive": taxonomy.positive if len(data.classes) == 2 else "",
+            "positive": own,  # of its taxonomy; what config names comes first
         },
         "split": _split_summary(data),
         "leak": leak_counts(data.manifest),
@@ -604,7 +605,7 @@ def save_run(
         "timing": {name: round(s, 2) for name, s in clock.seconds.items()}
         | {"epoch_s": round(float(history["seconds"].mean()), 2)},
         "energy": clock.energy.get("train_s"),
-        "peak_memory_mb": _peak_memory_mb(),
+        "peak_memory_mb": peak_memory_mb(),
         "provenance": provenance()
         | {
             "backend": keras.backend.backend(),
@@ -615,11 +616,6 @@ def save_run(
     write_bundle(folder / "model", record, metrics, predictions, novelty)
     write_json(folder / "run.json", record)
     return metrics
-
-
-def _peak_memory_mb() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / 2**20 if sys.platform == "darwin" else peak / 2**10)
 
 
 def run_experiment(

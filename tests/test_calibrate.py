@@ -147,7 +147,9 @@ def test_two_classes_have_a_threshold():
         found = q[:, int(positive == "malignant")] >= decision.positive_threshold
         hit = found[val["y_true"] == positive].mean()
         assert 0.95 <= hit < 0.97 and decision.positive == positive
-    assert fit_decision(table, ["benign", "malignant"]).positive == "malignant"
+    unnamed = fit_decision(table, ["benign", "malignant"])
+    assert unnamed.positive == "" and unnamed.positive_threshold is None
+    assert unnamed.temperature == decision.temperature
 
 
 def test_nothing_one_image_and_an_absent_class():

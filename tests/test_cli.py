@@ -62,6 +62,7 @@ def test_help_is_quick():
         (["run", "demo", "-p", "epochs=many"], "epochs = 'many'"),
         (["run", "demo", "-p", "backbone=xceptoin"], "did you mean 'xception'"),
         (["run", "demo", "-p", "loss=focall"], "did you mean 'focal'"),
+        (["run", "demo", "-p", "positive=MEL"], "positive 'MEL' is for two classes; here are 8"),
         (["run", "demo", "--profile", "tiny"], "known: smoke, cpu, gpu"),
         (["run", "backbones", "--data-dir", "/nowhere"], "'/nowhere' does not exist"),
         (["run", "derm_categories", "-p", "base=nobody"], "builds on 'nobody'"),

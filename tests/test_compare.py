@@ -246,7 +246,9 @@ def test_two_classes():
         assert row["a"] == pytest.approx(cell["value"], abs=1e-12)
         assert row["low"] < row["value"] < row["high"]
     with pytest.raises(ConfigError, match="threshold of its own"):
-        paired_difference(a, b, ["b", "m"], "specificity_at_95_sensitivity")
+        paired_difference(a, b, ["b", "m"], "specificity_at_95_sensitivity", positive="b")
+    with pytest.raises(ConfigError, match="none is named: say which of b and m"):
+        paired_difference(a, b, ["b", "m"], "sensitivity")
 
 
 def correlated(seed, lesions=150, gap=0.0):

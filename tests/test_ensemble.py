@@ -25,8 +25,8 @@ from dermnb.ensemble import (
     run_ensemble,
     score_table,
 )
-from dermnb.evaluate import evaluate, probability_columns
-from dermnb.results import load_run
+from dermnb.evaluate import evaluate, probability_columns, recorded_positive
+from dermnb.results import load_run, name_positive
 from dermnb.runs import file_hash, is_done, validate_run
 from fabricate import make_predictions, make_run
 
@@ -432,7 +432,17 @@ def test_two_classes_with_a_positive_one(tmp_path):
     table = pd.read_parquet(folder / "predictions.parquet")
     expected = evaluate(table, list(two), resamples=100, positive="benign")
     assert read_json(folder / "metrics.json") == json.loads(json.dumps(expected))
-    assert read_json(folder / "run.json")["dataset"]["positive"] == "benign"
+    assert recorded_positive(read_json(folder / "run.json")) == "benign"
+    # What is named for the ensemble comes first, and a finished one takes it without its members.
+    named = config.model_copy(update={"positive": "malignant"})
+    assert is_done(folder, named) and name_positive(folder, named)
+    assert recorded_positive(validate_run(folder)) == "malignant"
+    assert read_json(folder / "model" / "decision.json")["positive"] == "malignant"
+    assert name_positive(folder, config) and not name_positive(folder, config)
+    assert recorded_positive(read_json(folder / "run.json")) == "benign"
+    change(tmp_path / "b", config={"positive": "malignant"})
+    assert "different positive classes" in sentence(run_ensemble, config, tmp_path / "other")
+    assert run_ensemble(named, tmp_path / "other").is_dir()
 
 
 def test_import_loads_no_framework():

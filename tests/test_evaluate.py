@@ -29,6 +29,8 @@ from dermnb.evaluate import (
     confidence_bins,
     evaluate,
     log_losses,
+    positive_class,
+    recorded_positive,
     scores_from_counts,
     unit_numbers,
 )
@@ -352,7 +354,7 @@ def test_two_classes_agree_with_scikit_learn(seed):
 
 def test_two_classes_only_and_without_validation():
     table = make_predictions(["b", "m"], 80, 1.0, 1)
-    alone = evaluate(table[table["split"] == "test"], ["b", "m"], resamples=20)
+    alone = evaluate(table[table["split"] == "test"], ["b", "m"], resamples=20, positive="m")
     binary = alone["splits"]["test"]["binary"]
     assert binary["positive"] == "m" and binary["threshold"] is None
     for name in list(BINARY_METRICS)[4:]:
@@ -360,7 +362,7 @@ def test_two_classes_only_and_without_validation():
     assert binary["metrics"]["partial_auc"]["low"] < binary["metrics"]["partial_auc"]["high"]
     assert "binary" not in evaluate(GOOD, CLASSES, resamples=10)["splits"]["test"]
     json.dumps(alone, allow_nan=False)
-    one = evaluate(table[table["y_true"] == "b"], ["b", "m"], resamples=20)
+    one = evaluate(table[table["y_true"] == "b"], ["b", "m"], resamples=20, positive="m")
     values = one["splits"]["test"]["binary"]["metrics"]
     assert values["sensitivity"]["value"] is None and values["auc"]["value"] is None
     assert choose_threshold(np.arange(20.0), np.ones(20, bool)) == 1.0
@@ -370,6 +372,23 @@ def test_two_classes_only_and_without_validation():
         evaluate(table, ["b", "m"], positive="n")
     with pytest.raises(ConfigError, match="for two classes"):
         evaluate(GOOD, CLASSES, positive="a")
+
+
+def test_no_class_is_positive_unless_it_is_named():
+    table, classes = make_predictions(["melanoma", "nevus"], 80, 1.0, 1), ["melanoma", "nevus"]
+    named, plain = (evaluate(table, classes, resamples=50, positive=p) for p in ("nevus", ""))
+    for split, scored in named["splits"].items():
+        del scored["binary"]
+        assert plain["splits"][split] == scored  # all else is as it was
+    record = {"classes": classes, "config": {"positive": ""}, "dataset": {"positive": ""}}
+    assert positive_class(classes) is None and recorded_positive(record) == ""
+    by_taxonomy = record | {"dataset": {"positive": "nevus"}}
+    assert recorded_positive(by_taxonomy, record) == "nevus"
+    by_config = by_taxonomy | {"config": {"positive": "melanoma"}}
+    assert recorded_positive(by_config) == "melanoma"
+    assert recorded_positive(by_config | {"classes": ["a", "b", "c"]}) == ""
+    with pytest.raises(ConfigError, match="different positive classes, melanoma and nevus"):
+        recorded_positive(by_config, by_taxonomy)
 
 
 GOOD = make_predictions(CLASSES, 40, 1.0, 0)

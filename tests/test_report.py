@@ -21,10 +21,11 @@ from fabricate import (
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
 from dermnb.calibrate import calibration_summary, fit_decision
-from dermnb.core import ConfigError, read_json, write_json
+from dermnb.core import ConfigError, make_config, read_json, write_json
+from dermnb.evaluate import evaluate
 from dermnb.pages import clean_html, notebook_html
 from dermnb.report import build_report, build_run_page, build_suite_page
-from dermnb.results import load_run, load_suite_runs
+from dermnb.results import load_run, load_suite_runs, name_positive
 from dermnb.trust import may_be_shown
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "col"}
@@ -536,6 +537,39 @@ def test_two_classes(tmp_path):
     assert "50 images a class, hash abc; shared by all runs" in page.prose
     run = Page(folder / "all" / "report.html")
     assert "Positive class: malignant" in run.prose and "train_model" in run.text
+
+
+def test_two_classes_without_a_named_positive_one(tmp_path):
+    folder, two = tmp_path / "s", {"melanoma": "Melanoma", "nevus": "Nevus"}
+    run = make_run(folder / "cnn", 1.5, 0, two, resamples=50, notebook=False)
+    claims = [{"run": "cnn", "metric": "sensitivity", "value": 0.9}]
+    states = [{"run": "cnn", "status": "done"}]
+    write_json(folder / "suite.json", {"title": "Two", "runs": states, "claims": claims})
+    # As an earlier version had it: the second of the alphabet.
+    table, plain = load_run(run).predictions, read_json(run / "metrics.json")
+    write_json(run / "metrics.json", evaluate(table, list(two), resamples=50, positive="nevus"))
+    page = Page(build_report(folder))
+    assert read_json(run / "metrics.json") == plain
+    for text in (page.prose, Page(run / "report.html").prose):
+        assert "Of melanoma and nevus none is named as the positive class" in text
+        assert "melanoma is a malignant diagnosis: -p positive=melanoma names it." in text
+        assert "Positive class:" not in text and "Specificity at that threshold" not in text
+    assert "of cnn no positive class is named" in section(page, "Claimed and measured", "Leaderboard")
+    # Named afterwards, nothing is trained; and taken back again.
+    (run / "model").mkdir()
+    write_json(run / "model" / "decision.json", {"positive": "nevus"})
+    config = make_config(read_json(run / "run.json")["config"])
+    named = config.model_copy(update={"positive": "melanoma"})
+    assert not name_positive(run, config) and name_positive(run, named)
+    assert not name_positive(run, named)
+    decision = read_json(run / "model" / "decision.json")
+    assert decision["positive"] == "melanoma" and 0 < decision["positive_threshold"] < 1
+    assert "Positive class: melanoma (" in Page(build_report(folder)).prose
+    assert "AUC of melanoma" in (run / "model" / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(ConfigError, match="did you mean 'melanoma'"):
+        name_positive(run, config.model_copy(update={"positive": "melanom"}))
+    assert name_positive(run, config) and read_json(run / "metrics.json") == plain
+    assert "No positive class is named" in (run / "model" / "README.md").read_text(encoding="utf-8")
 
 
 def test_how_sure_a_run_is(suite):
