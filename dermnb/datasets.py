@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MANIFEST_COLUMNS', 'IMAGE_SUFFIXES', 'DATASETS', 'BLOCKING', 'Taxonomy', 'taxonomy_names', 'load_taxonomy',
-           'ImageFile', 'list_images', 'read_image_bytes', 'read_table', 'Source', 'read_isic2019', 'read_ham10000',
-           'read_isic_archive', 'read_folders', 'read_csv_dataset', 'Download', 'DatasetSpec', 'list_datasets',
-           'problem_counts', 'build_manifest', 'image_fault', 'Dataset', 'dataset_spec', 'dataset_folder',
-           'load_dataset', 'check_dataset', 'ResumingDownloader', 'fetch_dataset']
+           'ImageFile', 'on_disk', 'is_mask', 'Files', 'list_files', 'list_images', 'read_image_bytes', 'read_table',
+           'Account', 'Source', 'read_isic2019', 'read_ham10000', 'read_isic_archive', 'read_folders',
+           'read_csv_dataset', 'Download', 'DatasetSpec', 'list_datasets', 'problem_counts', 'build_manifest',
+           'image_fault', 'Dataset', 'dataset_spec', 'dataset_folder', 'inspect_dataset', 'load_dataset',
+           'check_dataset', 'ResumingDownloader', 'fetch_dataset']
 
 # %% ../nbs/02_datasets.ipynb #6fdae623
 import dataclasses
@@ -18,6 +19,7 @@ import os
 import re
 import shlex
 import shutil
+import textwrap
 import threading
 import time
 import unicodedata
@@ -34,8 +36,17 @@ import pandas as pd
 import yaml
 from PIL import Image
 
-from .core import ConfigError, progress, project_root, unknown_name
-from .values import normalise_label, understand, value_kind
+from .core import ConfigError, listing, progress, project_root, unknown_name
+from dermnb.values import (
+    find_columns,
+    is_folder_word,
+    is_unknown,
+    likely_column,
+    normalise_label,
+    read_cells,
+    split_word,
+    value_kind,
+)
 
 # %% ../nbs/02_datasets.ipynb #d0b11651
 MANIFEST_COLUMNS = [
@@ -115,7 +126,9 @@ class Taxonomy:
                 f"taxonomy {self.name}: the selection {','.join(codes)!r} must name two "
                 "different classes or more."
             )
-        others = (k for k, c in self._lookup.items() if c is not None and c not in codes)
+        others = (
+            k for k, c in self._lookup.items() if c is not None and c not in codes
+        )
         return Taxonomy(
             f"{self.name}:{','.join(codes)}",
             tuple(codes),
@@ -209,7 +222,8 @@ def load_taxonomy(
 
 # %% ../nbs/02_datasets.ipynb #b673c8a2
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
-_MASK_SUFFIX = re.compile(r"_(segmentation|mask)$")
+_MASK_SUFFIX = re.compile(r"_(segmentation|mask|superpixels)$", re.IGNORECASE)
+_PASSED_OVER = ("__macosx", "thumbs.db", "desktop.ini")  # of operating systems
 
 
 class ImageFile(NamedTuple):
@@ -225,7 +239,41 @@ class ImageFile(NamedTuple):
 
     @property
     def stem(self) -> str:
-        return self.name.rpartition(".")[0]
+        name, _, suffix = self.name.rpartition(".")
+        return name or suffix
+
+    @property
+    def suffix(self) -> str:
+        return os.path.splitext(self.name)[1].lower()
+
+    @property
+    def archive(self) -> str:
+        "The stem of the archive it is in, or an empty text."
+        archive = self.path.rpartition("::")[0]
+        return os.path.splitext(os.path.basename(archive))[0]
+
+    @property
+    def place(self) -> str:
+        "Its folder, or archive and folder."
+        folder, archive = self.rel.rpartition("/")[0], self.archive
+        folder = "" if folder == archive else folder
+        return "/".join(filter(None, [archive and f"{archive}.zip", folder]))
+
+
+def _as_text(name: str) -> str:
+    # Names that are no UTF-8 come with lone surrogates, which no table can hold.
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def on_disk(
+    path: str,  # of a file, as a manifest has it
+) -> str:
+    "The path by which a file is opened, also where its name is not UTF-8."
+    if "\\udc" not in path or os.path.lexists(path):
+        return path
+    return re.sub(
+        r"\\udc([89a-f][0-9a-f])", lambda m: chr(0xDC00 + int(m[1], 16)), path
+    )
 
 
 def _walk(
@@ -239,35 +287,64 @@ def _walk(
     seen = seen | {(stat.st_dev, stat.st_ino)}
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda e: e.name):
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
+            if entry.name.startswith(".") or entry.name.lower() in _PASSED_OVER:
                 continue
+            name = f"{rel}{_as_text(entry.name)}"
             if entry.is_dir():
-                yield from _walk(Path(entry.path), f"{rel}{entry.name}/", seen)
+                yield from _walk(Path(entry.path), f"{name}/", seen)
             elif entry.is_file():
-                yield ImageFile(rel + entry.name, entry.path, entry.stat().st_size)
+                yield ImageFile(name, _as_text(entry.path), entry.stat().st_size)
 
 
 def _zip_members(path: str) -> Iterator[ImageFile]:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(on_disk(path)) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, OSError, EOFError) as error:
         raise ConfigError(
             f"{path} is not a whole zip archive ({error}): fetch or copy it again."
         ) from None
     for member in members:
-        parts = member.filename.split("/")
-        hidden = any(p.startswith(".") or p == "__MACOSX" for p in parts)
+        name = member.filename
+        if not member.flag_bits & 0x800 and not name.isascii():
+            # Read as code page 437 for lack of the flag; many programs write UTF-8.
+            try:
+                name = name.encode("cp437").decode("utf-8")
+            except UnicodeError:
+                pass
+        parts = name.lower().split("/")
+        hidden = any(p.startswith(".") or p in _PASSED_OVER for p in parts)
         if not member.is_dir() and not hidden:
-            yield ImageFile(
-                member.filename, f"{path}::{member.filename}", member.file_size
-            )
+            yield ImageFile(name, f"{path}::{name}", member.file_size)
 
 
-def list_images(
+def is_mask(
+    place: str,  # path of an image below the folder that is searched, with /
+) -> bool:
+    "Whether it is a lesion mask, by its name."
+    *folders, name = place.lower().split("/")
+    stem = name.rpartition(".")[0]
+    named = any(
+        re.search(r"segmentation|(^|[_\- ])masks?(\.zip)?$", f) for f in folders
+    )
+    return named or "segmentation" in stem or bool(_MASK_SUFFIX.search(stem))
+
+
+class Files(NamedTuple):
+    "All files beneath a folder, also inside zip archives."
+
+    images: list[ImageFile]
+    masks: list[ImageFile]
+    others: list[ImageFile]  # neither
+    notes: list[
+        tuple[str, str]
+    ]  # what was held to be something else than its name says
+
+
+def list_files(
     folder: str | Path,  # a folder, searched to any depth, or one zip archive
-) -> tuple[list[ImageFile], list[ImageFile]]:
-    "All image files and all lesion masks beneath a folder, also inside zip archives."
+) -> Files:
+    "Image files, lesion masks and all other files; `ConfigError` if they cannot be listed."
     folder = Path(os.path.abspath(folder))
     if not folder.exists():
         raise ConfigError(f"there is no folder or archive {folder}.")
@@ -279,7 +356,7 @@ def list_images(
         )
     except OSError as error:
         raise ConfigError(
-            f"{error.filename} cannot be read: {error.strerror}."
+            f"{_as_text(str(error.filename))} cannot be read: {error.strerror}."
         ) from None
     plain, packed = [], []
     for found in found_files:
@@ -287,18 +364,53 @@ def list_images(
             packed += [(found.rel, member) for member in _zip_members(found.path)]
         else:
             plain.append(("", found))
-    images, masks = [], []
+    images, masks, others = [], {}, []
     for archive, found in plain + packed:
         if not found.rel.lower().endswith(IMAGE_SUFFIXES):
-            continue
-        place = f"{archive}/{found.rel}".lower()
-        is_mask = (
-            "masks" in place.split("/")[:-1]
-            or "segmentation" in place
-            or place.rpartition(".")[0].endswith("_superpixels")
+            others.append(found)
+        elif is_mask(f"{archive}/{found.rel}"):
+            masks.setdefault(found.place, []).append(found)
+        else:
+            images.append(found)
+    return _pictures_among(masks, images, others)
+
+
+def _pictures_among(masks: dict, images: list, others: list) -> Files:
+    # A mask belongs to an image, or is named as one, or has no color.
+    stems, kept, notes = {image.stem for image in images}, [], []
+    for place, files in masks.items():
+        apart = not any(
+            _MASK_SUFFIX.search(f.stem)
+            or "segmentation" in f.stem.lower()
+            or f.stem in stems
+            for f in files
         )
-        (masks if is_mask else images).append(found)
-    return images, masks
+        if apart and any(map(_has_color, files[:3])):
+            images = images + files
+            what = (
+                f"{len(files):,} in {place} are read as images, since they are in color"
+            )
+            notes.append(("segmented", f"{what} and belong to no other image"))
+        else:
+            kept += files
+    return Files(images, kept, others, notes)
+
+
+def _has_color(file: ImageFile) -> bool:
+    try:
+        with Image.open(io.BytesIO(read_image_bytes(file.path))) as image:
+            image.draft("RGB", (32, 32))
+            pixels = np.asarray(image.convert("RGB").resize((16, 16)), int)
+    except Exception:  # an image that cannot be read is no reason to stop here
+        return False
+    return bool(np.ptp(pixels, axis=2).max() > 12)
+
+
+def list_images(
+    folder: str | Path,  # a folder, searched to any depth, or one zip archive
+) -> tuple[list[ImageFile], list[ImageFile]]:
+    "All image files and all lesion masks beneath a folder, also inside zip archives."
+    return list_files(folder)[:2]
 
 # %% ../nbs/02_datasets.ipynb #8eac3f27
 _archives: dict = {}
@@ -324,6 +436,12 @@ def _open_archive(path: str) -> zipfile.ZipFile:
         return _archives[path][1]
 
 
+def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    if name not in archive.NameToInfo and not name.isascii():
+        name = name.encode("utf-8").decode("cp437")  # see `_zip_members`
+    return archive.getinfo(name)
+
+
 def read_image_bytes(
     path: str,  # of a file, or archive.zip::member
     most: int = 0,  # bytes that it may have; 0: any number
@@ -337,17 +455,25 @@ def read_image_bytes(
     archive, _, member = str(path).rpartition("::")
     try:
         packed = archive.lower().endswith(".zip")
-        opened = _open_archive(archive) if packed else None
-        size = opened.getinfo(member).file_size if packed else os.stat(path).st_size
+        file = on_disk(archive if packed else str(path))
+        opened = _open_archive(file) if packed else None
+        member = _member(opened, member) if packed else None
+        size = member.file_size if packed else os.stat(file).st_size
         if most and size > most:
             raise ConfigError(
                 f"{path} has {size / 1e6:.0f} MB: images may have at most {most / 1e6:.0f} MB."
             )
-        return opened.read(member) if packed else Path(path).read_bytes()
+        return opened.read(member) if packed else Path(file).read_bytes()
     except (FileNotFoundError, KeyError):
         raise ConfigError(f"the image {path} is no longer there.") from None
     # Encrypted members raise a RuntimeError, unknown compression a NotImplementedError.
-    except (OSError, zipfile.BadZipFile, zipfile.zlib.error, EOFError, RuntimeError) as error:
+    except (
+        OSError,
+        zipfile.BadZipFile,
+        zipfile.zlib.error,
+        EOFError,
+        RuntimeError,
+    ) as error:
         raise ConfigError(f"the image {path} cannot be read: {error}.") from None
 
 # %% ../nbs/02_datasets.ipynb #f189a14a
@@ -431,168 +557,29 @@ def _found_instead(folder: Path) -> str:
     )
 
 # %% ../nbs/02_datasets.ipynb #65444693
+@dataclass
+class Account:
+    "What was found, as it was understood, and what was not used: (what, text) each."
+
+    found: list[tuple[str, str]] = field(default_factory=list)
+    not_used: list[tuple[str, str]] = field(default_factory=list)
+    tables: set[str] = field(default_factory=set)  # names of those that were read
+
+
 @dataclass(frozen=True)
 class Source:
     "What a reader found, before classes are assigned and problems looked for."
 
     table: pd.DataFrame  # image_id, labels (tuples), and any manifest columns
-    images: list[ImageFile]
-    masks: list[ImageFile] = field(default_factory=list)
+    files: Files
     problems: list[tuple] = field(default_factory=list)  # kind, image_id, path, detail
     taxonomy: Taxonomy | None = None  # where the files themselves name the classes
     about: dict = field(
         default_factory=dict
     )  # title, license, citation, if they say so
+    account: Account = field(default_factory=Account)
 
 
-def _find_table(folder: Path, *names: str) -> Path:
-    for place in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
-        for name in names:
-            if (place / name).is_file():
-                return place / name
-    raise ConfigError(f"there is no {names[0]} in {folder}{_found_instead(folder)}.")
-
-# %% ../nbs/02_datasets.ipynb #4ad11534
-def _onehot_labels(table: pd.DataFrame, where: Path) -> list[tuple]:
-    names = [
-        c for c in table if c not in ("image", "score_weight", "validation_weight")
-    ]
-    if not names:
-        raise ConfigError(f"{where} has no class columns beside 'image'.")
-    marks = table[names].apply(pd.to_numeric, errors="coerce")
-    wrong = marks.isna().to_numpy()
-    if wrong.any():
-        row, column = np.argwhere(wrong)[0]
-        raise ConfigError(
-            f"{where}: column {names[column]!r} of image {table['image'].iloc[row]} "
-            f"must be 0 or 1, not {table[names[column]].iloc[row]!r}."
-        )
-    marked = marks.to_numpy("float64") > 0.5
-    labels = [(names[i],) for i in marked.argmax(axis=1)]
-    for row in np.flatnonzero(marked.sum(axis=1) != 1):
-        found = [names[i] for i in np.flatnonzero(marked[row])]
-        labels[row] = (" and ".join(found),) if found else ()
-    return labels
-
-
-def read_isic2019(
-    folder: Path,  # with the challenge's CSVs, and its images in folders or archives
-) -> Source:
-    "Read the ISIC 2019 challenge: its training set, and its test set if there."
-    parts, problems = [], []
-    for part, split in (("Training", "train"), ("Test", "test")):
-        name = f"ISIC_2019_{part}_GroundTruth.csv"
-        if part == "Test" and not (folder / name).is_file():
-            continue
-        truth_path = _find_table(folder, name)
-        extra_path = _find_table(folder, f"ISIC_2019_{part}_Metadata.csv")
-        truth = read_table(truth_path, ["image"])
-        extra = read_table(extra_path, ["image"]).drop_duplicates()
-        twice = extra["image"][extra["image"].duplicated()].dropna().unique()
-        problems += [
-            ("duplicate id", i, str(extra_path), "two metadata rows that differ")
-            for i in twice
-        ]
-        extra = (
-            extra.drop_duplicates("image").set_index("image").reindex(truth["image"])
-        )
-        table = pd.DataFrame({"image_id": truth["image"]})
-        table["labels"] = _onehot_labels(truth, truth_path)
-        for column, name in (
-            ("lesion_id", "lesion_id"),
-            ("sex", "sex"),
-            ("site", "anatom_site_general"),
-            ("age", "age_approx"),
-        ):
-            if name in extra:
-                table[column] = extra[name].to_numpy()
-        if "age" in table:
-            table["age"] = understand(table["age"], "age", str(extra_path))
-        table["split"] = split
-        parts.append(table)
-    if len(parts) == 1:
-        parts[0] = parts[0].drop(columns="split")
-    table = pd.concat(parts, ignore_index=True)
-    table["source"] = _isic2019_source(table)
-    return Source(table, *list_images(folder), problems)
-
-
-def _isic2019_source(table: pd.DataFrame) -> pd.Series:
-    prefixes = {"HAM": "HAM10000", "BCN": "BCN20000", "MSK": "MSK"}
-    lesions = table.get("lesion_id", pd.Series(pd.NA, table.index)).astype("string")
-    source = lesions.str.slice(0, 3).map(prefixes).astype("string").fillna("ISIC 2019")
-    made = table["image_id"].astype("string").str.startswith("DEMO_").fillna(False)
-    return source.mask(made.astype(bool), "synthetic")
-
-# %% ../nbs/02_datasets.ipynb #36a39858
-def _ham_table(path: Path) -> pd.DataFrame:
-    raw = read_table(path, ["image_id", "lesion_id", "dx"])
-    return pd.DataFrame(
-        {
-            "image_id": raw["image_id"],
-            "labels": [() if pd.isna(x) else (x,) for x in raw["dx"]],
-            "lesion_id": raw["lesion_id"],
-            "age": understand(raw["age"], "age", str(path)) if "age" in raw else np.nan,
-            "sex": raw.get("sex", pd.NA),
-            "site": raw.get("localization", pd.NA),
-            "source": raw.get("dataset", "HAM10000"),
-        }
-    )
-
-
-def read_ham10000(
-    folder: Path,  # with HAM10000_metadata.csv, and the images in folders or archives
-) -> Source:
-    "Read HAM10000 as the Dataverse or Kaggle distributes it, or from one folder."
-    suffixes = (".csv", ".tab", "")
-    table = _ham_table(
-        _find_table(folder, *("HAM10000_metadata" + s for s in suffixes))
-    )
-    for suffix in suffixes:
-        path = folder / f"ISIC2018_Task3_Test_GroundTruth{suffix}"
-        if path.is_file() and "dx" in read_table(path):
-            test = _ham_table(path)
-            table = pd.concat(
-                [table.assign(split="train"), test.assign(split="test")],
-                ignore_index=True,
-            )
-            break
-    return Source(table, *list_images(folder))
-
-# %% ../nbs/02_datasets.ipynb #4ad65064
-def read_isic_archive(
-    folder: Path,  # with metadata.csv, and images in folders or archives if any
-) -> Source:
-    "Read a metadata export of the ISIC archive."
-    path = _find_table(folder, "metadata.csv")
-    raw = read_table(path, ["isic_id", "diagnosis_1"])
-    levels = [f"diagnosis_{n}" for n in (5, 4, 3, 2, 1) if f"diagnosis_{n}" in raw]
-    table = pd.DataFrame({"image_id": raw["isic_id"]})
-    table["labels"] = [
-        tuple(x for x in row if not pd.isna(x))
-        for row in raw[levels].itertuples(index=False)
-    ]
-    for column, name in (
-        ("lesion_id", "lesion_id"),
-        ("patient_id", "patient_id"),
-        ("sex", "sex"),
-        ("site", "anatom_site_general"),
-        ("source", "attribution"),
-        ("license", "copyright_license"),
-        ("skin_tone", "fitzpatrick_skin_type"),
-    ):
-        if name in raw:
-            table[column] = raw[name]
-    for column, name in (("age", "age_approx"), ("size_mm", "clin_size_long_diam_mm")):
-        if name in raw:
-            table[column] = understand(raw[name], column, str(path))
-    return Source(table, *list_images(folder))
-
-# %% ../nbs/02_datasets.ipynb #05dcdcdb
-_SPLIT_FOLDERS = {
-    "train": "train", "training": "train", "val": "val", "valid": "val",
-    "validation": "val", "test": "test", "testing": "test",
-}  # fmt: skip
 _EXTRA_COLUMNS = (
     "lesion_id",
     "patient_id",
@@ -605,8 +592,402 @@ _EXTRA_COLUMNS = (
     "size_mm",
     "skin_tone",
 )
+_MAPPED_COLUMNS = ("image_id", "label", "path", *_EXTRA_COLUMNS)
+_TELLS = "how a diagnosis was made tells what it is"
+_KNOWN_COLUMNS = {  # that are left out on purpose
+    "dx_type": _TELLS,
+    "diagnosis_confirm_type": _TELLS,
+    "concomitant_biopsy": _TELLS,
+    "score_weight": "a weight of the challenge",
+    "validation_weight": "a weight of the challenge",
+}
 
 
+def _quoted(cells: dict[str, int]) -> str:
+    return listing([f"{n:,} {text!r}" for text, n in cells.items()], 4)
+
+
+def _take_columns(
+    raw: pd.DataFrame,
+    path: Path,
+    account: Account,
+    given: dict[str, str] | None = None,  # manifest column -> the table's; "": none
+    used: Iterable[str] = (),  # columns that are read as something else
+    named: Iterable[str] = (),  # how, for the account
+) -> pd.DataFrame:
+    # The columns that a manifest can have, understood.
+    given = given or {}
+    free = [c for c in raw if c not in used and c not in given.values()]
+    columns = find_columns(free, [c for c in _EXTRA_COLUMNS if c not in given])
+    columns |= {m: c for m, c in given.items() if c and m in _EXTRA_COLUMNS}
+    taken, told, unknown, changed = {}, list(named), [], []
+    for column in _EXTRA_COLUMNS:
+        if (name := columns.get(column)) is None:
+            continue
+        told.append(column if name == column else f"{column} from {name}")
+        if value_kind(column) is None:
+            taken[column] = raw[name]
+            continue
+        cells = read_cells(raw[name], column, str(path), name)
+        taken[column] = cells.values
+        if cells.unknown:
+            unknown.append(f"{name} {_quoted(cells.unknown)}")
+        if column != "site" and cells.changed:
+            some = [f"{text!r} as {value}" for text, value in cells.changed.items()]
+            changed.append(f"{name} {listing(some, 3)}")
+    account.tables.add(path.name)
+    account.found.append(
+        ("table", f"{path.name}, {_many(len(raw), 'row')}: {listing(told, 20)}")
+    )
+    if unknown:
+        account.found.append(("unknown cells", "; ".join(unknown)))
+    if changed:
+        account.found.append(("read as", "; ".join(changed)))
+    rest = [c for c in raw if c not in used and c not in columns.values()]
+    account.not_used += _not_used_columns(rest, columns, path)
+    return pd.DataFrame(taken, index=raw.index)
+
+
+def _many(n: int, word: str) -> str:
+    return f"{n:,} {word}{'' if n == 1 else 's'}"
+
+
+def _not_used_columns(rest: list[str], columns: dict[str, str], path: Path) -> list:
+    told: dict[str, list[str]] = {}
+    for name in rest:
+        meant, why = likely_column(name), ""
+        if name in _KNOWN_COLUMNS:
+            why = f" ({_KNOWN_COLUMNS[name]})"
+        elif meant in columns:
+            why = f" ({meant} is read from {columns[meant]})"
+        elif meant and meant not in ("image_id", "label", "path"):
+            why = f" (did you mean {meant}? Then call it so)"
+        told.setdefault(why, []).append(name)
+    return [
+        ("columns", f"{listing(names, 8)} of {path.name}{why}")
+        for why, names in sorted(told.items(), reverse=True)
+    ]
+
+
+def _find_table(folder: Path, *names: str) -> Path:
+    for place in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
+        for name in names:
+            if (place / name).is_file():
+                return place / name
+    raise ConfigError(f"there is no {names[0]} in {folder}{_found_instead(folder)}.")
+
+
+def _file_key(text: str) -> str:
+    # The form in which file names are compared where they are not the same letter by
+    # letter: without case and ending, with /, in one Unicode form.
+    key = unicodedata.normalize("NFC", text.replace("\\", "/")).casefold()
+    key = key.removeprefix("./")
+    stem, suffix = os.path.splitext(key)
+    return stem if suffix in _IMAGE_ENDINGS else key
+
+
+_IMAGE_ENDINGS = {
+    *IMAGE_SUFFIXES,
+    *".jfif .jpe .webp .gif .dcm .heic .heif .avif".split(),
+}
+
+
+def _add_beside(
+    table: pd.DataFrame,  # with image_id
+    raw: pd.DataFrame,  # about the same images
+    path: Path,
+    account: Account,
+    used: Iterable[str] = (),
+) -> tuple[pd.DataFrame, list[tuple], set[str]]:
+    # The table with what another one says of its images; problems; ids of no image.
+    given = find_columns(raw, ["image_id"])
+    if not given:
+        raise ConfigError(f"{path}: {unknown_name('column', 'image_id', raw.columns)}")
+    name = given["image_id"]
+    raw = raw.drop_duplicates()
+    twice = raw[name][raw[name].duplicated()].dropna().unique()
+    problems = [
+        ("duplicate id", i, str(path), "two metadata rows that differ") for i in twice
+    ]
+    raw = raw[raw[name].notna()].drop_duplicates(name).reset_index(drop=True)
+    extra = _take_columns(
+        raw, path, account, given, {name, *used}, [_from("image_id", name)]
+    )
+    exact = {key: row for row, key in enumerate(raw[name])}
+    loose: dict[str, int] = {}
+    for key, row in exact.items():
+        key = _file_key(key)
+        loose[key] = -1 if key in loose else row  # of two it is neither
+    ids = table["image_id"].fillna("")
+    rows = [exact.get(i, loose.get(_file_key(i), -1)) for i in ids]
+    extra = extra.reindex(rows).set_axis(table.index)
+    for column in extra:
+        values = extra[column]
+        if column in table:
+            values = values.fillna(table[column].astype(values.dtype))
+        table[column] = values
+    return table, problems, set(raw[name].drop([r for r in set(rows) if r >= 0]))
+
+
+def _from(column: str, name: str) -> str:
+    return column if name == column else f"{column} from {name}"
+
+# %% ../nbs/02_datasets.ipynb #4ad11534
+def _one_hot_columns(raw: pd.DataFrame, free: Iterable[str]) -> list[str]:
+    # One column a class: all 0 or 1, and of each image no more than one is 1.
+    marks = {}
+    for name in free:
+        cells = raw[name].dropna().unique()
+        if len(cells) and set(cells) <= {"0", "1", "0.0", "1.0"}:
+            marks[name] = raw[name].isin(["1", "1.0"]).to_numpy()
+    codes = {
+        normalise_label(k) for t in taxonomy_names() for k in load_taxonomy(t)._lookup
+    }
+    known = [name for name in marks if normalise_label(name) in codes]
+    for names in (list(marks), known):
+        marked = np.sum([marks[n] for n in names], axis=0)
+        if len(names) >= 2 and (marked <= 1).all() and marked.mean() > 0.5:
+            return names
+    return []
+
+
+def _onehot_labels(
+    table: pd.DataFrame, ids: pd.Series, names: list[str], where: Path
+) -> list[tuple]:
+    if not names:
+        raise ConfigError(f"{where} has no class columns beside 'image'.")
+    marks = table[names].apply(pd.to_numeric, errors="coerce")
+    wrong = marks.isna().to_numpy()
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise ConfigError(
+            f"{where}: column {names[column]!r} of image {ids.iloc[row]} "
+            f"must be 0 or 1, not {table[names[column]].iloc[row]!r}."
+        )
+    marked = marks.to_numpy("float64") > 0.5
+    labels = [(names[i],) for i in marked.argmax(axis=1)]
+    for row in np.flatnonzero(marked.sum(axis=1) != 1):
+        found = [names[i] for i in np.flatnonzero(marked[row])]
+        labels[row] = (" and ".join(found),) if found else ()
+    return labels
+
+
+def _label_table(
+    path: Path,
+    account: Account,
+    raw: pd.DataFrame | None = None,  # if it has been read
+    given: dict[str, str] | None = None,  # manifest column -> the table's
+    mapping: Path | None = None,  # where a column can be named, for the error
+) -> pd.DataFrame:
+    # image_id, labels, perhaps file, and the manifest's columns, of a table of labels
+    raw = read_table(path) if raw is None else raw
+    _refuse_pixels(raw, path)
+    given = {k: v for k, v in (given or {}).items() if k in _MAPPED_COLUMNS}
+    free = [c for c in raw if c not in given.values()]
+    wanted = [c for c in ("image_id", "label", "path") if c not in given]
+    given |= find_columns(free, wanted)
+    if not given.get("image_id") and given.get("path"):
+        given["image_id"] = given["path"]
+    if not given.get("image_id"):
+        raise _no_column("image_id", raw, path, mapping)
+    beside = find_columns(free, _EXTRA_COLUMNS).values()
+    classes = [c for c in free if c not in {*beside, *given.values()}]
+    classes = [] if given.get("label") else _one_hot_columns(raw, classes)
+    if not given.get("label") and not classes:
+        raise _no_column("label", raw, path, mapping)
+    table = pd.DataFrame({"image_id": raw[given["image_id"]]})
+    told = [_from(k, given[k]) for k in ("image_id", "path", "label") if given.get(k)]
+    if classes:
+        table["labels"] = _onehot_labels(raw, raw[given["image_id"]], classes, path)
+        told.append(f"label from one column a class ({listing(classes, 10)})")
+    else:
+        table["labels"] = [() if pd.isna(x) else (x,) for x in raw[given["label"]]]
+    if given.get("path"):
+        table["file"] = raw[given["path"]]
+    used = {v for k, v in given.items() if k not in _EXTRA_COLUMNS} | set(classes)
+    extra = _take_columns(raw, path, account, given, used, told)
+    return pd.concat([table, extra], axis=1)
+
+
+def _no_column(
+    column: str, raw: pd.DataFrame, path: Path, mapping: Path | None
+) -> ConfigError:
+    likely = [c for c in raw if likely_column(c) == column]
+    meant = f"; did you mean {listing(map(repr, likely), 3)}?" if likely else ""
+    way = f"; say in {mapping} which one it is: 'columns: {{{column}: ...}}'"
+    return ConfigError(
+        f"{path} has no column {column!r}{way if mapping else ''} (there are: "
+        f"{listing(raw, 12)}{meant})."
+    )
+
+
+def _refuse_pixels(raw: pd.DataFrame, path: Path) -> None:
+    numbered = sum(bool(re.fullmatch(r"[a-zA-Z_ ]*\d+", c)) for c in raw)
+    if numbered > 100:
+        raise ConfigError(
+            f"{path} is a table of pixels ({numbered:,} numbered columns), and no list of "
+            "image files: images are read from their files, which the source has too."
+        )
+
+
+def _split_tables(folder: Path, wanted: str = "") -> dict[str, Path]:
+    # split -> table, where files are named train.csv, ..._Test_GroundTruth.csv
+    found = {}
+    for place in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
+        for name in sorted(n for n in os.listdir(place) if n.lower().endswith(".csv")):
+            if re.search(wanted, name, re.IGNORECASE) and (
+                split := split_word(name[:-4])
+            ):
+                found.setdefault(split, place / name)
+    return {s: found[s] for s in ("train", "val", "test") if s in found}
+
+
+def _label_tables(
+    tables: dict[str, Path],  # split, or "", -> table
+    account: Account,
+    read: Callable[[Path], pd.DataFrame] = read_table,
+    **options,
+) -> pd.DataFrame:
+    # The tables in one; those without labels are told, as long as one has some.
+    parts, last = {}, None
+    for split, path in tables.items():
+        own = Account()
+        try:
+            parts[split] = _label_table(path, own, read(path), **options)
+        except ConfigError as error:
+            if "has no column 'label'" not in str(error) or len(tables) == 1:
+                raise
+            last = error
+            account.not_used.append(("tables", f"{path.name}: it has no labels"))
+        else:
+            account.found += own.found
+            account.not_used += own.not_used
+        account.tables.add(path.name)
+    if not parts:
+        raise last
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    told = listing([f"{tables[split].name} is {split}" for split in parts])
+    account.found.append(("tables", told))
+    return pd.concat([t.assign(split=s) for s, t in parts.items()], ignore_index=True)
+
+
+def read_isic2019(
+    folder: Path,  # with the challenge's CSVs, and its images in folders or archives
+) -> Source:
+    "Read the ISIC 2019 challenge: its training set, and its test set if there."
+    parts, problems, account = [], [], Account()
+    for part, split in (("Training", "train"), ("Test", "test")):
+        name = f"ISIC_2019_{part}_GroundTruth.csv"
+        if part == "Test" and not (folder / name).is_file():
+            continue
+        truth_path = _find_table(folder, name)
+        extra_path = _find_table(folder, f"ISIC_2019_{part}_Metadata.csv")
+        truth = read_table(truth_path, ["image"])
+        classes = [c for c in truth if c != "image" and c not in _KNOWN_COLUMNS]
+        table = pd.DataFrame({"image_id": truth["image"]})
+        table["labels"] = _onehot_labels(truth, truth["image"], classes, truth_path)
+        told = f"{truth_path.name}, {_many(len(truth), 'row')}: label from {listing(classes, 10)}"
+        account.found.append(("table", told))
+        account.tables.add(truth_path.name)
+        table, found, _ = _add_beside(
+            table, read_table(extra_path, ["image"]), extra_path, account
+        )
+        problems += found
+        parts.append(table.assign(split=split))
+    if len(parts) == 1:
+        parts[0] = parts[0].drop(columns="split")
+    table = pd.concat(parts, ignore_index=True)
+    table["source"] = _isic2019_source(table)
+    return Source(table, list_files(folder), problems, account=account)
+
+
+def _isic2019_source(table: pd.DataFrame) -> pd.Series:
+    prefixes = {"HAM": "HAM10000", "BCN": "BCN20000", "MSK": "MSK"}
+    lesions = table.get("lesion_id", pd.Series(pd.NA, table.index)).astype("string")
+    source = lesions.str.slice(0, 3).map(prefixes).astype("string").fillna("ISIC 2019")
+    made = table["image_id"].astype("string").str.startswith("DEMO_").fillna(False)
+    return source.mask(made.astype(bool), "synthetic")
+
+# %% ../nbs/02_datasets.ipynb #36a39858
+_ISIC_2018 = r"ISIC_?2018_Task3_.*GroundTruth"
+
+
+def read_ham10000(
+    folder: Path,  # with HAM10000_metadata.csv, and the images in folders or archives
+) -> Source:
+    """Read HAM10000 as the Dataverse or Kaggle distributes it, or from one folder.
+
+    Also the ISIC 2018 challenge, which has the same images: its tables have one column
+    a class. Its validation and test sets, where they are there, become the split.
+    """
+    account, files = Account(), list_files(folder)
+    names = ["HAM10000_metadata" + suffix for suffix in (".csv", ".tab", "")]
+    tables, problems = _split_tables(folder, _ISIC_2018), []
+    for suffix in (".tab", ""):  # as the Dataverse has the test set of 2018
+        path = folder / f"ISIC2018_Task3_Test_GroundTruth{suffix}"
+        if path.is_file():
+            tables.setdefault("test", path)
+    if tables and not any((folder / name).is_file() for name in names):
+        table = _label_tables(tables, account)
+        beside = [p for p in sorted(folder.glob("*.csv")) if p not in tables.values()]
+        for path in beside:
+            raw = read_table(path)
+            if "lesion_id" in find_columns(raw, ["image_id", "lesion_id"]):
+                table, found, _ = _add_beside(table, raw, path, account)
+                problems += found
+        return Source(
+            table.assign(source="ISIC 2018"), files, problems, account=account
+        )
+    path = _find_table(folder, *names)
+    raw = read_table(path, ["image_id", "lesion_id", "dx"])
+    given = {"source": "dataset"} if "dataset" in raw else {}
+    parts = {"train": _label_table(path, account, raw, {"label": "dx", **given})}
+    stems = {_file_key(image.name) for image in files.images}
+    for split in ("val", "test"):
+        other, own = tables.get(split), Account()
+        if other is None:
+            continue
+        table = _label_table(other, own)
+        if table["image_id"].dropna().map(_file_key).isin(stems).any():
+            parts[split] = table
+            account.found += own.found
+            account.not_used += own.not_used
+        else:
+            account.not_used.append(
+                ("tables", f"{other.name}: none of its images is here")
+            )
+        account.tables.add(other.name)
+    if len(parts) == 1:
+        table = parts["train"]
+    else:
+        table = pd.concat(
+            [t.assign(split=s) for s, t in parts.items()], ignore_index=True
+        )
+    table["source"] = table.get("source", pd.Series(pd.NA, table.index)).fillna(
+        "HAM10000"
+    )
+    return Source(table, files, account=account)
+
+# %% ../nbs/02_datasets.ipynb #4ad65064
+def read_isic_archive(
+    folder: Path,  # with metadata.csv, and images in folders or archives if any
+) -> Source:
+    "Read a metadata export of the ISIC archive."
+    path, account = _find_table(folder, "metadata.csv"), Account()
+    raw = read_table(path, ["isic_id", "diagnosis_1"])
+    levels = [f"diagnosis_{n}" for n in (5, 4, 3, 2, 1) if f"diagnosis_{n}" in raw]
+    table = pd.DataFrame({"image_id": raw["isic_id"]})
+    table["labels"] = [
+        tuple(x for x in row if not pd.isna(x))
+        for row in raw[levels].itertuples(index=False)
+    ]
+    told = ["image_id from isic_id", f"label from {listing(levels)}"]
+    extra = _take_columns(raw, path, account, {}, {"isic_id", *levels}, told)
+    table = pd.concat([table, extra], axis=1)
+    return Source(table, list_files(folder), account=account)
+
+# %% ../nbs/02_datasets.ipynb #05dcdcdb
 def _own_taxonomy(folder: Path, labels: Sequence[str]) -> Taxonomy:
     for name in ("taxonomy.yaml", "taxonomy.yml"):
         if (folder / name).is_file():
@@ -620,20 +1001,115 @@ def _own_taxonomy(folder: Path, labels: Sequence[str]) -> Taxonomy:
     return Taxonomy("own", classes, {c: c for c in classes}, {})
 
 
+def _counted(names: Iterable[str]) -> str:
+    counts = pd.Series(list(names), dtype=object).value_counts(sort=False)
+    return listing([f"{name}/ ({n:,})" for name, n in sorted(counts.items())], 8)
+
+
+def _folders_of(images: Sequence[ImageFile]) -> list[list[str]]:
+    # Of each image. An archive is a folder where it is named like a split, or where
+    # archives are all there is to tell classes apart.
+    folders = [image.rel.split("/")[:-1] for image in images]
+    archives = [image.archive for image in images]
+    if all(archives) and (
+        all(map(split_word, set(archives)))
+        or not any(folders)
+        and len(set(archives)) > 1
+    ):
+        return [[archive, *parts] for archive, parts in zip(archives, folders)]
+    return folders
+
+
+class _Layout(NamedTuple):
+    labels: list[tuple | None]  # of each image its class folder and those in it;
+    # (): it is in none; None: it is in a folder beside, which is told
+    splits: list[str | None]
+    wrapper: str  # folder that holds everything, with / at its end, or ""
+
+
+def _layout(parts: list[list[str]], folder: Path, account: Account) -> _Layout:
+    "What the folders of a tree mean: wrappers, splits, classes; shown, or refused."
+    start, inside = 0, [p for p in parts if p]
+
+    def at(level: int) -> list[str]:
+        return [p[level] for p in inside if len(p) > level]
+
+    def one_folder() -> bool:
+        return len(set(at(start))) == 1 and bool(at(start + 1))
+
+    while (
+        one_folder()
+        and not split_word(at(start)[0])
+        and not _splits_below(inside, start)
+    ):
+        start += 1
+    wrapper = "".join(f"{name}/" for name in inside[0][:start]) if inside else ""
+    if wrapper:
+        account.found.append(("folders", f"all is in {wrapper}"))
+    tops = dict.fromkeys(at(start))
+    splits = {top: word for top in tops if (word := split_word(top))}
+    others = [top for top in at(start) if top not in splits]
+    level = None
+    if splits:
+        if others and len(set(splits.values())) < 2:
+            raise ConfigError(
+                f"{folder} has {_counted(at(start))}: {listing(splits)} is named like a "
+                "split and the others are not; give the folder whose subfolders are the "
+                "splits or the classes, or move the others away."
+            )
+        if others:
+            beside = f"{_counted(others)} beside {listing([f'{s}/' for s in splits])}"
+            account.not_used.append(("folders", f"images in {beside}"))
+        inside = [p for p in inside if len(p) > start and p[start] in splits]
+        level, start = start, start + 1
+        while one_folder() or (at(start + 1) and all(map(split_word, at(start)))):
+            start += 1  # train/train/nevus, train/images/nevus
+    elif _splits_below(inside, start):
+        level = start + 1
+    classes = at(start)
+    odd = [name for name in classes if split_word(name) or is_folder_word(name)]
+    if odd:
+        raise ConfigError(
+            f"{folder} has the folders {_counted(classes)}, and {listing(dict.fromkeys(odd), 4)} "
+            "is no name of a class: give the folder whose subfolders are the classes, or "
+            "train, val and test; or move the others away."
+        )
+    labels, words = [], []
+    for p in parts:
+        beside = bool(splits) and len(p) > level and p[level] not in splits
+        used = not beside and len(p) > max(start, level or 0)
+        rest = [name for i, name in enumerate(p) if i >= start and i != level]
+        labels.append(tuple(rest) if used else None if beside else ())
+        words.append(split_word(p[level]) if used and level is not None else None)
+    if level is not None:
+        names = dict.fromkeys(p[level] for p, label in zip(parts, labels) if label)
+        account.found.append(
+            ("folders", f"{listing([f'{n}/' for n in names])} are the split")
+        )
+    return _Layout(labels, words, wrapper)
+
+
+def _splits_below(inside: list[list[str]], start: int) -> bool:
+    # nevus/train/1.jpg: every image lies in a split below its class
+    return bool(inside) and all(
+        len(p) > start + 1 and split_word(p[start + 1]) and not split_word(p[start])
+        for p in inside
+    )
+
+
 def read_folders(
     folder: Path,  # one folder a class; metadata.csv and taxonomy.yaml if there are any
 ) -> Source:
     "Read a tree of folders named by class, or an archive of such a tree."
-    images, masks = list_images(folder)
-    parts = [image.rel.split("/")[:-1] for image in images]
-    first = {p[0].lower() for p in parts if p}
-    has_split = bool(first) and first <= set(_SPLIT_FOLDERS)
-    skip = 1 if has_split else 0
-    kept = [(image, p[skip:], p[0]) for image, p in zip(images, parts) if len(p) > skip]
+    files, account = list_files(folder), Account()
+    parts = _folders_of(files.images)
+    layout = _layout(parts, folder, account)
+    rows = list(zip(files.images, layout.labels, layout.splits))
+    kept = [row for row in rows if row[1]]
     if not kept:
         raise ConfigError(
             f"{folder} has no images in class folders, such as "
-            f"{folder.name}/nevus/1.jpg."
+            f"{folder.name}/nevus/1.jpg{_found_instead(folder)}."
         )
     stems = pd.Series([image.stem for image, _, _ in kept])
     paths = [image.rel.rpartition(".")[0] for image, _, _ in kept]
@@ -641,38 +1117,36 @@ def read_folders(
     table = pd.DataFrame(
         {"image_id": ids, "file": [image.path for image, _, _ in kept]}
     )
-    table["labels"] = [tuple(reversed(path)) for _, path, _ in kept]
-    if has_split:
-        table["split"] = [_SPLIT_FOLDERS[top.lower()] for _, _, top in kept]
+    table["labels"] = [tuple(reversed(labels)) for _, labels, _ in kept]
+    if any(split for _, _, split in kept):
+        table["split"] = [split for _, _, split in kept]
     table["lesion_id"] = table["image_id"]
     problems = []
-    if (folder / "metadata.csv").is_file():
-        table, problems = _add_metadata(table, stems, folder / "metadata.csv")
-    taxonomy = _own_taxonomy(folder, [path[0] for _, path, _ in kept])
-    return Source(table, images, masks, problems, taxonomy)
+    for path in dict.fromkeys(
+        (folder / "metadata.csv", folder / layout.wrapper / "metadata.csv")
+    ):
+        if path.is_file():
+            table, problems = _add_metadata(table, path, account)
+            break
+    taxonomy = _own_taxonomy(folder, [labels[0] for _, labels, _ in kept])
+    files = files._replace(
+        images=[image for image, labels, _ in rows if labels is not None]
+    )
+    return Source(table, files, problems, taxonomy, account=account)
 
 
-def _add_metadata(table: pd.DataFrame, stems: pd.Series, path: Path) -> tuple:
-    extra = read_table(path, ["image_id"]).drop_duplicates()
-    twice = extra["image_id"][extra["image_id"].duplicated()].dropna().unique()
-    problems = [
-        ("duplicate id", i, str(path), "two metadata rows that differ") for i in twice
-    ]
-    extra = extra.drop_duplicates("image_id").set_index("image_id")
-    absent = set(extra.index) - set(table["image_id"])
+def _add_metadata(table: pd.DataFrame, path: Path, account: Account) -> tuple:
+    raw = read_table(path)
+    labels = find_columns(raw, ["label"]).values()
+    for name in labels:
+        account.not_used.append(
+            ("columns", f"{name} (folders name the classes), of {path.name}")
+        )
+    table, problems, absent = _add_beside(table, raw, path, account, labels)
     problems += [
         ("absent", i, pd.NA, f"in {path.name}, and no file of that name")
         for i in sorted(absent)
     ]
-    extra = extra.reindex(table["image_id"]).reset_index(drop=True)
-    for column in _EXTRA_COLUMNS:
-        if column in extra:
-            values = extra[column]
-            if value_kind(column):
-                values = understand(values, column, str(path))
-            if column in table:
-                values = values.fillna(table[column].astype("string"))
-            table[column] = values
     return table, problems
 
 # %% ../nbs/02_datasets.ipynb #10504e0c
@@ -687,7 +1161,6 @@ _MAPPING_KEYS = (
     "license",
     "citation",
 )
-_MAPPED_COLUMNS = ("image_id", "label", "path", *_EXTRA_COLUMNS)
 
 
 def _read_mapping(folder: Path, table: Path | None) -> dict:
@@ -712,12 +1185,16 @@ def _read_mapping(folder: Path, table: Path | None) -> dict:
 
 
 def _only_csv(folder: Path) -> Path:
-    found = sorted(p for p in folder.glob("*.csv") if not p.name.startswith("."))
+    visible = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    found = [p for p in visible if p.suffix.lower() == ".csv" and p.is_file()]
+    folders = [p for p in visible if p.is_dir()]
+    if not found and len(folders) == 1 and len(visible) < 4:  # a wrapper
+        return _only_csv(folders[0])
     if len(found) != 1:
-        names = ", ".join(p.name for p in found) or "none"
+        names = listing([_as_text(p.name) for p in found], 8) or "none"
         raise ConfigError(
-            f"{folder} must hold one CSV, or a dataset.yaml with 'table: NAME.csv' "
-            f"(found: {names})."
+            f"{folder} must hold one CSV, or train.csv, val.csv and test.csv, or a "
+            f"dataset.yaml with 'table: NAME.csv' (found: {names})."
         )
     return found[0]
 
@@ -726,46 +1203,37 @@ def read_csv_dataset(
     folder: Path,  # with one CSV, or the CSV itself
 ) -> Source:
     "Read any CSV of images and labels, by the mapping in the `dataset.yaml` beside it."
-    path = folder if folder.is_file() else None
+    path, account = folder if folder.is_file() else None, Account()
     folder = folder.parent if path else folder
     mapping = _read_mapping(folder, path)
-    if path is None:
+    splits = {} if path or "table" in mapping else _split_tables(folder)
+    if path is None and len(splits) < 2:
+        splits = {}
         path = folder / mapping["table"] if "table" in mapping else _only_csv(folder)
-    columns = mapping.get("columns") or {}
-    raw = read_table(
-        path,
-        columns.values(),
-        mapping.get("separator", ""),
-        mapping.get("encoding", "utf-8"),
+    columns = {k: v or "" for k, v in (mapping.get("columns") or {}).items()}
+
+    def read(file: Path) -> pd.DataFrame:
+        form = mapping.get("separator", ""), mapping.get("encoding", "utf-8")
+        return read_table(file, filter(None, columns.values()), *form)
+
+    table = _label_tables(
+        splits or {"": path},
+        account,
+        read,
+        given=columns,
+        mapping=folder / "dataset.yaml",
     )
-    columns = {c: columns.get(c, c) for c in _MAPPED_COLUMNS}
-    for needed in ("image_id", "label"):
-        if columns[needed] not in raw:
-            raise ConfigError(
-                f"{path} has no column {needed!r}; say in {folder / 'dataset.yaml'} "
-                f"which one it is: 'columns: {{{needed}: ...}}' (there are: "
-                f"{', '.join(raw)})."
-            )
-    table = pd.DataFrame({"image_id": raw[columns["image_id"]]})
-    labels = raw[columns["label"]]
-    table["labels"] = [() if pd.isna(x) else (x,) for x in labels]
-    for column in _EXTRA_COLUMNS:
-        if columns[column] in raw:
-            table[column] = raw[columns[column]]
-    for column in _EXTRA_COLUMNS:
-        if column in table and value_kind(column):
-            table[column] = understand(table[column], column, str(path))
-    if columns["path"] in raw:
-        table["file"] = raw[columns["path"]]
     if "taxonomy" in mapping:
         beside = (folder / _selection(mapping["taxonomy"])[0]).is_file()
         own = folder / mapping["taxonomy"]
         taxonomy = load_taxonomy(own if beside else mapping["taxonomy"])
     else:
-        taxonomy = _own_taxonomy(folder, labels.dropna().tolist())
+        taxonomy = _own_taxonomy(
+            folder, [x for labels in table["labels"] for x in labels]
+        )
     about = {k: mapping[k] for k in ("title", "license", "citation") if k in mapping}
-    files = list_images(folder / mapping.get("images", "."))
-    return Source(table, *files, taxonomy=taxonomy, about=about)
+    files = list_files(folder / mapping.get("images", "."))
+    return Source(table, files, taxonomy=taxonomy, about=about, account=account)
 
 # %% ../nbs/02_datasets.ipynb #de3efc94
 class Download(NamedTuple):
@@ -909,10 +1377,13 @@ def problem_counts(
 
 
 class _Finder:
-    "Finds the file of an image by its path, its name or its stem."
+    """Finds the file of an image by its path, its name or its stem.
+
+    `alike` finds it where case, ending or Unicode form differ, or one path ends like the other.
+    """
 
     def __init__(self, images: list[ImageFile]):
-        self.by_key: dict[str, list[ImageFile]] = {}
+        self.images, self.by_key, self._by_name = images, {}, None
         for image in images:
             for key in {image.path, image.rel, image.name, image.stem}:
                 self.by_key.setdefault(key, []).append(image)
@@ -925,6 +1396,44 @@ class _Finder:
         # is another image.
         same_name = self.by_key.get(key.rpartition("/")[2], [])
         return [image for image in same_name if key.endswith("/" + image.rel)]
+
+    def alike(self, key: str) -> list[ImageFile]:
+        "Files whose name or path is the same but for case and ending."
+        if self._by_name is None:  # few datasets need it
+            self._by_name = {}
+            for image in self.images:
+                rel = "/" + _file_key(image.rel)
+                self._by_name.setdefault(rel.rpartition("/")[2], []).append(
+                    (rel, image)
+                )
+        key = "/" + _file_key(str(key))
+        found = self._by_name.get(key.rpartition("/")[2], [])
+        return [i for rel, i in found if rel.endswith(key) or key.endswith(rel)]
+
+
+def _files_of(keys: pd.Series, find: _Finder) -> tuple[list[list[ImageFile]], dict]:
+    # Of each key its files, exact names first; and the keys that were found under
+    # another name. A file that one row names exactly is no other row's.
+    found = [[] if pd.isna(key) else find(key) for key in keys]
+    missing = [
+        row
+        for row, files in enumerate(found)
+        if not files and not pd.isna(keys.iloc[row])
+    ]
+    named = {f.path for files in found for f in files} if missing else set()
+    renamed, rows_of = {}, {}
+    for row in missing:
+        files = [f for f in find.alike(keys.iloc[row]) if f.path not in named]
+        if files:
+            found[row] = files
+            renamed[keys.iloc[row]] = files[0].rel
+            rows_of.setdefault(files[0].path, []).append(row)
+    for rows in rows_of.values():
+        if len({keys.iloc[row] for row in rows}) > 1:  # a.png and A.jpg, and one file
+            for row in rows:
+                found[row] = []
+                renamed.pop(keys.iloc[row], None)
+    return found, renamed
 
 
 def _label_of(taxonomy: Taxonomy, labels: tuple) -> tuple[str | None, str, str]:
@@ -954,25 +1463,31 @@ def build_manifest(
 ) -> tuple[pd.DataFrame, pd.DataFrame, np.ndarray]:
     "The manifest of all rows, the table of problems, and which rows are without."
     table = source.table.reset_index(drop=True)
-    find, find_mask = _Finder(source.images), _Finder(
-        [m._replace(rel=_MASK_SUFFIX.sub("", m.stem) + ".png") for m in source.masks]
+    files = source.files
+    find, find_mask = _Finder(files.images), _Finder(
+        [m._replace(rel=_MASK_SUFFIX.sub("", m.stem) + ".png") for m in files.masks]
     )
-    no_images = images_optional and not source.images
+    no_images = images_optional and not files.images
     problems, keep = list(source.problems), np.ones(len(table), bool)
     paths, labels, masks, used, codes = [], [], [], set(), {}
     keys = table["file"] if "file" in table else table["image_id"]
-    for row, (image_id, own, key) in enumerate(
-        zip(table["image_id"], table["labels"], keys.fillna(table["image_id"]))
+    keys = keys.fillna(table["image_id"])
+    all_found, renamed = _files_of(keys, find)
+    if renamed:
+        some = [f"{file} for {key!r}" for key, file in renamed.items()]
+        told = f"{len(renamed):,} files by another case or ending: {listing(some, 3)}"
+        source.account.found.append(("names", told))
+    for row, (image_id, own, key, found) in enumerate(
+        zip(table["image_id"], table["labels"], keys, all_found)
     ):
         if own not in codes:
             codes[own] = _label_of(taxonomy, own)
         code, kind, detail = codes[own]
         labels.append(code)
-        found = [] if pd.isna(key) else find(key)
         used.update(f.path for f in found)
         path = found[0].path if found else pd.NA
         paths.append(path)
-        mask = [] if pd.isna(image_id) or not source.masks else find_mask(image_id)
+        mask = [] if pd.isna(image_id) or not files.masks else find_mask(image_id)
         masks.append(mask[0].path if mask else pd.NA)
         row_problems = []
         if kind:
@@ -998,7 +1513,7 @@ def build_manifest(
     keep &= ~table["image_id"].isin(named).to_numpy()
     problems += [
         ("unlisted", f.stem, f.path, "no row names this file")
-        for f in source.images
+        for f in files.images
         if f.path not in used
     ]
     if no_images:
@@ -1030,9 +1545,8 @@ def _repeated_rows(table: pd.DataFrame, labels: list, paths: list) -> tuple[list
 def _finish(table: pd.DataFrame) -> pd.DataFrame:
     table = table.reindex(columns=MANIFEST_COLUMNS)
     for column in MANIFEST_COLUMNS:
-        values = table[column].astype("string")
-        known = value_kind(column)
-        table[column] = understand(values, column) if known else values
+        numbers = (kind := value_kind(column)) is not None and kind.number
+        table[column] = table[column].astype("float64" if numbers else "string")
     return table
 
 # %% ../nbs/02_datasets.ipynb #1e75e32a
@@ -1082,6 +1596,8 @@ class Dataset:
     manifest: pd.DataFrame  # MANIFEST_COLUMNS, one row an image
     taxonomy: Taxonomy
     problems: pd.DataFrame  # kind, image_id, path, detail
+    listed: int = 0  # images that were listed, also those with problems
+    account: Account = field(default_factory=Account)
 
     @property
     def synthetic(self) -> bool:
@@ -1094,6 +1610,28 @@ class Dataset:
     def classes(self) -> tuple[str, ...]:
         "All classes of the taxonomy, in order, also those without an image."
         return self.taxonomy.classes
+
+    @property
+    def description(self) -> str:
+        "What was found, as it was understood, and what was not used: lines of text."
+        lines = []
+        for title, entries in (
+            ("Found", self.account.found),
+            ("Not used", self.account.not_used),
+        ):
+            lines += [title] if entries else []
+            for what, text in entries:
+                lines.append(
+                    textwrap.fill(
+                        text,
+                        100,
+                        initial_indent=f"  {what:<14}",
+                        subsequent_indent=" " * 16,
+                        break_on_hyphens=False,
+                        break_long_words=False,
+                    )
+                )
+        return "\n".join(lines)
 
 
 def dataset_spec(name: str) -> DatasetSpec:
@@ -1125,7 +1663,154 @@ def _prepare_folder(spec: DatasetSpec, folder: Path) -> None:
     raise ConfigError(f"{spec.name}: there is no folder {folder} ({way}).")
 
 
-def _read(name: str, data_dir, taxonomy: str, verify: bool):
+def _places(files: Iterable[ImageFile]) -> str:
+    counts = pd.Series([f.place or "the folder itself" for f in files], dtype=object)
+    counts = counts.value_counts()
+    return listing([f"{place} ({n:,})" for place, n in counts.items()], 4)
+
+
+def _ids_found(manifest: pd.DataFrame) -> list[tuple[str, str]]:
+    told = []
+    for column, what, alone in (
+        ("lesion_id", "lesion", "each is taken for a lesion of its own"),
+        ("patient_id", "patient", "what is of one patient cannot be kept together"),
+    ):
+        ids, n = manifest[column], len(manifest)
+        if (ids.isna() | (ids == manifest["image_id"])).all():
+            told.append((f"{what}s", f"no image has a {what} id: {alone}"))
+            continue
+        counts = ids.value_counts()
+        text = _many(len(counts), what)
+        if ids.isna().any():
+            text += f"; {ids.isna().sum():,} of {n:,} images have no {what} id: {alone}"
+        if counts.iloc[0] >= max(10, n / 10):
+            text += f"; {counts.iloc[0]:,} images are of {what} {counts.index[0]!r}"
+        told.append((f"{what}s", text))
+    return told
+
+
+def _values_found(manifest: pd.DataFrame) -> list[tuple[str, str]]:
+    told = []
+    for column, unit in (("age", "years"), ("size_mm", "mm")):
+        if (known := manifest[column].dropna()).size:
+            few = f" (known of {len(known):,})" if len(known) < len(manifest) else ""
+            told.append(f"{column} {known.min():g} to {known.max():g} {unit}{few}")
+    for column in ("sex", "site", "skin_tone"):
+        counts = manifest[column].value_counts()
+        if counts.size:
+            some = listing([f"{value} {n:,}" for value, n in counts.items()], 6)
+            told.append(f"{column}: {some}")
+    return [("metadata", "; ".join(told) or "no age, sex or site")]
+
+
+_OTHER_IMAGES = _IMAGE_ENDINGS | {
+    *".heics .raw .cr2 .nef .arw .dng .svg .psd .mha .nii .jxl .jp2".split()
+}
+_TABLES = (
+    ".csv",
+    ".tsv",
+    ".tab",
+    ".xlsx",
+    ".xls",
+    ".ods",
+    ".json",
+    ".jsonl",
+    ".parquet",
+)
+_ARCHIVES = (".zip", ".gz", ".tgz", ".tar", ".rar", ".7z", ".bz2", ".xz")
+
+
+def _files_not_used(others: list[ImageFile], account: Account) -> list[tuple[str, str]]:
+    rest, told = {"images": [], "files": []}, []
+    archives, tables = [], []
+    for file in others:
+        if file.suffix in _ARCHIVES:
+            archives.append(
+                f"{file.rel} in {file.archive}.zip" if file.archive else file.rel
+            )
+        elif file.suffix in _TABLES and file.name not in account.tables:
+            tables.append(file.rel)
+        elif (
+            file.suffix not in (".yaml", ".yml", ".sha256")
+            and file.name not in account.tables
+        ):
+            rest["images" if file.suffix in _OTHER_IMAGES else "files"].append(
+                file.suffix
+            )
+    for what, suffixes in rest.items():
+        if suffixes:
+            counts = pd.Series(suffixes).replace("", "without ending").value_counts()
+            some = listing([f"{n:,} {suffix}" for suffix, n in counts.items()], 8)
+            why = " (such files are not read: save them as JPEG or PNG)"
+            told.append((what, some + (why if what == "images" else "")))
+    if archives:
+        told.append(("archives", f"{listing(archives, 4)} (unpack what is in there)"))
+    if tables:
+        told.append(("tables", listing(tables, 8)))
+    return told
+
+
+def _complete(
+    account: Account, source: Source, dataset: Dataset, manifest: pd.DataFrame
+) -> None:
+    # What only shows once there is a manifest: of all rows that have a class.
+    files, problems, found = source.files, dataset.problems, account.found
+    manifest = manifest[manifest["label"].notna()]
+    first = [
+        (
+            "images",
+            f"{_many(len(files.images), 'file')}: {_places(files.images)}".rstrip(": "),
+        )
+    ]
+    counts = manifest["label"].value_counts()
+    classes = [f"{c} {counts.get(c, 0):,}" for c in dataset.classes]
+    own = (
+        "" if dataset.taxonomy.name == "own" else f" (taxonomy {dataset.taxonomy.name})"
+    )
+    first.append(("classes", f"{listing(classes, 12)}{own}"))
+    odd = [c for c in dataset.classes if is_unknown(c)]
+    if odd:
+        first.append(
+            (
+                "classes",
+                f"{listing(map(repr, odd))} is a class, and looks like no diagnosis",
+            )
+        )
+    if manifest["split"].notna().any():
+        counts = manifest["split"].fillna("none").value_counts()
+        first.append(("split", listing([f"{s} {counts[s]:,}" for s in counts.index])))
+    found[:] = (
+        first + found + files.notes + _ids_found(manifest) + _values_found(manifest)
+    )
+    if files.masks:
+        paired = int(manifest["mask"].notna().sum())
+        few = (
+            f", of which {paired:,} belong to an image"
+            if paired < len(files.masks)
+            else ""
+        )
+        found.append(("masks", f"{len(files.masks):,}{few}: {_places(files.masks)}"))
+    unlisted = set(problems["path"][problems["kind"] == "unlisted"])
+    if unlisted:
+        beside = [f for f in files.images if f.path in unlisted]
+        told = f"{_many(len(beside), 'file')} that no row or class names: {_places(beside)}"
+        account.not_used.append(("images", told))
+    counts = problems["detail"][problems["kind"] == "left out"].value_counts()
+    account.not_used += [("images", f"{n:,}: {detail}") for detail, n in counts.items()]
+    if (problems["kind"] == "no images").any():
+        found.append(
+            ("images", "only the tables are there; images can be added to the folder")
+        )
+    account.not_used += _files_not_used(files.others, account)
+
+
+def inspect_dataset(
+    name: str,  # a row of DATASETS
+    data_dir: str | Path = "",  # its folder; empty: data/<name> of the project
+    taxonomy: str = "",  # built-in name or YAML file; empty: the dataset's own
+    verify: bool = True,  # decode every image
+) -> Dataset:
+    "A dataset as it is, without the images that have problems; with an account of all."
     spec = dataset_spec(name)
     chosen = load_taxonomy(taxonomy) if taxonomy else None  # a typo is told at once
     folder = dataset_folder(spec, data_dir)
@@ -1149,7 +1834,10 @@ def _read(name: str, data_dir, taxonomy: str, verify: bool):
             f"{folder} holds images that were not generated: read them as "
             "dataset isic2019."
         )
-    return spec, folder, chosen, manifest, problems, keep
+    kept = manifest[keep].reset_index(drop=True)
+    dataset = Dataset(spec, kept, chosen, problems, len(manifest), source.account)
+    _complete(source.account, source, dataset, manifest)
+    return dataset
 
 
 def load_dataset(
@@ -1162,21 +1850,20 @@ def load_dataset(
     "Read a dataset; `ConfigError` where images or labels are wrong and not excluded."
     if on_problem not in ("error", "exclude"):
         raise unknown_name("on_problem", on_problem, ("error", "exclude"))
-    spec, folder, chosen, manifest, problems, keep = _read(
-        name, data_dir, taxonomy, verify
-    )
-    counts = problem_counts(problems)
+    dataset = inspect_dataset(name, data_dir, taxonomy, verify)
+    folder = dataset_folder(dataset.spec, data_dir)
+    counts = problem_counts(dataset.problems)
     blocking = [f"{n:,} {kind}" for kind, n in counts.items() if kind in BLOCKING]
     see = f"`dermnb data check {name} --data-dir {shlex.quote(str(folder))}`"
     if blocking and on_problem == "error":
         raise ConfigError(
-            f"{name} in {folder}: {', '.join(blocking)} among {len(manifest):,} listed "
+            f"{name} in {folder}: {', '.join(blocking)} among {dataset.listed:,} listed "
             f"images; {see} names them, on_problem=exclude leaves them out."
         )
-    if not keep.any():
+    if dataset.manifest.empty:
         told = ", ".join(f"{n:,} {kind}" for kind, n in counts.items())
         raise ConfigError(f"{name} in {folder}: no image is left ({told}); see {see}.")
-    return Dataset(spec, manifest[keep].reset_index(drop=True), chosen, problems)
+    return dataset
 
 
 def check_dataset(
@@ -1186,7 +1873,7 @@ def check_dataset(
     verify: bool = True,  # decode every image
 ) -> pd.DataFrame:
     "The table of problems: kind, image_id, path, detail. Empty if there are none."
-    return _read(name, data_dir, taxonomy, verify)[4]
+    return inspect_dataset(name, data_dir, taxonomy, verify).problems
 
 # %% ../nbs/02_datasets.ipynb #0d24746c
 class ResumingDownloader:
