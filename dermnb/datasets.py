@@ -296,7 +296,8 @@ def _walk(
                 yield ImageFile(name, _as_text(entry.path), entry.stat().st_size)
 
 
-def _zip_members(path: str) -> Iterator[ImageFile]:
+def _zip_members(path: str, notes: list) -> Iterator[ImageFile]:
+    odd = 0
     try:
         with zipfile.ZipFile(on_disk(path)) as archive:
             members = archive.infolist()
@@ -311,11 +312,14 @@ def _zip_members(path: str) -> Iterator[ImageFile]:
             try:
                 name = name.encode("cp437").decode("utf-8")
             except UnicodeError:
-                pass
+                odd += 1
         parts = name.lower().split("/")
         hidden = any(p.startswith(".") or p in _PASSED_OVER for p in parts)
         if not member.is_dir() and not hidden:
             yield ImageFile(name, f"{path}::{name}", member.file_size)
+    if odd:
+        told = f"{odd:,} names in {os.path.basename(path)} are not in UTF-8 and are misread"
+        notes.append(("names", f"{told}: pack the archive with UTF-8 names"))
 
 
 def is_mask(
@@ -358,10 +362,12 @@ def list_files(
         raise ConfigError(
             f"{_as_text(str(error.filename))} cannot be read: {error.strerror}."
         ) from None
-    plain, packed = [], []
+    plain, packed, notes = [], [], []
     for found in found_files:
         if found.rel.lower().endswith(".zip"):
-            packed += [(found.rel, member) for member in _zip_members(found.path)]
+            packed += [
+                (found.rel, member) for member in _zip_members(found.path, notes)
+            ]
         else:
             plain.append(("", found))
     images, masks, others = [], {}, []
@@ -372,12 +378,12 @@ def list_files(
             masks.setdefault(found.place, []).append(found)
         else:
             images.append(found)
-    return _pictures_among(masks, images, others)
+    return _pictures_among(masks, images, others, notes)
 
 
-def _pictures_among(masks: dict, images: list, others: list) -> Files:
+def _pictures_among(masks: dict, images: list, others: list, notes: list) -> Files:
     # A mask belongs to an image, or is named as one, or has no color.
-    stems, kept, notes = {image.stem for image in images}, [], []
+    stems, kept = {image.stem for image in images}, []
     for place, files in masks.items():
         apart = not any(
             _MASK_SUFFIX.search(f.stem)
@@ -1037,11 +1043,7 @@ def _layout(parts: list[list[str]], folder: Path, account: Account) -> _Layout:
     def one_folder() -> bool:
         return len(set(at(start))) == 1 and bool(at(start + 1))
 
-    while (
-        one_folder()
-        and not split_word(at(start)[0])
-        and not _splits_below(inside, start)
-    ):
+    while one_folder() and not split_word(at(start)[0]):
         start += 1
     wrapper = "".join(f"{name}/" for name in inside[0][:start]) if inside else ""
     if wrapper:
@@ -1112,8 +1114,11 @@ def read_folders(
             f"{folder.name}/nevus/1.jpg{_found_instead(folder)}."
         )
     stems = pd.Series([image.stem for image, _, _ in kept])
-    paths = [image.rel.rpartition(".")[0] for image, _, _ in kept]
-    ids = stems.where(~stems.duplicated(keep=False), pd.Series(paths))
+    paths = pd.Series([image.rel.rpartition(".")[0] for image, _, _ in kept])
+    ids = stems.where(~stems.duplicated(keep=False), paths)
+    if (twice := ids.duplicated(keep=False)).any():  # in two archives
+        archives = pd.Series([image.archive for image, _, _ in kept])
+        ids = ids.mask(twice & (archives != ""), archives + "/" + paths)
     table = pd.DataFrame(
         {"image_id": ids, "file": [image.path for image, _, _ in kept]}
     )

@@ -554,7 +554,9 @@ def data_key(run: RunResult) -> str:
     sizes = [
         (s, m["n"], [r["n"] for r in m["per_class"]]) for s, m in run.splits.items()
     ]
-    return json.dumps([run.get("dataset"), run.get("split"), sizes], sort_keys=True)
+    told = ("found", "not_used")  # how it was read, which may be worded anew
+    data = {k: v for k, v in run.get("dataset", default={}).items() if k not in told}
+    return json.dumps([data, run.get("split"), sizes], sort_keys=True)
 
 
 def chance_of(run: RunResult) -> float:

@@ -205,7 +205,7 @@ KINDS: dict[str, ValueKind] = {
 }
 _KIND_OF = {"lesion_id": "id", "patient_id": "id", "source": "text"}
 
-# %% ../nbs/01_values.ipynb #e854f191
+# %% ../nbs/01_values.ipynb #497279a7
 class Cells(NamedTuple):
     "A column as it was understood."
 
@@ -265,7 +265,9 @@ def read_cells(
     wrong = [i for i, v in enumerate(values) if v is None and not unknown[i]]
     if wrong:
         rows = int(count[wrong].sum())
-        others = f" (nor are {rows - 1:,} other cells)" if rows > 1 else ""
+        others = {1: "", 2: " (nor is 1 other cell)"}.get(
+            rows, f" (nor are {rows - 1:,} other cells)"
+        )
         raise ConfigError(
             f"{title} {texts[wrong[0]]!r} is not {rule.means}{others}; what is not known "
             "is left empty."
