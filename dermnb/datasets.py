@@ -1394,6 +1394,8 @@ class _Finder:
                 self.by_key.setdefault(key, []).append(image)
 
     def __call__(self, key: str) -> list[ImageFile]:
+        if key in self.by_key:
+            return self.by_key[key]
         key = str(key).replace("\\", "/").removeprefix("./")
         if key in self.by_key:
             return self.by_key[key]
@@ -1441,6 +1443,10 @@ def _files_of(keys: pd.Series, find: _Finder) -> tuple[list[list[ImageFile]], di
     return found, renamed
 
 
+def _last(key: str) -> str:
+    return re.split(r"[/\\]", key)[-1]
+
+
 def _label_of(taxonomy: Taxonomy, labels: tuple) -> tuple[str | None, str, str]:
     # label, problem kind, detail
     if not labels:
@@ -1479,8 +1485,8 @@ def build_manifest(
     keys = keys.fillna(table["image_id"])
     all_found, renamed = _files_of(keys, find)
     if renamed:
-        some = [f"{file} for {key!r}" for key, file in renamed.items()]
-        told = f"{len(renamed):,} files by another case or ending: {listing(some, 3)}"
+        some = [f"{file} for {_last(key)!r}" for key, file in renamed.items()]
+        told = f"{_many(len(renamed), 'file')} by another case or ending: {listing(some, 3)}"
         source.account.found.append(("names", told))
     for row, (image_id, own, key, found) in enumerate(
         zip(table["image_id"], table["labels"], keys, all_found)
@@ -1705,7 +1711,7 @@ def _values_found(manifest: pd.DataFrame) -> list[tuple[str, str]]:
         if counts.size:
             some = listing([f"{value} {n:,}" for value, n in counts.items()], 6)
             told.append(f"{column}: {some}")
-    return [("metadata", "; ".join(told) or "no age, sex or site")]
+    return [("values", "; ".join(told) or "no age, sex or site")]
 
 
 _OTHER_IMAGES = _IMAGE_ENDINGS | {

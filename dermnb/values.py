@@ -36,7 +36,7 @@ def _plain(text: str) -> str:
 def _list(text: str) -> list[str]:
     return [" ".join(word.split()) for word in text.split(",")]
 
-# %% ../nbs/01_values.ipynb #63e898df
+# %% ../nbs/01_values.ipynb #ffaa7265
 UNKNOWN_WORDS = frozenset(
     map(
         _plain,
@@ -45,7 +45,7 @@ UNKNOWN_WORDS = frozenset(
     missing, empty, blank, not specified, not available, not applicable, not reported,
     not recorded, not provided, not given, not stated, not documented, not determined,
     unspecified, unavailable, undefined, undetermined, no data, no information, no
-    value, no answer, n.d., div/0,   
+    value, no answer, n.d.,   
       prefer not to say, prefer not to answer, unbekannt, nicht
     bekannt, keine angabe, keine angaben, ohne angabe, k.a., k. a., nicht angegeben,
     fehlt, fehlend, inconnu, inconnue, non connu, non renseigné, non précisé, non
@@ -59,6 +59,9 @@ UNKNOWN_WORDS = frozenset(
 )
 
 
+_DIGIT = re.compile(r"\d")
+
+
 def is_unknown(
     cell: object,
     also: Iterable[str] = (),  # words and numbers that mean it in this column
@@ -67,8 +70,10 @@ def is_unknown(
     if pd.isna(cell):
         return True
     text = str(cell).strip()
+    if _DIGIT.search(text):  # no word has one: an id is soon known to be none
+        return text in also
     word = _plain(text)
-    return not word or word in UNKNOWN_WORDS or text in also or word in also
+    return not word or word in UNKNOWN_WORDS or word in also
 
 # %% ../nbs/01_values.ipynb #a0eda835
 def _words(**spellings: str) -> dict[str, str]:
@@ -205,7 +210,7 @@ KINDS: dict[str, ValueKind] = {
 }
 _KIND_OF = {"lesion_id": "id", "patient_id": "id", "source": "text"}
 
-# %% ../nbs/01_values.ipynb #497279a7
+# %% ../nbs/01_values.ipynb #c7fc6d7e
 class Cells(NamedTuple):
     "A column as it was understood."
 
@@ -286,7 +291,7 @@ def read_cells(
     changed = {
         t: f"{v:g}" if rule.number else v
         for t, v in zip(texts, values)
-        if v is not None and not _same(t, v)
+        if v is not None and t != v and not _same(t, v)
     }
     return Cells(
         pd.Series(lookup[place], column.index, dtype=dtype, name=column.name),

@@ -488,7 +488,7 @@ def test_names_with_another_case_or_ending_are_found(tmp_path, listed, file):
     put(tmp_path / "other.jpg", jpeg(2))
     dataset = load_dataset("csv", tmp_path)
     assert len(dataset.manifest) == 2
-    assert "1 files by another case or ending" in told(dataset, "names")
+    assert "1 file by another case or ending" in told(dataset, "names")
 
 
 def test_names_that_are_not_clear_are_refused(tmp_path):
