@@ -585,6 +585,8 @@ def save_run(
             ),
             "problems": dataset.problems["kind"].value_counts().to_dict(),
             "positive": own,  # of its taxonomy; what config names comes first
+            "found": [list(entry) for entry in dataset.account.found],
+            "not_used": [list(entry) for entry in dataset.account.not_used],
         },
         "split": _split_summary(data),
         "leak": leak_counts(data.manifest),
