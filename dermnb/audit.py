@@ -12,7 +12,6 @@ __all__ = ['SIDE', 'WAVES', 'BITS', 'FINGERPRINTS', 'PIECE_BITS', 'SHEAR', 'LAYE
 # %% ../nbs/08_audit.ipynb #c9c1fc8f
 import contextlib
 import hashlib
-import io
 import os
 import sqlite3
 import time
@@ -32,7 +31,7 @@ from scipy.sparse.csgraph import connected_components
 from .backbones import build_backbone, find_weights
 from .core import ConfigError, progress, unknown_name
 from .datasets import read_image_bytes
-from .images import FORMATS, to_rgb
+from .pictures import open_picture
 
 # %% ../nbs/08_audit.ipynb #e5327053
 SIDE = 64  # pixels, both sides of the grey miniature
@@ -81,7 +80,7 @@ def turned_hashes(
 
 # %% ../nbs/08_audit.ipynb #e6d18559
 FINGERPRINTS = ("bytes", "pixels", "hash", "look", "aspect")
-_STORE = "fingerprints-v2.sqlite"  # a change of how they are made: another name
+_STORE = "fingerprints-v3.sqlite"  # a change of how they are made: another name
 
 
 def fingerprint(
@@ -96,11 +95,11 @@ def fingerprint(
     known = dict.fromkeys(FINGERPRINTS)
     known["bytes"] = hashlib.sha256(data).hexdigest()
     try:
-        image = to_rgb(Image.open(io.BytesIO(data), formats=FORMATS))
+        image = open_picture(data).rgb()
         size = np.array(image.size, "<u4").tobytes()
         known["pixels"] = hashlib.sha256(size + image.tobytes()).hexdigest()
         small = miniature(image)
-    except Exception:  # Pillow raises many kinds for broken files
+    except ConfigError:
         return known
     if np.ptp(small) > 2:
         known["hash"] = hash_bits(small).tobytes().hex()
@@ -637,11 +636,9 @@ def embed(
 
     def read(content: str) -> np.ndarray | None:
         try:
-            data = read_image_bytes(paths[content])
-            opened = Image.open(io.BytesIO(data), formats=FORMATS)
-            opened.draft("RGB", (4 * _VIEW, 4 * _VIEW))
-            return _views(to_rgb(opened))
-        except Exception:  # Pillow raises many kinds for broken files
+            picture = open_picture(read_image_bytes(paths[content]))
+            return _views(picture.rgb(4 * _VIEW))
+        except ConfigError:
             return None
 
     table = f"seen_{digest}"

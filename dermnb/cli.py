@@ -252,7 +252,7 @@ def predict(
     from dermnb import predict as ask
     from dermnb.bundle import bundle_folder
 
-    paths = ask.find_images(images)
+    paths = ask.find_images(images, _say)
     targets = iter(ask.cam_paths(cam, paths) if cam else ())
     table = ask.read_metadata(metadata, paths) if metadata else None
     ask.check_method(method)
@@ -312,19 +312,21 @@ def export_model(
     ] = (),
 ):
     "Write a network or ensemble for other programs, and check that it answers the same."
+    import numpy as np
+
     from dermnb.bundle import bundle_folder, load_bundle
     from dermnb.core import unknown_name
     from dermnb.predict import find_images, read_image
 
     folder = bundle_folder(model)
-    paths = find_images(check_on)[:64] if check_on else []
+    paths = find_images(check_on, _say)[:64] if check_on else []
     from dermnb.export import FORMS, export_bundle
 
     if form not in FORMS:
         raise unknown_name("format", form, FORMS)
     _load_keras()
 
-    images = [read_image(path).pixels() for path in paths] or None
+    images = [np.asarray(read_image(path).rgb()) for path in paths] or None
     target = out or folder.parent / f"{folder.name}-{form}"
     record = export_bundle(load_bundle(folder), target, form, images)
     check = record["check"]
@@ -333,6 +335,11 @@ def export_model(
         f"answers as dermnb does, to {check['greatest_difference']:.1g}, on "
         f"{check['images']} images in {check['runtime']} {check['version']}"
     )
+
+
+def _say(line: str):
+    "Tell people what does not belong to the answers."
+    print(f"dermnb: {line}", file=sys.stderr, flush=True)
 
 
 def _load_keras():

@@ -22,13 +22,13 @@ from dermnb.bundle import load_bundle
 from dermnb.calibrate import temper
 from dermnb.core import ConfigError, read_json, write_json
 from dermnb.evaluate import probability_columns
+from dermnb.images import resize_image
 from dermnb.predict import (
     Predictor,
     cam_paths,
     find_images,
     read_image,
     read_metadata,
-    square_of,
     write_answers,
 )
 
@@ -137,8 +137,8 @@ def test_abstains_below_the_confidence_asked_for(runs, images):
     ("make", "said"),
     [
         (lambda i: b"", "is empty"),
-        (lambda i: b"GIF89a is no JPEG", "not an image"),
-        (lambda i: encoded(i, "GIF"), "not an image in one of the formats"),
+        (lambda i: b"GIF89a is no JPEG", "of the format GIF"),
+        (lambda i: b"no image", "not an image in one of the formats"),
         (lambda i: encoded(i, "JPEG")[:1500], "ends too early"),
         (lambda i: encoded(i)[:1500], "cannot be decoded"),
         (lambda i: encoded(i.resize((1, 1))), "has 1 x 1 pixels"),
@@ -146,7 +146,7 @@ def test_abstains_below_the_confidence_asked_for(runs, images):
         (lambda i: encoded(Image.new("1", (9_500, 9_500))), "9,500 x 9,500"),
         (lambda i: encoded(i, save_all=True, append_images=[i]), "holds 2 pictures"),
         (lambda i: encoded(i, "TIFF", save_all=True, append_images=[i]), "holds 2 pictures"),
-        (lambda i: encoded(i, "JPEG") + bytes(51 * 10**6), "may have at most 50 MB"),
+        (lambda i: encoded(i, "JPEG") + bytes(251 * 10**6), "may have at most 250 MB"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_one_sentence_and_the_rest_goes_on(runs, images, make, said):
@@ -167,7 +167,7 @@ def test_what_cannot_be_read_is_one_sentence_and_the_rest_goes_on(runs, images, 
         (lambda i: encoded(i.convert("L")), "a.png", "grey"),
         (lambda i: encoded(i.convert("CMYK"), "JPEG"), "a.jpg", "CMYK"),
         (lambda i: encoded(i.convert("RGBA")), "a.png", "transparent"),
-        (lambda i: encoded(Image.fromarray(np.asarray(i.convert("L"), "uint16") * 257)), "a.png", "16 bits"),
+        (lambda i: encoded(Image.fromarray(np.asarray(i.convert("L"), "uint16") * 257)), "a.png", "more than 8 bits"),
         (lambda i: encoded(i), "a.jpg", "ends in .jpg, but it is a PNG"),
         (lambda i: encoded(i), "noend", ""),
         (lambda i: encoded(i, "MPO", save_all=True, append_images=[i]), "a.jpg", ""),
@@ -175,7 +175,7 @@ def test_what_cannot_be_read_is_one_sentence_and_the_rest_goes_on(runs, images, 
 )  # fmt: skip
 def test_what_is_converted_is_said(images, make, name, said):
     picture = read_image(make(Image.fromarray(images[0])), name)
-    assert square_of(picture, 32, "crop").shape == (32, 32, 3)
+    assert resize_image(picture, 32, "crop").shape == (32, 32, 3)
     assert said in " ".join(picture.notes) and bool(said) == bool(picture.notes)
 
 
@@ -324,16 +324,29 @@ def test_an_interrupted_table_leaves_nothing(runs, images, tmp_path):
 
 
 def test_finds_images_in_folders_archives_and_patterns(images, tmp_path):
-    photo = encoded(Image.fromarray(images[0]))
-    (tmp_path / "sub").mkdir()
-    for name in ("a.png", "sub/b.PNG", "sub/notes.txt"):
-        (tmp_path / name).write_bytes(photo)
-    with zipfile.ZipFile(tmp_path / "more.zip", "w") as archive:
-        archive.writestr("in/c.png", photo)
-    found = find_images([tmp_path, tmp_path / "*.png"])
-    assert [Path(f).name for f in found] == ["a.png", "b.PNG", "c.png"]
+    photo, odd = encoded(Image.fromarray(images[0])), tmp_path / "odd [2019]"
+    (odd / "sub").mkdir(parents=True)
+    for name in ("a.png", "sub/b.PNG", "sub/noend", "sub/c.jfif", "d.HEIC"):
+        (odd / name).write_bytes(photo)
+    (odd / "notes.txt").write_text("no image")
+    with zipfile.ZipFile(odd / "more.zip", "w") as archive:
+        for name in ("in/e.png", "in/ISIC_1_segmentation.png"):
+            archive.writestr(name, photo)
+        archive.writestr("in/inner.zip", b"PK\3\4")
+    (odd / "half.zip").write_bytes((odd / "more.zip").read_bytes()[:99])
+    said = []
+    found = [Path(f).name for f in find_images([odd], said.append)]
+    assert found == "a.png d.HEIC half.zip e.png inner.zip b.PNG c.jfif noend".split()
+    assert said == ["not asked about: 1 .txt, 1 lesion mask(s), by their names."]
+    # Brackets belong to the name of a folder that is there, and to the pattern elsewhere.
+    assert find_images([odd / "[ab].png", odd / "a*"]) == [str(odd / "a.png")]
+    assert find_images([f"{odd}/**/*.PNG"]) == [str(odd / "sub" / "b.PNG")]
+    assert [Path(f).name for f in find_images([f"{odd}/s*"])] == ["b.PNG", "c.jfif", "noend"]
+    inside = f"{odd / 'more.zip'}::in"
+    assert find_images([inside + "/e.png"]) == [inside + "/e.png"]
+    assert len(find_images([inside])) == 2
     with pytest.raises(ConfigError, match="has no image"):
-        find_images([tmp_path / "*.jpg"])
+        find_images([odd / "*.jpg"])
 
 
 def test_maps_replace_no_image_and_no_other_map(tmp_path):
@@ -357,7 +370,7 @@ def test_damaged_files_are_refused_or_read(images, form):
         for place in rng.integers(0, min(len(data), 400), 3):
             broken[place] = rng.integers(0, 256)
         try:
-            square_of(read_image(bytes(broken)), 32, "crop")
+            resize_image(read_image(bytes(broken)), 32, "crop")
         except ConfigError as error:
             assert len(str(error)) < 400
 
@@ -418,10 +431,10 @@ def test_photographs_and_their_export(runs, tmp_path):
     assert [a.name for a in answers] == [p.rpartition("/")[2].rpartition("::")[2] for p in paths]
     assert not any(a.error or a.notes for a in answers)
     pictures = [read_image(p) for p in paths]
-    export_bundle(predictor.bundle, tmp_path / "onnx", "onnx", [p.pixels() for p in pictures])
+    export_bundle(predictor.bundle, tmp_path / "onnx", "onnx", [np.asarray(p.rgb()) for p in pictures])
     session = runtime.InferenceSession(tmp_path / "onnx" / "model.onnx")
     given = {
-        f"image_{size}_crop": np.stack([square_of(p, size, "crop") for p in pictures])
+        f"image_{size}_crop": np.stack([resize_image(p, size, "crop") for p in pictures])
         for size in (32, 24)
     }
     given = {k: v.astype("float32") for k, v in given.items()}
