@@ -21,6 +21,7 @@ from keras import layers
 
 from .backbones import BackboneSpec, build_backbone, get_backbone
 from .core import ConfigError, progress, read_json, unknown_name, write_json
+from .values import understand
 
 # %% ../nbs/07_models.ipynb #c6ca7559
 def build_head(
@@ -82,11 +83,12 @@ class MetadataEncoder:
     ) -> np.ndarray:
         "Standardised age, one column a value, and one for missing: float32 (N, M)."
         empty = pd.Series(np.nan, table.index)
-        age = pd.to_numeric(table.get("age", empty), errors="coerce").to_numpy(float)
+        age = understand(table.get("age", empty), "age").to_numpy()
         unknown = np.isnan(age)
         columns = [np.where(unknown, 0, (age - self.age_mean) / self.age_sd), unknown]
         for name, known in self._kinds():
-            of = pd.Index(list(known), dtype=object).get_indexer(table.get(name, empty))
+            values = understand(table.get(name, empty), name).astype(object)
+            of = pd.Index(list(known), dtype=object).get_indexer(values)
             # Code -1, missing, picks the last column.
             columns += list(np.eye(len(known) + 1)[of].T)
         return np.stack(columns, axis=1).astype("float32")
@@ -96,8 +98,8 @@ def fit_metadata(
     table: pd.DataFrame,  # manifest rows of the training images
 ) -> MetadataEncoder:
     "The encoder of these images; `ConfigError` if not one of them has any metadata."
-    age = pd.to_numeric(table["age"], errors="coerce").dropna()
-    found = [sorted(map(str, table[c].dropna().unique())) for c in ("sex", "site")]
+    age = understand(table["age"], "age").dropna()
+    found = [sorted(understand(table[c], c).dropna().unique()) for c in ("sex", "site")]
     if age.empty and not any(found):
         raise ConfigError(
             "metadata is asked for, but no training image has an age, sex or site: "

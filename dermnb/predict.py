@@ -11,7 +11,6 @@ import collections
 import contextlib
 import copy
 import glob
-import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor

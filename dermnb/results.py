@@ -43,7 +43,7 @@ from .runs import file_hash
 
 # %% ../nbs/22_results.ipynb #fbd6c76f
 MEASURED = ".measured.json"
-MEASURED_BY = ("results", "review", "compare", "calibrate", "evaluate", "figures")
+MEASURED_BY = ("results", "values", "review", "compare", "calibrate", "evaluate", "figures")
 
 
 def _level(run: "RunResult") -> float:

@@ -21,6 +21,7 @@ import pandas as pd
 
 from .compare import SIGNIFICANT, auc_components, holm
 from .core import ConfigError
+from .values import understand
 from dermnb.evaluate import (
     METRICS,
     check_predictions,
@@ -61,13 +62,7 @@ MOST_VALUES = 15  # rows of one kind; the rarer values share one more
 
 def _bands(values: pd.Series, kind: FactKind) -> tuple[np.ndarray, list[str]]:
     "Which band each image is in, -1 where unknown, and the bands' names."
-    numbers = pd.to_numeric(values, errors="coerce").to_numpy(float, na_value=np.nan)
-    wrong = (values.notna().to_numpy() & np.isnan(numbers)) | (numbers < 0) | np.isinf(numbers)
-    if wrong.any():
-        raise ConfigError(
-            f"facts: {kind.column} {values[wrong].iloc[0]!r} is not a number of "
-            f"{kind.unit} from 0 ({wrong.sum():,} such rows)."
-        )
+    numbers = understand(values, kind.column, "facts").to_numpy()
     edges, whole = kind.edges, kind.unit == "years"
     between = [
         f"{low} to {high - 1} {kind.unit}" if whole else f"{low} to under {high} {kind.unit}"
@@ -80,13 +75,13 @@ def _bands(values: pd.Series, kind: FactKind) -> tuple[np.ndarray, list[str]]:
 
 def _values(values: pd.Series, kind: FactKind) -> tuple[np.ndarray, list[str]]:
     "Which value each image has, -1 where unknown, and their names, the commonest first."
-    texts = values.map(_text, na_action="ignore").astype(object)
-    texts = texts.where(texts.notna() & (texts != ""), None)
+    texts = values.map(_text, na_action="ignore")
+    texts = understand(texts, kind.column, "facts").astype(object)
     counts = texts.value_counts()
     order = sorted(counts.index, key=lambda value: (-counts[value], value))
     kept = order[:MOST_VALUES]
     if kind.column == "skin_tone":  # of which the labels are a scale
-        kept = sorted(kept)
+        kept = sorted(kept, key=lambda tone: (len(tone), tone))
     place = {value: i for i, value in enumerate(kept)}
     place |= dict.fromkeys(order[MOST_VALUES:], len(kept))
     more = [f"other ({len(order) - len(kept)} values)"] if len(order) > len(kept) else []

@@ -178,7 +178,8 @@ def test_hostile_values_stay_text_and_many_values_share_a_row():
     )
     found = subgroups(table, facts, CLASSES)
     sites = [r["value"] for r in found["rows"] if r["kind"] == "site"]
-    assert {*sites} == {h.strip() for h in HOSTILE if h.strip()} | {"not known"}
+    texts = {h.strip() for h in HOSTILE if any(map(str.isalnum, h))}  # "../" says nothing
+    assert {*sites} == texts | {"not known"}
     sources = [r for r in found["rows"] if r["kind"] == "source"]
     assert len(sources) == review.MOST_VALUES + 1 and sources[-1]["value"].startswith("other (")
     assert sum(r["n"] for r in sources) == found["n"]
@@ -195,7 +196,7 @@ def test_hostile_values_stay_text_and_many_values_share_a_row():
         (lambda f: pd.concat([f, f]), "occurs more than once"),
         (lambda f: f.assign(age="old"), "'old' is not a number of years"),
         (lambda f: f.assign(age=-5.0), "not a number of years from 0"),
-        (lambda f: f.assign(size_mm=np.inf), "not a number of mm"),
+        (lambda f: f.assign(size_mm=np.inf), "not a number of millimetres"),
     ],
 )
 def test_facts_that_are_not_sound(change, says):
