@@ -239,6 +239,9 @@ def predict(
     model: Model,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     out: Annotated[str, typer.Option(help="Write a table: .csv or .parquet.")] = "",
+    form: Annotated[
+        str, typer.Option(help="Columns of the table: dermnb, or isic for its challenges.")
+    ] = "dermnb",
     cam: Annotated[str, typer.Option(help="Write the map over the image: a PNG, or a folder.")] = "",
     target: Annotated[str, typer.Option(help="Class of the map; else the predicted.")] = "",
     method: Annotated[str, typer.Option(help="gradcam or gradcam++.")] = "gradcam",
@@ -251,18 +254,25 @@ def predict(
     "Ask a finished run or ensemble about images: for research, no diagnosis."
     from dermnb import predict as ask
     from dermnb.bundle import bundle_folder
+    from dermnb.core import unknown_name
 
     paths = ask.find_images(images, _say)
     targets = iter(ask.cam_paths(cam, paths) if cam else ())
-    table = ask.read_metadata(metadata, paths) if metadata else None
+    table = ask.read_metadata(metadata, paths, _say) if metadata else None
     ask.check_method(method)
     ask.check_table(out)
+    if form not in ask.FORMS:
+        raise unknown_name("form", form, ask.FORMS)
+    if form != "dermnb" and not out:
+        raise ask.ConfigError(f"form {form!r} is of a table: say with --out which file it goes to.")
     bundle_folder(model)
     _load_keras()
     least = None if min_confidence < 0 else min_confidence
     predictor = ask.Predictor(model, least, layer)
     if metadata and not predictor.bundle.wants_metadata:
         raise ask.ConfigError(f"{predictor.bundle.name} takes no metadata: leave out --metadata.")
+    if predictor.bundle.wants_metadata and not metadata:
+        _say("age, sex and site, which this network uses too, count as unknown: see --metadata.")
     options = {"cam": bool(cam), "target": target or None, "method": method}
     answers = predictor.stream(paths, metadata=table, **options)
     refused = 0
@@ -273,7 +283,10 @@ def predict(
             refused += bool(answer.error)
             target = next(targets, None)
             if cam and not answer.error:
-                ask.save_cam(answer, target)
+                try:
+                    ask.save_cam(answer, target)
+                except ask.ConfigError as error:  # the answer counts all the same
+                    answer.notes.append(f"Its map is not there: {error}")
             if json:
                 print(jsonlib.dumps(answer.to_dict(), ensure_ascii=False), flush=True)
             elif not out:
@@ -281,7 +294,7 @@ def predict(
             bar.update(1)
 
         if out:
-            ask.write_answers(answers, out, predictor.bundle.classes, tell)
+            ask.write_answers(answers, out, predictor.bundle.classes, tell, form=form)
         else:
             for answer in answers:
                 tell(answer)
@@ -359,6 +372,8 @@ def _load_keras():
 
 def main():
     "The `dermnb` command."
+    if hasattr(sys.stdout, "reconfigure"):  # a name that cannot be printed is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except ValueError as error:
