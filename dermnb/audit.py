@@ -31,7 +31,7 @@ from scipy.sparse.csgraph import connected_components
 from .backbones import build_backbone, find_weights
 from .core import ConfigError, progress, unknown_name
 from .datasets import read_image_bytes
-from .pictures import open_picture
+from .pictures import file_name, open_picture
 
 # %% ../nbs/08_audit.ipynb #e5327053
 SIDE = 64  # pixels, both sides of the grey miniature
@@ -85,6 +85,7 @@ _STORE = "fingerprints-v3.sqlite"  # a change of how they are made: another name
 
 def fingerprint(
     data: bytes,  # content of an image file
+    name: str = "",  # of the file
 ) -> dict[str, str | bytes | float | None]:  # by FINGERPRINTS; None where it has none
     """What one image is recognised by.
 
@@ -95,7 +96,7 @@ def fingerprint(
     known = dict.fromkeys(FINGERPRINTS)
     known["bytes"] = hashlib.sha256(data).hexdigest()
     try:
-        image = open_picture(data).rgb()
+        image = open_picture(data, name).rgb()
         size = np.array(image.size, "<u4").tobytes()
         known["pixels"] = hashlib.sha256(size + image.tobytes()).hexdigest()
         small = miniature(image)
@@ -168,7 +169,7 @@ def fingerprints(
 
     def read(path: str) -> tuple:
         try:
-            found = fingerprint(read_image_bytes(path))
+            found = fingerprint(read_image_bytes(path), file_name(path))
         except ConfigError:
             found = dict.fromkeys(FINGERPRINTS)
         return tuple(found.values())
@@ -636,7 +637,8 @@ def embed(
 
     def read(content: str) -> np.ndarray | None:
         try:
-            picture = open_picture(read_image_bytes(paths[content]))
+            path = paths[content]
+            picture = open_picture(read_image_bytes(path), file_name(path))
             return _views(picture.rgb(4 * _VIEW))
         except ConfigError:
             return None

@@ -211,7 +211,7 @@ _opening = threading.Lock()  # filters of warnings belong to all threads
 
 def shown(text: str) -> str:
     "Text that can be printed and written, whatever bytes a file's name is made of."
-    return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def file_name(path: str | os.PathLike) -> str:
