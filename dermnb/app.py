@@ -36,6 +36,7 @@ from PIL import Image
 
 from . import __version__
 from .core import ConfigError
+from .pictures import IMAGE_SUFFIXES, UNREAD_FORMATS
 
 # %% ../nbs/30_app.ipynb #e9d80985
 _MARKS = str.maketrans({c: f"\\{c}" for c in r"\`*_{}[]()<>#+-.!|$:~&^=@"})
@@ -254,12 +255,16 @@ def page(
     _about(bundle)
 
 
+# Also of images that are not read: a browser would only say that they are not allowed.
+_ENDINGS = [*IMAGE_SUFFIXES, *(s for known in UNREAD_FORMATS.values() for s in known)]
+
+
 def _choose_files() -> list[_File]:
     import streamlit as st
 
     uploads = st.file_uploader(
         "Images of skin lesions, taken through a dermatoscope",
-        type=["jpg", "jpeg", "png"],
+        type=_ENDINGS,
         accept_multiple_files=True,
         max_upload_size=_LIMIT_MB,
         key="uploads",
@@ -381,13 +386,15 @@ def _detail(predictor, lock, file: _File, result: _Result) -> None:
 def _square(bundle, file: _File) -> np.ndarray:
     "The part of the image that the networks see, uint8 (448, 448, 3); kept while on view."
     import streamlit as st
-    from dermnb.predict import CAM_SIZE, read_image, square_of
+    from dermnb.images import resize_image
+    from dermnb.pictures import open_picture
+    from dermnb.predict import CAM_SIZE
 
     key, square = st.session_state.get("square", ("", None))
     if key != file.key:
         sizes = [leaf.classifier for _, _, leaf in bundle.networks]
         method = next((c.resize for c in sizes if c.image_size), "pad")
-        square = square_of(read_image(file.data), CAM_SIZE, method)
+        square = resize_image(open_picture(file.data), CAM_SIZE, method)
         st.session_state["square"] = file.key, square
     return square
 

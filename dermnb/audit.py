@@ -13,7 +13,6 @@ __all__ = ['SIDE', 'WAVES', 'BITS', 'FINGERPRINTS', 'PIECE_BITS', 'SHEAR', 'LAYE
 # %% ../nbs/08_audit.ipynb #c9c1fc8f
 import contextlib
 import hashlib
-import io
 import os
 import sqlite3
 import time
@@ -33,7 +32,7 @@ from scipy.sparse.csgraph import connected_components
 from .backbones import build_backbone, fetch_weights
 from .core import ConfigError, progress, unknown_name
 from .datasets import on_disk, read_image_bytes
-from .images import FORMATS, to_rgb
+from .pictures import file_name, open_picture
 
 # %% ../nbs/08_audit.ipynb #e5327053
 SIDE = 64  # pixels, both sides of the grey miniature
@@ -82,11 +81,12 @@ def turned_hashes(
 
 # %% ../nbs/08_audit.ipynb #e6d18559
 FINGERPRINTS = ("bytes", "pixels", "hash", "look", "aspect")
-_STORE = "fingerprints-v2.sqlite"  # a change of how they are made: another name
+_STORE = "fingerprints-v3.sqlite"  # a change of how they are made: another name
 
 
 def fingerprint(
     data: bytes,  # content of an image file
+    name: str = "",  # of the file
 ) -> dict[str, str | bytes | float | None]:  # by FINGERPRINTS; None where it has none
     """What one image is recognised by.
 
@@ -97,11 +97,11 @@ def fingerprint(
     known = dict.fromkeys(FINGERPRINTS)
     known["bytes"] = hashlib.sha256(data).hexdigest()
     try:
-        image = to_rgb(Image.open(io.BytesIO(data), formats=FORMATS))
+        image = open_picture(data, name).rgb()
         size = np.array(image.size, "<u4").tobytes()
         known["pixels"] = hashlib.sha256(size + image.tobytes()).hexdigest()
         small = miniature(image)
-    except Exception:  # Pillow raises many kinds for broken files
+    except ConfigError:
         return known
     if np.ptp(small) > 2:
         known["hash"] = hash_bits(small).tobytes().hex()
@@ -170,7 +170,7 @@ def fingerprints(
 
     def read(path: str) -> tuple:
         try:
-            found = fingerprint(read_image_bytes(path))
+            found = fingerprint(read_image_bytes(path), file_name(path))
         except ConfigError:
             found = dict.fromkeys(FINGERPRINTS)
         return tuple(found.values())
@@ -633,11 +633,10 @@ def embed(
 
     def read(content: str) -> np.ndarray | None:
         try:
-            data = read_image_bytes(paths[content])
-            opened = Image.open(io.BytesIO(data), formats=FORMATS)
-            opened.draft("RGB", (4 * _VIEW, 4 * _VIEW))
-            return _views(to_rgb(opened))
-        except Exception:  # Pillow raises many kinds for broken files
+            path = paths[content]
+            picture = open_picture(read_image_bytes(path), file_name(path))
+            return _views(picture.rgb(4 * _VIEW))
+        except ConfigError:
             return None
 
     table = f"seen_{digest}"

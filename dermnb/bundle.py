@@ -546,6 +546,8 @@ def take_members(
 # %% ../nbs/13_bundle.ipynb #cceb967a
 def _refuse_code(path: Path) -> None:
     "ConfigError if the network's description names anything that is not a part of Keras."
+    if not path.is_file():
+        raise ConfigError(f"{path} is absent: copy the whole folder.")
     try:
         with zipfile.ZipFile(path) as archive:
             described = json.loads(archive.read("config.json"))
@@ -714,26 +716,73 @@ def _texts(values, path: Path, what: str) -> tuple[str, ...]:
     return tuple(values)
 
 
+_NETWORKS = ("model.keras", "ensemble.json")
+_FOREIGN = {  # endings of what other programs keep networks in
+    (".keras",): "a network as Keras saves it",
+    (".h5", ".hdf5"): "a network, or its weights, in Keras' older HDF5 form",
+    (".pb",): "a SavedModel, which is for other programs",
+    (".onnx",): "an ONNX file, which is for other programs",
+    (".tflite",): "a LiteRT file, which is for other programs",
+    (".pt", ".pth", ".ckpt", ".bin", ".safetensors"): "a file of PyTorch",
+    (".pkl", ".pickle", ".joblib"): "a pickled object, which could run code",
+    (".zip", ".tar", ".tgz", ".gz"): "an archive, which has to be unpacked first",
+}
+
+
+def _foreign(path: Path) -> str:
+    "What a file is, by its ending, that is not of a bundle; or empty."
+    endings = (what for known, what in _FOREIGN.items() if path.suffix.lower() in known)
+    return next(endings, "")
+
+
+def _no_bundle(path: Path) -> str:
+    "Why a path is not the folder of a bundle, as the rest of a sentence."
+    if path.is_file():
+        return f"is {_foreign(path) or 'a file'}, without the classes and decisions of a run"
+    if not path.is_dir():
+        unfinished = (path.parent / f".part-{path.name}").is_dir()
+        return "is not there" + (", since its run is not finished" if unfinished else "")
+    if any(part.startswith(".part-") for part in path.parts):
+        return "is of a run that is not finished"
+    if (path / "run.json").is_file() or (path.parent / "run.json").is_file():
+        return "is of a run whose network is not here, as in published reports"
+    runs = sorted(p.parent for p in path.glob("[!.]*/run.json"))
+    if runs:
+        asked = [run for run in runs if any((run / "model" / n).is_file() for n in _NETWORKS)]
+        names = ", ".join(run.name for run in asked[:8])
+        if not asked:
+            return "holds runs without their networks, as in published reports"
+        return f"holds the runs {names}, of which one has to be named"
+    held = (f"holds {what}" for file in sorted(path.iterdir()) if (what := _foreign(file)))
+    return next(held, f"holds neither {' nor '.join(_NETWORKS)}")
+
+
 def bundle_folder(
     folder: str | Path,  # `model` of a run, or the run's folder
 ) -> Path:
     "The folder that holds the bundle's files, or the ConfigError that says what is wrong."
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ConfigError(
-            f"there is no folder {folder}: give the `model` folder of a finished run."
-        )
-    if (folder / "model").is_dir():
+    if folder.name in _NETWORKS and (folder.parent / "decision.json").is_file():
+        folder = folder.parent
+    elif (folder / "model").is_dir():
         folder = folder / "model"
-    if not any((folder / name).is_file() for name in ("model.keras", "ensemble.json")):
+    named = [name for name in _NETWORKS if (folder / name).is_file()]
+    if not named:
         raise ConfigError(
-            f"{folder} holds neither model.keras nor ensemble.json: give the `model`"
-            " folder of a finished run."
+            f"{folder} {_no_bundle(folder)}: give the `model` folder of a finished run."
         )
-    if not (folder / "decision.json").is_file():
+    needed = ("labels.json", "decision.json") if "model.keras" in named else ("decision.json",)
+    absent = [name for name in needed if not (folder / name).is_file()]
+    if absent == ["decision.json"] and (folder.parent / "run.json").is_file():
         raise ConfigError(
             f"{folder} has no decision.json, as runs of an earlier version: `dermnb"
             f" explain {folder.parent}` adds it."
+        )
+    if absent:
+        raise ConfigError(
+            f"{folder} has {named[0]}, but not {' and '.join(absent)} beside it: dermnb did not"
+            " write this network, or its folder was not copied whole; give the `model` folder"
+            " of a finished run."
         )
     return folder
 

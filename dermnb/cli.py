@@ -280,6 +280,9 @@ def predict(
     model: Model,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     out: Annotated[str, typer.Option(help="Write a table: .csv or .parquet.")] = "",
+    form: Annotated[
+        str, typer.Option(help="Columns of the table: dermnb, or isic for its challenges.")
+    ] = "dermnb",
     cam: Annotated[str, typer.Option(help="Write the map over the image: a PNG, or a folder.")] = "",
     target: Annotated[str, typer.Option(help="Class of the map; else the predicted.")] = "",
     method: Annotated[str, typer.Option(help="gradcam or gradcam++.")] = "gradcam",
@@ -292,18 +295,25 @@ def predict(
     "Ask a finished run or ensemble about images: for research, no diagnosis."
     from dermnb import predict as ask
     from dermnb.bundle import bundle_folder
+    from dermnb.core import unknown_name
 
-    paths = ask.find_images(images)
+    paths = ask.find_images(images, _say)
     targets = iter(ask.cam_paths(cam, paths) if cam else ())
-    table = ask.read_metadata(metadata, paths) if metadata else None
+    table = ask.read_metadata(metadata, paths, _say) if metadata else None
     ask.check_method(method)
     ask.check_table(out)
+    if form not in ask.FORMS:
+        raise unknown_name("form", form, ask.FORMS)
+    if form != "dermnb" and not out:
+        raise ask.ConfigError(f"form {form!r} is of a table: say with --out which file it goes to.")
     bundle_folder(model)
     _load_keras()
     least = None if min_confidence < 0 else min_confidence
     predictor = ask.Predictor(model, least, layer)
     if metadata and not predictor.bundle.wants_metadata:
         raise ask.ConfigError(f"{predictor.bundle.name} takes no metadata: leave out --metadata.")
+    if predictor.bundle.wants_metadata and not metadata:
+        _say("age, sex and site, which this network uses too, count as unknown: see --metadata.")
     options = {"cam": bool(cam), "target": target or None, "method": method}
     answers = predictor.stream(paths, metadata=table, **options)
     refused = 0
@@ -314,7 +324,10 @@ def predict(
             refused += bool(answer.error)
             target = next(targets, None)
             if cam and not answer.error:
-                ask.save_cam(answer, target)
+                try:
+                    ask.save_cam(answer, target)
+                except ask.ConfigError as error:  # the answer counts all the same
+                    answer.notes.append(f"Its map is not there: {error}")
             if json:
                 print(jsonlib.dumps(answer.to_dict()), flush=True)  # ASCII fits every console
             elif not out:
@@ -322,7 +335,7 @@ def predict(
             bar.update(1)
 
         if out:
-            ask.write_answers(answers, out, predictor.bundle.classes, tell)
+            ask.write_answers(answers, out, predictor.bundle.classes, tell, form=form)
         else:
             for answer in answers:
                 tell(answer)
@@ -353,19 +366,21 @@ def export_model(
     ] = (),
 ):
     "Write a network or ensemble for other programs, and check that it answers the same."
+    import numpy as np
+
     from dermnb.bundle import bundle_folder, load_bundle
     from dermnb.core import unknown_name
     from dermnb.predict import find_images, read_image
 
     folder = bundle_folder(model)
-    paths = find_images(check_on)[:64] if check_on else []
+    paths = find_images(check_on, _say)[:64] if check_on else []
     from dermnb.export import FORMS, export_bundle
 
     if form not in FORMS:
         raise unknown_name("format", form, FORMS)
     _load_keras()
 
-    images = [read_image(path).pixels() for path in paths] or None
+    images = [np.asarray(read_image(path).rgb()) for path in paths] or None
     target = out or folder.parent / f"{folder.name}-{form}"
     record = export_bundle(load_bundle(folder), target, form, images)
     check = record["check"]
@@ -374,6 +389,11 @@ def export_model(
         f"answers as dermnb does, to {check['greatest_difference']:.1g}, on "
         f"{check['images']} images in {check['runtime']} {check['version']}"
     )
+
+
+def _say(line: str):
+    "Tell people what does not belong to the answers."
+    print(f"dermnb: {line}", file=sys.stderr, flush=True)
 
 
 def _load_keras():

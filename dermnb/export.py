@@ -370,7 +370,7 @@ _PAGE = """# {name}, as {form}
 {inputs}
 
 Before that: decode, turn upright by the EXIF orientation, lay transparent parts on
-white, keep the upper 8 of 16 bits, convert to RGB, and make it square as above by
+white, keep the upper 8 of 16 bits (or of those in use), convert to RGB, and make it square as above by
 bicubic interpolation that takes in every pixel when it scales down (as Pillow's
 `resize` does).
 Nothing else: normalisation is in the graph.

@@ -117,6 +117,8 @@ def runs_of(
 ) -> list[Path]:
     "Folders of finished runs, members before their ensembles; ConfigError without any."
     folder = Path(folder)
+    if folder.name == "model" and (folder.parent / "run.json").is_file():
+        folder = folder.parent
     if (folder / "run.json").is_file():
         return [folder]
     found = sorted(path.parent for path in folder.glob("[!.]*/run.json"))

@@ -72,7 +72,7 @@ def test_killed_build_resumes(tmp_path, monkeypatch):
     manifest = make_manifest(tmp_path / "in", 60)
     manifest.to_csv(tmp_path / "m.csv", index=False)
     stores = tmp_path / "stores"
-    journal = stores / "crop-16px-v1" / "rows.txt"
+    journal = stores / "crop-16px-v2" / "rows.txt"
     process = start_build(tmp_path / "m.csv", stores, delay=0.1)
     deadline = time.monotonic() + 120
     while not journal.exists() or journal.stat().st_size < 8 * 65:

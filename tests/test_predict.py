@@ -18,17 +18,19 @@ import yaml
 from bundles import CLASSES, make_bundle, make_ensemble, photographs
 from PIL import Image
 
-from dermnb.bundle import load_bundle
+from dermnb.bundle import bundle_folder, load_bundle
 from dermnb.calibrate import temper
 from dermnb.core import ConfigError, read_json, write_json
 from dermnb.evaluate import probability_columns
+from dermnb.images import resize_image
 from dermnb.predict import (
     Predictor,
     cam_paths,
     find_images,
+    isic_table,
     read_image,
     read_metadata,
-    square_of,
+    save_cam,
     write_answers,
 )
 
@@ -112,7 +114,9 @@ def test_metadata_changes_the_answer_and_may_be_unknown(images, tmp_path):
     for text, said in (
         ("image,weight\na.png,70\n", "any of age, sex and site"),
         ("image,age\na.png,20\na.png,30\n", "twice"),
-        ("image,age\na.png,old\n", "no number of years"),
+        ("image,age\na.png,20\na,30\n", "two rows"),
+        ("image,age\na.png,old\n", "not a number of years"),
+        ("image,age\na.png,-5\n", "not a number of years from 0 to 120"),
         ("image,age\nz.png,20\n", "names none of the 2"),
     ):
         table.write_text(text)
@@ -121,6 +125,131 @@ def test_metadata_changes_the_answer_and_may_be_unknown(images, tmp_path):
     table.write_text("image,age\na.png,20\n")
     with pytest.raises(ConfigError, match="give their paths"):
         read_metadata(table, ["one/a.png", "two/a.png"])
+
+
+def test_metadata_is_read_as_the_training_table_is(images, tmp_path):
+    run, _ = make_bundle(tmp_path, "with_metadata", fusion="concat")
+    predictor, paths = Predictor(run), [tmp_path / "a.png", tmp_path / "b.png"]
+    for path in paths:
+        Image.fromarray(images[0]).save(path)
+
+    def answers(text):
+        (tmp_path / "table.csv").write_text(text)
+        said = []
+        rows = read_metadata(tmp_path / "table.csv", paths, said.append)
+        return predictor(paths, metadata=rows), said
+
+    plain, said = answers("image,age,sex,site\na.png,45,male,back\nb.png,,,\n")
+    assert not said and not plain[0].notes
+    assert plain[1].notes == ["Nothing is known of the patient's age, sex and site."]
+    for text in (
+        "image,age,sex,site\na.png,45,M,Back\nb.png,unknown,unknown,NA\n",
+        "isic_id,age_approx,gender,anatom_site_general,dx\na,45.0,Man,back,nv\nb,-1,u,,\n",
+    ):
+        others, said = answers(text)
+        assert np.array_equal(table_of(others), table_of(plain))
+        assert [a.notes for a in others] == [a.notes for a in plain]
+    assert said == [f"columns of {tmp_path / 'table.csv'} that are not used: dx."]
+    _, said = answers("image,age\na.png,45\n")
+    assert said == [f"1 of 2 images have no row in {tmp_path / 'table.csv'}."]
+    odd, _ = answers("image,site\na.png,Moon\nb.png,back\n")
+    assert "site 'moon' is not one of the training images' (back)" in odd[0].notes[0]
+    frame = pd.DataFrame({"Age": ["45", "unknown"], "Gender": ["M", None], "site": ["Back", ""]})
+    assert np.array_equal(table_of(predictor(paths, metadata=frame)), table_of(plain))
+    with pytest.raises(ConfigError, match="from 0 to 120"):
+        predictor(paths, metadata=pd.DataFrame({"age": [-5, 45]}))
+
+
+def test_one_image_that_fails_ends_no_other(runs, images, tmp_path, monkeypatch):
+    from dermnb import predict
+
+    predictor, decode, answer = Predictor(runs[0][0]), predict.resize_image, Predictor._answer
+    plain = table_of(predictor(images[:3]))
+
+    def decoding(picture, *how):
+        if picture.name == "bad":
+            raise MemoryError
+        return decode(picture, *how)
+
+    monkeypatch.setattr(predict, "resize_image", decoding)
+    found = predictor(images[:3], names=["a", "bad", "c"])
+    assert found[1].error == "bad could not be worked on (MemoryError)."
+    assert np.array_equal(table_of([found[0], found[2]]), plain[[0, 2]])
+
+    def answering(self, answers, *how):
+        if any(a.name == "worse" for a in answers):
+            raise RuntimeError("out of memory\nof the device")
+        answer(self, answers, *how)
+
+    monkeypatch.setattr(Predictor, "_answer", answering)
+    found = predictor(images[:3], names=["a", "b", "worse"])
+    assert "RuntimeError: out of memory of the device" in found[2].error
+    assert np.allclose(table_of(found[:2]), plain[:2], atol=1e-6)
+    table = pd.read_csv(write_answers(found, tmp_path / "out.csv", CLASSES))
+    assert list(table["error"].isna()) == [True, True, False]
+
+
+def test_a_folder_is_answered_as_its_files_are(runs, images, tmp_path):
+    photo = Image.fromarray(images[0])
+    for name, data in {
+        os.fsdecode(b"caf\xe9.jpg"): encoded(photo, "JPEG"),
+        "UPPER.JPG": encoded(photo, "JPEG"),
+        "a.webp": encoded(photo, "WEBP"),
+        "b.HEIC": b"\0\0\0\x18ftypheic" + bytes(80),
+        "c.jpg": encoded(photo, "GIF"),
+        "noend": encoded(photo),
+        os.fsdecode(b"t\xff.csv"): b"image,age",
+    }.items():
+        (tmp_path / name).write_bytes(data)
+    predictor = Predictor(runs[0][0])
+    of_folder = predictor(find_images([tmp_path]), cam=True)
+    files = [path for path in tmp_path.iterdir() if path.suffix != ".csv"]
+    of_files = {a.path: a for file in files for a in predictor([file])}
+    assert len(of_folder) == len(of_files) == 6
+    for answer in of_folder:
+        other = of_files[answer.path]
+        assert (answer.name, answer.error) == (other.name, other.error)
+        if not answer.error:
+            assert np.allclose(table_of([answer]), table_of([other]), atol=1e-6)
+            assert json.dumps(answer.to_dict(), ensure_ascii=False).encode("utf-8")
+    assert sum(bool(a.error) for a in of_folder) == 2
+    for name in ("out.csv", "out.parquet"):
+        out = write_answers(of_folder, tmp_path / name, CLASSES)
+        table = pd.read_csv(out) if name == "out.csv" else pd.read_parquet(out)
+        assert r"caf\udce9.jpg" in set(table["image"]) and len(table) == 6
+    targets = cam_paths(tmp_path / "maps", [a.path for a in of_folder])
+    assert len({save_cam(a, t) for a, t in zip(of_folder, targets) if not a.error}) == 4
+
+
+def test_what_cannot_be_written_is_a_sentence(runs, images, tmp_path):
+    (tmp_path / "file").touch()
+    answers = Predictor(runs[0][0])(images[:1], cam=True)
+    with pytest.raises(ConfigError, match="out.csv cannot be written"):
+        write_answers(answers, tmp_path / "file" / "out.csv", CLASSES)
+    with pytest.raises(ConfigError, match="map.png cannot be written"):
+        save_cam(answers[0], tmp_path / "file" / "map.png")
+    long = cam_paths("maps", ["x" * 250 + ".jpg"])[0]
+    assert len(long.name) < 100
+
+
+def test_the_form_of_isic_s_challenges(runs, images, tmp_path):
+    answers = Predictor(runs[0][0])([images[0], b""], names=["ISIC_1.jpg", "ISIC_2.jpg"])
+    out = write_answers(answers, tmp_path / "out.csv", CLASSES, form="isic")
+    table = pd.read_csv(out)
+    assert list(table) == ["image", *CLASSES] and list(table["image"]) == ["ISIC_1"]
+    assert np.allclose(table[CLASSES], table_of(answers[:1]))
+    eight = "MEL NV BCC AK BKL DF VASC SCC".split()
+    answers[0].probabilities = dict.fromkeys(eight, 1 / 8)
+    assert list(isic_table(answers, eight)) == ["image", *eight, "UNK"]
+
+
+def test_a_map_of_nothing_is_said(runs, images, monkeypatch):
+    predictor = Predictor(runs[0][0])
+    zero = np.zeros((1, 448, 448), "float32")
+    monkeypatch.setattr(Predictor, "_maps", lambda *_: zero)
+    answer = predictor(images[:1], cam=True, target="NV")[0]
+    assert "zero everywhere" in answer.notes[-1] and "Melanocytic naevus" in answer.notes[-1]
+    assert not predictor(images[:1])[0].notes
 
 
 def test_abstains_below_the_confidence_asked_for(runs, images):
@@ -137,8 +266,8 @@ def test_abstains_below_the_confidence_asked_for(runs, images):
     ("make", "said"),
     [
         (lambda i: b"", "is empty"),
-        (lambda i: b"GIF89a is no JPEG", "not an image"),
-        (lambda i: encoded(i, "GIF"), "not an image in one of the formats"),
+        (lambda i: b"GIF89a is no JPEG", "of the format GIF"),
+        (lambda i: b"no image", "not an image in one of the formats"),
         (lambda i: encoded(i, "JPEG")[:1500], "ends too early"),
         (lambda i: encoded(i)[:1500], "cannot be decoded"),
         (lambda i: encoded(i.resize((1, 1))), "has 1 x 1 pixels"),
@@ -146,7 +275,7 @@ def test_abstains_below_the_confidence_asked_for(runs, images):
         (lambda i: encoded(Image.new("1", (9_500, 9_500))), "9,500 x 9,500"),
         (lambda i: encoded(i, save_all=True, append_images=[i]), "holds 2 pictures"),
         (lambda i: encoded(i, "TIFF", save_all=True, append_images=[i]), "holds 2 pictures"),
-        (lambda i: encoded(i, "JPEG") + bytes(51 * 10**6), "may have at most 50 MB"),
+        (lambda i: encoded(i, "JPEG") + bytes(251 * 10**6), "may have at most 250 MB"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_one_sentence_and_the_rest_goes_on(runs, images, make, said):
@@ -167,7 +296,7 @@ def test_what_cannot_be_read_is_one_sentence_and_the_rest_goes_on(runs, images, 
         (lambda i: encoded(i.convert("L")), "a.png", "grey"),
         (lambda i: encoded(i.convert("CMYK"), "JPEG"), "a.jpg", "CMYK"),
         (lambda i: encoded(i.convert("RGBA")), "a.png", "transparent"),
-        (lambda i: encoded(Image.fromarray(np.asarray(i.convert("L"), "uint16") * 257)), "a.png", "16 bits"),
+        (lambda i: encoded(Image.fromarray(np.asarray(i.convert("L"), "uint16") * 257)), "a.png", "more than 8 bits"),
         (lambda i: encoded(i), "a.jpg", "ends in .jpg, but it is a PNG"),
         (lambda i: encoded(i), "noend", ""),
         (lambda i: encoded(i, "MPO", save_all=True, append_images=[i]), "a.jpg", ""),
@@ -175,7 +304,7 @@ def test_what_cannot_be_read_is_one_sentence_and_the_rest_goes_on(runs, images, 
 )  # fmt: skip
 def test_what_is_converted_is_said(images, make, name, said):
     picture = read_image(make(Image.fromarray(images[0])), name)
-    assert square_of(picture, 32, "crop").shape == (32, 32, 3)
+    assert resize_image(picture, 32, "crop").shape == (32, 32, 3)
     assert said in " ".join(picture.notes) and bool(said) == bool(picture.notes)
 
 
@@ -264,7 +393,7 @@ def damage(folder, what):
         ("temperature", "temperature"),
         ("model.keras", "holds neither"),
         ("labels.json", "labels.json"),
-        ("decision.json", "dermnb explain"),
+        ("decision.json", "but not decision.json beside it"),
     ],
 )
 def test_a_bad_bundle_is_one_sentence(runs, tmp_path, what, said):
@@ -273,6 +402,50 @@ def test_a_bad_bundle_is_one_sentence(runs, tmp_path, what, said):
     damage(run, what)
     with pytest.raises(ConfigError, match=said):
         load_bundle(run)
+
+
+def test_what_is_no_run_is_named(runs, tmp_path):
+    for name, said in {
+        "a.h5": "HDF5 form",
+        "b.weights.h5": "HDF5 form",
+        "c.keras": "as Keras saves it",
+        "d.pth": "PyTorch",
+        "foreign/model.keras": "as Keras saves it",
+        "foreign": "but not labels.json and decision.json beside it",
+        "saved": "holds a SavedModel",
+        "onnx": "holds an ONNX file",
+        "empty": "holds neither",
+        "suite": "holds the runs one, two, of which one has to be named",
+        "published": "holds runs without their networks",
+        "published/one": "whose network is not here",
+        "suite/three": "since its run is not finished",
+        "suite/.part-three": "not finished",
+        "nowhere": "is not there",
+    }.items():
+        path = tmp_path / name
+        if path.suffix in (".h5", ".keras", ".pth"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(b"PK")
+        elif name in ("saved", "onnx", "empty", "suite", "published"):
+            path.mkdir()
+            inside = {"saved": "saved_model.pb", "onnx": "model.onnx"}.get(name)
+            if inside:
+                (path / inside).touch()
+            for run in ("one", "two") if name in ("suite", "published") else ():
+                (path / run).mkdir()
+                (path / run / "run.json").write_text("{}")
+                if name == "suite":
+                    shutil.copytree(runs[0][0] / "model", path / run / "model")
+                    (path / ".part-three").mkdir(exist_ok=True)
+        with pytest.raises(ConfigError, match="give the `model` folder") as error:
+            bundle_folder(path)
+        assert said in str(error.value), (name, str(error.value))
+    one = tmp_path / "suite" / "one"
+    for path in (one, one / "model", one / "model" / "model.keras"):
+        assert bundle_folder(path) == one / "model"
+    (one / "model" / "decision.json").unlink()
+    with pytest.raises(ConfigError, match="dermnb explain"):  # there it would help
+        bundle_folder(one)
 
 
 @pytest.mark.parametrize(
@@ -324,16 +497,29 @@ def test_an_interrupted_table_leaves_nothing(runs, images, tmp_path):
 
 
 def test_finds_images_in_folders_archives_and_patterns(images, tmp_path):
-    photo = encoded(Image.fromarray(images[0]))
-    (tmp_path / "sub").mkdir()
-    for name in ("a.png", "sub/b.PNG", "sub/notes.txt"):
-        (tmp_path / name).write_bytes(photo)
-    with zipfile.ZipFile(tmp_path / "more.zip", "w") as archive:
-        archive.writestr("in/c.png", photo)
-    found = find_images([tmp_path, tmp_path / "*.png"])
-    assert [Path(f).name for f in found] == ["a.png", "b.PNG", "c.png"]
+    photo, odd = encoded(Image.fromarray(images[0])), tmp_path / "odd [2019]"
+    (odd / "sub").mkdir(parents=True)
+    for name in ("a.png", "sub/b.PNG", "sub/noend", "sub/c.jfif", "d.HEIC"):
+        (odd / name).write_bytes(photo)
+    (odd / "notes.txt").write_text("no image")
+    with zipfile.ZipFile(odd / "more.zip", "w") as archive:
+        for name in ("in/e.png", "in/ISIC_1_segmentation.png"):
+            archive.writestr(name, photo)
+        archive.writestr("in/inner.zip", b"PK\3\4")
+    (odd / "half.zip").write_bytes((odd / "more.zip").read_bytes()[:99])
+    said = []
+    found = [Path(f).name for f in find_images([odd], said.append)]
+    assert found == "a.png d.HEIC half.zip e.png inner.zip b.PNG c.jfif noend".split()
+    assert said == ["not asked about: 1 .txt, 1 lesion mask(s), by their names."]
+    # Brackets belong to the name of a folder that is there, and to the pattern elsewhere.
+    assert find_images([odd / "[ab].png", odd / "a*"]) == [str(odd / "a.png")]
+    assert find_images([f"{odd}/**/*.PNG"]) == [str(odd / "sub" / "b.PNG")]
+    assert [Path(f).name for f in find_images([f"{odd}/s*"])] == ["b.PNG", "c.jfif", "noend"]
+    inside = f"{odd / 'more.zip'}::in"
+    assert find_images([inside + "/e.png"]) == [inside + "/e.png"]
+    assert len(find_images([inside])) == 2
     with pytest.raises(ConfigError, match="has no image"):
-        find_images([tmp_path / "*.jpg"])
+        find_images([odd / "*.jpg"])
 
 
 def test_maps_replace_no_image_and_no_other_map(tmp_path):
@@ -357,7 +543,7 @@ def test_damaged_files_are_refused_or_read(images, form):
         for place in rng.integers(0, min(len(data), 400), 3):
             broken[place] = rng.integers(0, 256)
         try:
-            square_of(read_image(bytes(broken)), 32, "crop")
+            resize_image(read_image(bytes(broken)), 32, "crop")
         except ConfigError as error:
             assert len(str(error)) < 400
 
@@ -418,10 +604,10 @@ def test_photographs_and_their_export(runs, tmp_path):
     assert [a.name for a in answers] == [p.rpartition("/")[2].rpartition("::")[2] for p in paths]
     assert not any(a.error or a.notes for a in answers)
     pictures = [read_image(p) for p in paths]
-    export_bundle(predictor.bundle, tmp_path / "onnx", "onnx", [p.pixels() for p in pictures])
+    export_bundle(predictor.bundle, tmp_path / "onnx", "onnx", [np.asarray(p.rgb()) for p in pictures])
     session = runtime.InferenceSession(tmp_path / "onnx" / "model.onnx")
     given = {
-        f"image_{size}_crop": np.stack([square_of(p, size, "crop") for p in pictures])
+        f"image_{size}_crop": np.stack([resize_image(p, size, "crop") for p in pictures])
         for size in (32, 24)
     }
     given = {k: v.astype("float32") for k, v in given.items()}
