@@ -15,7 +15,7 @@ from fabricate import make_run
 from nbformat.v4 import new_code_cell, new_notebook
 
 from dermnb import cli, suites
-from dermnb.core import make_config, read_json
+from dermnb.core import ConfigError, make_config, read_json
 from dermnb.suites import execute_run, experiment_notebook, run_suite
 
 
@@ -179,6 +179,9 @@ def test_notebooks_are_found_outside_of_the_project(tmp_path, monkeypatch):
         path = experiment_notebook(make_config(parent))
         assert path.is_file() and path.name == f"{name}.ipynb"
     assert suites.load_suite("demo").title
+    monkeypatch.setattr("dermnb.__file__", str(tmp_path / "dermnb/__init__.py"))
+    with pytest.raises(ConfigError, match="there are no experiment notebooks in "):
+        suites.notebooks_dir()
 
 
 @pytest.mark.parametrize("reports", ["reports", "reports/two"])

@@ -237,6 +237,18 @@ def test_a_suite_without_weights_leaves_all_as_it_was(
     )
 
 
+def test_workers_of_a_scheduler_look_for_weights_themselves(collections, nothing):
+    from distributed import LocalCluster
+
+    with (
+        LocalCluster(1, processes=False, dashboard_address=None) as cluster,
+        pytest.raises(ConfigError, match="-p audit=hashes"),
+    ):
+        address, data_dir = cluster.scheduler_address, str(collections / "ham10000")
+        suites.run_suite("folds", data_dir, "cpu", scheduler=address)
+    assert not list((nothing / "reports/folds").glob(".part-*"))
+
+
 def test_an_audit_that_cannot_be_made_is_an_error(
     collections, nothing, monkeypatch, capsys
 ):
