@@ -580,7 +580,7 @@ def _short(error: Exception) -> str:
     if isinstance(error, requests.HTTPError):
         return f"the server answers {error.response.status_code}"
     if type(error) is requests.ConnectionError:
-        return "the server cannot be reached"
+        return "the server cannot be reached, or broke off"
     if isinstance(error, requests.RequestException):
         return type(error).__name__
     return str(error).rstrip(".")

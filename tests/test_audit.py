@@ -293,18 +293,6 @@ def test_fingerprints_follow_a_file_that_changes(tmp_path):
         audit.fingerprints(manifest, tmp_path / "broken")
 
 
-def test_without_weights_the_second_pass_is_left_out_and_said_so(
-    collection, tmp_path, monkeypatch
-):
-    manifest, _, cache = collection
-    monkeypatch.setenv("DERMNB_WEIGHTS", str(tmp_path))
-    done = audit.audit_images(manifest, cache, "network")
-    assert done.method == "hashes" and "no second pass" in done.note
-    assert str(tmp_path) not in done.note
-    with pytest.raises(ConfigError, match="ImageNet weights"):
-        audit.embed(manifest, cache)
-
-
 def test_a_pass_with_a_network_is_not_answered_by_what_hashes_found(
     collection, tmp_path, monkeypatch
 ):

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import h5py
 import pandas as pd
 import pytest
 import yaml
@@ -18,9 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DERMNB = Path(sys.executable).parent / "dermnb"
 
 
-def call(*args, **kwargs):
+def call(*args, cwd=ROOT, **kwargs):
     return subprocess.run(
-        [str(DERMNB), *map(str, args)], cwd=ROOT, capture_output=True, text=True, check=False, **kwargs
+        [str(DERMNB), *map(str, args)], cwd=cwd, capture_output=True, text=True, check=False, **kwargs
     )
 
 
@@ -109,10 +110,10 @@ def test_every_suite_resolves(path, profile):
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory, demo_dir):
-    "A suite of a good run, one that fails and one that builds on it, executed."
+    "A suite of a good run, one that fails and one that builds on it, executed outside of the project."
     folder = tmp_path_factory.mktemp("suite")
     bad = folder / "bad.weights.h5"
-    bad.write_bytes(b"no weights at all")
+    h5py.File(bad, "w").close()
     content = {
         "title": "Two <b>runs</b>",
         "question": "Does one failure spare the other?",
@@ -125,7 +126,7 @@ def suite(tmp_path_factory, demo_dir):
     }
     (folder / "two.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     args = ["run", folder / "two.yaml", "--data-dir", demo_dir, "--reports", folder / "r"]
-    return folder, args, call(*args, timeout=300)
+    return folder, args, call(*args, cwd=folder, timeout=300)
 
 
 def test_suite_end_to_end(suite):

@@ -1,0 +1,206 @@
+"""Suites around their runs: where notebooks are found, which Python runs them, what is kept when a run fails."""
+
+import html
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from fabricate import make_run
+from nbformat.v4 import new_code_cell, new_notebook
+
+from dermnb import cli, suites
+from dermnb.core import ConfigError, make_config, read_json
+from dermnb.suites import execute_run, experiment_notebook, run_suite
+
+
+def text_of(page: Path) -> str:
+    text = re.sub(r"<(script|style).*?</\1>", "", page.read_text(), flags=re.DOTALL)
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", text)))
+
+
+@pytest.fixture
+def suite(tmp_path, monkeypatch):
+    "A suite of two runs and an executor that fabricates results, or fails the runs it is told to."
+    file = tmp_path / "two.yaml"
+    content = {
+        "title": "Two",
+        "question": "Which?",
+        "runs": {"small": {}, "large": {"seed": 1}},
+    }
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    failing = {}
+
+    def execute(todo, total, reports, workers, scheduler, say):
+        for run, planned in todo.items():
+            if run in failing:
+                yield {
+                    "run": run,
+                    "status": "failed",
+                    "error": failing[run],
+                    "seconds": 1,
+                }
+                continue
+            folder = Path(reports) / planned.config.suite / run
+            shutil.rmtree(folder, ignore_errors=True)
+            make_run(folder, lesions=60, notebook=False)
+            record = read_json(folder / "run.json") | {
+                "config": planned.config.model_dump()
+            }
+            (folder / "run.json").write_text(json.dumps(record))
+            yield {"run": run, "status": "done", "error": "", "seconds": 1}
+
+    monkeypatch.setattr(suites, "_execute_all", execute)
+    monkeypatch.setattr(
+        suites, "validate_run", lambda folder: read_json(folder / "run.json")
+    )
+    monkeypatch.setattr(
+        "dermnb.runs.validate_run", lambda folder: read_json(folder / "run.json")
+    )
+
+    def run(**options):
+        return run_suite(
+            file, reports=tmp_path / "reports", profile="cpu", say=str, **options
+        )
+
+    return run, failing
+
+
+def test_good_results_stay_where_a_repetition_fails(suite):
+    run, failing = suite
+    page, _ = run()
+    assert "2 of 2 runs finished" in text_of(page) and "Earlier results" not in text_of(
+        page
+    )
+    failing.update(small="MemoryError: no room", large="MemoryError: no room")
+    _, states = run(overrides={"epochs": 3})
+    assert [state["status"] for state in states] == ["failed", "failed"]
+    told = text_of(page)
+    assert "2 of 2 runs finished" in told
+    assert re.search(
+        r"Earlier results: a repetition with other settings failed on \d{4}-\d\d-\d\d "
+        r"\(MemoryError: no room\)\.",
+        told,
+    )
+    del failing["small"]
+    run(overrides={"epochs": 3})  # one of the two succeeds
+    notes = {
+        r["run"]: r["note"] for r in read_json(page.with_name("suite.json"))["runs"]
+    }
+    assert notes["small"] == "" and "with other settings failed" in notes["large"]
+    assert "large : Earlier results" in text_of(page)
+    run(force=True)  # as at first, and one of the two fails again
+    notes = {
+        r["run"]: r["note"] for r in read_json(page.with_name("suite.json"))["runs"]
+    }
+    assert notes["small"] == "" and notes["large"].startswith(
+        "Earlier results: a repetition failed"
+    )
+    failing.clear()
+    run(force=True)
+    assert "Earlier results" not in text_of(page)
+
+
+def test_failures_are_shown_where_nothing_was_before(suite):
+    run, failing = suite
+    failing.update(small="MemoryError: no room", large="MemoryError: no room")
+    page, _ = run()
+    assert "None of the 2 runs has results yet" in text_of(page)
+    assert "failed: MemoryError: no room" in text_of(page)
+    assert {r["status"] for r in read_json(page.with_name("suite.json"))["runs"]} == {
+        "failed"
+    }
+
+
+@pytest.fixture
+def notebook(tmp_path, monkeypatch):
+    "Makes `execute_run` execute a notebook of the one given cell, in a folder with a foreign kernel."
+    monkeypatch.chdir(tmp_path)
+    foreign = tmp_path / "jupyter/kernels/python3"
+    foreign.mkdir(parents=True)
+    spec = {
+        "argv": ["/no/python", "-f", "{connection_file}"],
+        "display_name": "Another",
+        "language": "python",
+    }
+    (foreign / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    for name in ("DERMNB_PROGRESS", "DERMNB_DATA_DIR"):
+        monkeypatch.setenv(name, "")  # taken back after the test
+    file = tmp_path / "cell.ipynb"
+    monkeypatch.setattr(suites, "experiment_notebook", lambda config: file)
+
+    def execute(cell):
+        kernel = {
+            "kernelspec": {
+                "name": "python3",
+                "display_name": "Python 3",
+                "language": "python",
+            }
+        }
+        nbformat.write(new_notebook(cells=[new_code_cell(cell)], metadata=kernel), file)
+        return execute_run(make_config({"suite": "s", "run": "a"}), "reports", {})[
+            "error"
+        ]
+
+    return execute
+
+
+def test_runs_are_executed_by_this_python(notebook):
+    assert (
+        notebook("import sys; raise ValueError(sys.executable)")
+        == f"ValueError: {sys.executable}"
+    )
+
+
+def test_a_dead_kernel_is_told_with_its_last_words(notebook):
+    error = notebook(
+        "import os; os.write(2, b'W0000 greeting\\nno room left\\n\\n'); os._exit(1)"
+    )
+    assert error.startswith("DeadKernelError: Kernel died")
+    assert error.endswith(
+        "(its last words: no room left; see reports/s/.failed-a/stderr.log)"
+    )
+    assert "no room left" in Path("reports/s/.failed-a/stderr.log").read_text()
+
+
+def test_notebooks_are_found_outside_of_the_project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for parent, name in (
+        ({}, "train"),
+        ({"base": "b"}, "transfer"),
+        ({"members": ["b", "c"]}, "ensemble"),
+    ):
+        path = experiment_notebook(make_config(parent))
+        assert path.is_file() and path.name == f"{name}.ipynb"
+    assert suites.load_suite("demo").title
+    monkeypatch.setattr("dermnb.__file__", str(tmp_path / "dermnb/__init__.py"))
+    with pytest.raises(ConfigError, match="there are no experiment notebooks in "):
+        suites.notebooks_dir()
+
+
+@pytest.mark.parametrize("reports", ["reports", "reports/two"])
+def test_a_file_in_the_place_of_the_reports_is_one_sentence(
+    reports, suite, tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / reports
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    command = ["dermnb", "run", str(tmp_path / "two.yaml"), "--profile", "cpu"]
+    monkeypatch.setattr(sys, "argv", [*command, "--reports", str(tmp_path / "reports")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and len(said.splitlines()) == 1
+    assert f"{tmp_path / 'reports/two'} cannot be written to" in said
+
+
+def test_a_run_that_cannot_write_fails_in_a_sentence(notebook, tmp_path):
+    Path("reports").mkdir()
+    Path("reports/s").touch()
+    assert notebook("") == f"reports{os.sep}s{os.sep}.part-a: Not a directory"
