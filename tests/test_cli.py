@@ -1,6 +1,8 @@
 """The command line as a person uses it: in processes of its own."""
 
+import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from dermnb.core import ExperimentConfig
+from dermnb.core import ConfigError, ExperimentConfig, make_config
 from dermnb.runs import RUN_FILES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +45,49 @@ def frameworks_after(statement: str) -> set[str]:
 )
 def test_module_loads_no_framework(module):
     assert frameworks_after(f"import dermnb.{module}") == set()
+
+
+def test_modules_load_without_what_only_linux_has():
+    "Windows has none of these modules, and macOS not all of them."
+    code = (
+        "import importlib, pkgutil, sys\n"
+        "for name in 'resource fcntl pwd grp termios pty syslog'.split():\n"
+        "    sys.modules[name] = None\n"
+        "import dermnb\n"
+        "for module in pkgutil.iter_modules(dermnb.__path__):\n"
+        "    importlib.import_module(f'dermnb.{module.name}')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["con", "Nul.csv", "com1", "a.", "a ", "a:b", "a/b", "a\tb", ".a"])
+def test_a_name_that_no_folder_can_have_on_some_system(name):
+    with pytest.raises(ConfigError, match="cannot be the name of a folder"):
+        make_config({"run": name})
+
+
+def test_runs_that_differ_in_case_only(tmp_path):
+    from dermnb.suites import load_suite, parse_overrides
+
+    (tmp_path / "s.yaml").write_text("title: t\nquestion: q\nruns: {Cnn: , cnn: }\n")
+    with pytest.raises(ConfigError, match="'Cnn' and 'cnn' would share one folder"):
+        load_suite(tmp_path / "s.yaml")
+    given = parse_overrides(["positive=1", "run=no", "seed=1"])
+    assert given == {"positive": "1", "run": "no", "seed": 1}
+    assert make_config({"positive": 1, "run": "console"}).positive == "1"
+
+
+def test_a_console_that_cannot_show_a_name(monkeypatch):
+    from dermnb import cli
+
+    written = io.BytesIO()
+    console = io.TextIOWrapper(written, encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    monkeypatch.setattr(cli, "app", lambda: print("\u76ae\u80a4 \udcff ü"))
+    cli.main()
+    console.flush()
+    assert written.getvalue().decode("cp1252") == "\\u76ae\\u80a4 \\udcff ü" + os.linesep
 
 
 def test_help_is_quick():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from html.parser import HTMLParser
+from pathlib import PureWindowsPath
 
 import pandas as pd
 import pytest
@@ -25,7 +26,7 @@ from dermnb.core import ConfigError, make_config, read_json, write_json
 from dermnb.evaluate import evaluate
 from dermnb.pages import clean_html, notebook_html
 from dermnb.report import build_report, build_run_page, build_suite_page
-from dermnb.results import load_run, load_suite_runs, name_positive
+from dermnb.results import forget_paths, load_run, load_suite_runs, name_positive
 from dermnb.trust import may_be_shown
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "col"}
@@ -537,6 +538,29 @@ def test_two_classes(tmp_path):
     assert "50 images a class, hash abc; shared by all runs" in page.prose
     run = Page(folder / "all" / "report.html")
     assert "Positive class: malignant" in run.prose and "train_model" in run.text
+
+
+def test_pages_forget_paths_of_every_system(monkeypatch):
+    from dermnb import pages
+
+    for text, left in (
+        ("OSError: /home/me/x/w.h5 is gone", "OSError: w.h5 is gone"),
+        (r"OSError: C:\Users\Me\x\w.h5 is gone", "OSError: w.h5 is gone"),
+        (r"'D:\\data\\im.jpg' and D:/data/b.jpg", "'im.jpg' and b.jpg"),
+        ("fetch https://a.org/b/c.h5 into E:\\", "fetch https://a.org/b/c.h5 into "),
+    ):
+        assert forget_paths(text) == left
+    monkeypatch.setattr(pages, "Path", PureWindowsPath)
+    for name, place in (("cwd", r"C:\Work\clone"), ("home", "C:\\")):
+        monkeypatch.setattr(PureWindowsPath, name, lambda p=place: PureWindowsPath(p), raising=False)
+    text = r'C:\Work\clone\a "C:\\Work\\clone\\b" C:/Work/clone/c C:\d'
+    assert pages._forget_paths_in_text(text) == r'\a "\\b" /c C:\d'
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(PureWindowsPath, "home", no_home, raising=False)
+    assert pages._forget_paths_in_text(r"C:\Work\clone\a") == r"\a"
 
 
 def test_two_classes_without_a_named_positive_one(tmp_path):

@@ -1,7 +1,9 @@
 "Generated data: what needs other processes, or would slow the notebook down."
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -53,6 +55,27 @@ def test_interrupted_work_is_taken_up(tmp_path, monkeypatch):
     images = list((tmp_path / "demo" / "ISIC_2019_Training_Input").iterdir())
     assert len(calls) - before < len(images)  # what was there is not painted again
     assert sorted(p.name for p in tmp_path.iterdir()) == ["demo"]
+
+
+def test_an_empty_folder_where_nothing_open_or_present_is_replaced(tmp_path, monkeypatch):
+    "As on Windows, which neither renames onto a folder nor removes an open file."
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    replace, unlink = os.replace, Path.unlink
+
+    def strict(part, target):
+        if os.path.isdir(target):
+            raise PermissionError(target)
+        replace(part, target)
+
+    def held(path, **options):
+        if path.suffix == ".lock":
+            raise PermissionError(path)
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "replace", strict)
+    monkeypatch.setattr(Path, "unlink", held)
+    assert (generate_demo(folder, lesions=2, size=SIZE) / "demo.json").is_file()
 
 
 def test_files_agree(tmp_path):
