@@ -235,7 +235,7 @@ def _reading(name: str):
         ) from None
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        if "truncated" in reason or "broken data stream" in reason:
+        if re.search("truncated|broken data stream", reason, re.IGNORECASE):
             reason = "it ends too early, as after an interrupted transfer"
         raise ConfigError(f"{name} cannot be decoded: {reason[:300]}.") from None
 
