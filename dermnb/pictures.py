@@ -207,6 +207,12 @@ MAX_PIXELS = 80 * 10**6
 MIN_SIDE = 16  # pixels
 _PILLOW = tuple(f for f in FORMATS if f not in ("MPO", "DICOM"))  # it opens MPO as JPEG
 _opening = threading.Lock()  # filters of warnings belong to all threads
+if hasattr(os, "register_at_fork"):  # or a fork may find it locked by nobody
+    os.register_at_fork(
+        before=_opening.acquire,
+        after_in_parent=_opening.release,
+        after_in_child=_opening.release,
+    )
 
 
 def shown(text: str) -> str:
@@ -235,7 +241,7 @@ def _reading(name: str):
         ) from None
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        if "truncated" in reason or "broken data stream" in reason:
+        if re.search("truncated|broken data stream", reason, re.IGNORECASE):
             reason = "it ends too early, as after an interrupted transfer"
         raise ConfigError(f"{name} cannot be decoded: {reason[:300]}.") from None
 

@@ -498,7 +498,7 @@ def _image(given) -> np.ndarray | None:
     given = given.get("image") if isinstance(given, dict) else given
     return None if given is None else given.astype("uint8")
 
-
+# %% ../nbs/18_predict.ipynb #e24f049b
 _METADATA = ("age", "sex", "site")
 
 
@@ -545,7 +545,6 @@ def read_metadata(
         tell(f"{absent} of {len(images)} images have no row in {path}.")
     rows = _understood(table, str(path)).reindex([row_of.get(str(p), -1) for p in images])
     return rows.reset_index(drop=True)
-
 
 # %% ../nbs/18_predict.ipynb #c071bdb1
 def find_images(

@@ -162,23 +162,28 @@ def bad_files(photos):
     "Name: (content, a part of the sentence, or the note if it is read after all)."
     image = Image.fromarray(photographs(1, (120, 120))[0])
     deep = Image.fromarray(np.asarray(image.convert("L")).astype("uint16") * 257)
+    dark = Image.fromarray(np.asarray(image.convert("L")).astype("uint16") * 16)
     film = {"save_all": True, "append_images": [image.rotate(90)]}
     refused = {
         "text.jpg": (b"Dear diary", "not an image"),
         "empty.png": (b"", "empty"),
         "cut.jpg": (photos[0][: len(photos[0]) // 2], "ends too early"),
-        "head.png": (encoded(image, "PNG")[:20], "broken"),
+        "head.png": (encoded(image, "PNG")[:20], "ends too early"),
         "dot.png": (encoded(image.resize((1, 1)), "PNG"), "1 x 1 pixels"),
         "bomb.png": (encoded(Image.new("1", (30_000, 30_000)), "PNG"), "pixels"),
         "film.png": (encoded(image, "PNG", **film), "2 pictures"),
-        "huge.png": (bytes(50_000_001), "at most 50 MB"),
-        "page.jpg": (b"<html><script>alert(1)</script></html>", "not an image"),
-        HOSTILE: (b"\xff\xd8\xff\xe0 no", "broken"),
+        "huge.png": (bytes(50_000_001), "not an image"),
+        "page.jpg": (b"<html><script>alert(1)</script></html>", "is a web page"),
+        HOSTILE: (b"\xff\xd8\xff\xe0 no", "ends too early"),
+        "film.jpg": (encoded(image, "GIF"), "of the format GIF"),
+        "IMG_0001.HEIC": (b"\0\0\0\x18ftypheic" + bytes(80), "of the format HEIC"),
+        "twelve.png": (encoded(dark, "PNG"), "seems to hold 12 bits"),
     }
     read = {
         "grey.jpg": (encoded(image.convert("L")), "grey"),
         "print.jpg": (encoded(image.convert("CMYK")), "CMYK"),
-        "deep.png": (encoded(deep, "PNG"), "16 bits"),
+        "deep.png": (encoded(deep, "PNG"), "more than 8 bits"),
+        "web.webp": (encoded(image, "WEBP"), ""),
         "clear.png": (encoded(image.convert("RGBA"), "PNG"), "transparent"),
         "really_png.jpg": (encoded(image, "PNG"), "PNG file"),
         "MOLE.JPEG": (photos[0], ""),

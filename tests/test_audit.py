@@ -259,8 +259,8 @@ def test_unreadable_empty_and_single_colour_files(tmp_path):
     manifest = written(tmp_path, dict.fromkeys(names, lesion(1)))
     (tmp_path / "000.png").write_bytes(b"")
     (tmp_path / "001.png").write_bytes((tmp_path / "002.png").read_bytes()[:300])
-    Image.new("RGB", (9, 9), "white").save(tmp_path / "003.png")
-    Image.new("L", (9, 90), "black").save(tmp_path / "004.png")
+    Image.new("RGB", (19, 19), "white").save(tmp_path / "003.png")
+    Image.new("L", (19, 90), "black").save(tmp_path / "004.png")
     manifest.loc[5, "path"] = str(tmp_path / "gone.png")
     manifest.loc[6, "path"] = pd.NA
     prints = audit.fingerprints(manifest, tmp_path / "cache")
