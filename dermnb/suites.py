@@ -7,18 +7,18 @@ __all__ = ['GREETINGS', 'MEMORY', 'Suite', 'PlannedRun', 'suites_dir', 'load_sui
            'resolve_suite', 'experiment_notebook', 'execute_run', 'make_publishable', 'run_suite']
 
 # %% ../nbs/28_suites.ipynb #22b40337
-import contextlib
 import logging
 import os
 import re
 import shutil
+import sys
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import nbformat
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -296,23 +296,23 @@ def execute_run(
         if parent["status"] != "done":
             error = f"It builds on {parent['run']}, which failed."
             return {"run": config.run, "status": "failed", "error": error, "seconds": 0}
+    _load_notebook_tools()
     import papermill
     from traitlets.config import Config
 
-    os.environ.update(env)
-    logging.getLogger("papermill").setLevel(logging.WARNING)
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what fails is said below
     start = time.monotonic()
     folder = Path(reports) / config.suite / config.run
     part = folder.parent / f".part-{config.run}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    os.environ["DERMNB_PROGRESS"] = str((part / "progress.json").resolve())
+    env = env | {"DERMNB_PROGRESS": str((part / "progress.json").resolve())}
     if config.data_dir:
-        os.environ["DERMNB_DATA_DIR"] = str(Path(config.data_dir).resolve())
+        env["DERMNB_DATA_DIR"] = str(Path(config.data_dir).resolve())
     notebook = part / "notebook.ipynb"
     error = ""
     try:
-        with _stderr_to(part / "stderr.log"):
+        with (part / "stderr.log").open("wb") as said:
             papermill.execute_notebook(
                 str(experiment_notebook(config)),
                 str(notebook),
@@ -323,6 +323,7 @@ def execute_run(
                 | {"folder": str(part)},
                 progress_bar=False,
                 coalesce_streams=True,
+                kernel_manager_class=_kernel_with(env, said),
                 # Others on the machine could listen to a kernel that does not encrypt.
                 config=Config(AsyncKernelManager={"transport_encryption": "auto"}),
                 cwd=str(Path.cwd()),
@@ -342,17 +343,32 @@ def execute_run(
     return {"run": config.run, "status": status, "error": error, "seconds": seconds}
 
 
-@contextlib.contextmanager
-def _stderr_to(path: Path):
-    "Send what the kernel's process says to a file: TensorFlow's greetings help nobody."
-    saved = os.dup(2)
-    with path.open("wb") as file:
-        os.dup2(file.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
+def _load_notebook_tools() -> None:
+    "Import what reads notebooks, without a grammar of web addresses that it never needs."
+    # jsonschema uses it if it is there, as it is with Jupyter, and it takes 2 s to build.
+    sys.modules.setdefault("rfc3987_syntax", None)
+    import nbformat  # noqa: F401
+
+
+_KERNELS = weakref.WeakSet()  # the managers of those that this process has started
+
+
+def _kernel_with(env: dict[str, str], stderr):
+    "A kernel manager that adds to the environment; TensorFlow's greetings go to a file."
+    from jupyter_client import AsyncKernelManager
+
+    class KernelManager(AsyncKernelManager):
+        def start_kernel(self, **more):
+            _KERNELS.add(self)
+            return super().start_kernel(env=os.environ | env, stderr=stderr, **more)
+
+    return KernelManager
+
+
+def _kill_kernels() -> None:
+    for manager in list(_KERNELS):
+        if process := getattr(manager.provisioner, "process", None):
+            process.kill()
 
 
 def _one_sentence(problem: Exception) -> str:
@@ -373,6 +389,9 @@ def make_publishable(
     pictures: bool,  # keep them: only where they show generated images
 ) -> None:
     "Take out of a notebook this machine's paths, greetings and, unless asked, pictures."
+    _load_notebook_tools()
+    import nbformat
+
     nb = nbformat.read(notebook, as_version=4)
     record = nb.metadata.get("papermill", {})
     for key in ("input_path", "output_path", "parameters", "environment_variables"):
@@ -499,7 +518,10 @@ def _execute_all(todo, total, reports, workers, scheduler, say):
     cluster = None
     if not scheduler:
         cluster = LocalCluster(
-            n_workers=workers, threads_per_worker=1, dashboard_address="127.0.0.1:0"
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=False,  # a run computes in its kernel, which is a process of its own
+            dashboard_address=None,
         )
     client = Client(scheduler or cluster)
     try:
@@ -532,6 +554,7 @@ def _execute_all(todo, total, reports, workers, scheduler, say):
             yield state
     finally:
         client.close()
+        _kill_kernels()  # there are some only if this was interrupted
         if cluster is not None:
             cluster.close()
 
