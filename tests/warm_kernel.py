@@ -31,6 +31,9 @@ def warm_kernels(folder: Path):
     "The environment in which Jupyter's kernels are forks of one process, here started."
     from dermnb.suites import MEMORY
 
+    if sys.platform != "linux":  # elsewhere, libraries do not survive a fork
+        yield {}
+        return
     place, here = str(folder / "line"), str(Path(__file__).parent)
     launcher = LAUNCHER.format(here=here, place=place)
     (folder / "ipykernel_launcher.py").write_text(launcher)
