@@ -8,18 +8,18 @@ __all__ = ['GREETINGS', 'MEMORY', 'Suite', 'PlannedRun', 'notebooks_dir', 'suite
            'gather_weights', 'run_suite']
 
 # %% ../nbs/28_suites.ipynb #22b40337
-import contextlib
 import logging
 import os
 import re
 import shutil
+import sys
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-import nbformat
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -321,20 +321,6 @@ def experiment_notebook(config: ExperimentConfig) -> Path:
     return notebooks_dir() / "experiments" / f"{name}.ipynb"
 
 
-def _own_kernel() -> type:
-    "Kernels of this Python, also where another has been installed under the name python3."
-    from jupyter_client import AsyncKernelManager
-    from jupyter_client.kernelspec import KernelSpecManager
-    from traitlets import default
-
-    class OwnKernel(AsyncKernelManager):
-        @default("kernel_spec_manager")
-        def _look_nowhere(self):
-            return KernelSpecManager(kernel_dirs=[])
-
-    return OwnKernel
-
-
 def execute_run(
     config: ExperimentConfig,
     reports: str,  # the folder of all suites
@@ -346,23 +332,23 @@ def execute_run(
         if parent["status"] != "done":
             error = f"It builds on {parent['run']}, which failed."
             return {"run": config.run, "status": "failed", "error": error, "seconds": 0}
+    _load_notebook_tools()
     import papermill
     from traitlets.config import Config
 
-    os.environ.update(env)
-    logging.getLogger("papermill").setLevel(logging.WARNING)
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what fails is said below
     start = time.monotonic()
     folder = Path(reports) / config.suite / config.run
     part, failed = (folder.parent / f".{state}-{config.run}" for state in ("part", "failed"))
     shutil.rmtree(part, ignore_errors=True)
-    os.environ["DERMNB_PROGRESS"] = str((part / "progress.json").resolve())
+    env = env | {"DERMNB_PROGRESS": str((part / "progress.json").resolve())}
     if config.data_dir:
-        os.environ["DERMNB_DATA_DIR"] = str(Path(config.data_dir).resolve())
+        env["DERMNB_DATA_DIR"] = str(Path(config.data_dir).resolve())
     notebook = part / "notebook.ipynb"
     error = ""
     try:
         part.mkdir(parents=True)
-        with _stderr_to(part / "stderr.log"):
+        with (part / "stderr.log").open("wb") as said:
             papermill.execute_notebook(
                 str(experiment_notebook(config)),
                 str(notebook),
@@ -373,9 +359,9 @@ def execute_run(
                 | {"folder": str(part)},
                 progress_bar=False,
                 coalesce_streams=True,
+                kernel_manager_class=_kernel_with(env, said),
                 # Others on the machine could listen to a kernel that does not encrypt.
                 config=Config(AsyncKernelManager={"transport_encryption": "auto"}),
-                kernel_manager_class=_own_kernel(),
                 cwd=str(Path.cwd()),
             )
         for name in ("progress.json", "stderr.log"):
@@ -395,17 +381,38 @@ def execute_run(
     return {"run": config.run, "status": status, "error": error, "seconds": seconds}
 
 
-@contextlib.contextmanager
-def _stderr_to(path: Path):
-    "Send what the kernel's process says to a file: TensorFlow's greetings help nobody."
-    saved = os.dup(2)
-    with path.open("wb") as file:
-        os.dup2(file.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
+def _load_notebook_tools() -> None:
+    "Import what reads notebooks, without a grammar of web addresses that it never needs."
+    # jsonschema uses it if it is there, as it is with Jupyter, and it takes 2 s to build.
+    sys.modules.setdefault("rfc3987_syntax", None)
+    import nbformat  # noqa: F401
+
+
+_KERNELS = weakref.WeakSet()  # the managers of those that this process has started
+
+
+def _kernel_with(env: dict[str, str], stderr) -> type:
+    "Kernels of this Python, also where another is installed under the name python3."
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpecManager
+    from traitlets import default
+
+    class KernelManager(AsyncKernelManager):
+        @default("kernel_spec_manager")
+        def _look_nowhere(self):
+            return KernelSpecManager(kernel_dirs=[])
+
+        def start_kernel(self, **more):
+            _KERNELS.add(self)
+            return super().start_kernel(env=os.environ | env, stderr=stderr, **more)
+
+    return KernelManager
+
+
+def _kill_kernels() -> None:
+    for manager in list(_KERNELS):
+        if process := getattr(manager.provisioner, "process", None):
+            process.kill()
 
 
 def _last_words(log: Path) -> str:
@@ -437,6 +444,9 @@ def make_publishable(
     pictures: bool,  # keep them: only where they show generated images
 ) -> None:
     "Take out of a notebook this machine's paths, greetings and, unless asked, pictures."
+    _load_notebook_tools()
+    import nbformat
+
     nb = nbformat.read(notebook, as_version=4)
     record = nb.metadata.get("papermill", {})
     for key in ("input_path", "output_path", "parameters", "environment_variables"):
@@ -616,7 +626,10 @@ def _execute_all(todo, total, reports, workers, scheduler, say):
     cluster = None
     if not scheduler:
         cluster = LocalCluster(
-            n_workers=workers, threads_per_worker=1, dashboard_address="127.0.0.1:0"
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=False,  # a run computes in its kernel, which is a process of its own
+            dashboard_address=None,
         )
     client = Client(scheduler or cluster)
     try:
@@ -651,6 +664,7 @@ def _execute_all(todo, total, reports, workers, scheduler, say):
             yield state
     finally:
         client.close()
+        _kill_kernels()  # there are some only if this was interrupted
         if cluster is not None:
             cluster.close()
 

@@ -1,8 +1,10 @@
 """Every suite that comes with the project, from its file to its report, on generated images.
 
 The name puts this file first, so that its long runs start while the other tests run beside them.
+Kernels are warm but for those of `test_folds`, which loads all anew as a run outside of tests does.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from warm_kernel import warm_kernels
 
 from dermnb.core import read_json
 from dermnb.runs import validate_run
@@ -20,14 +23,20 @@ ROOT = Path(__file__).resolve().parent.parent
 DERMNB = Path(sys.executable).parent / "dermnb"
 
 
-def run_smoke(suite, reports, data_dir, *more) -> tuple[dict, dict[str, dict], str]:
+def run_smoke(suite, reports, data_dir, *more, env=None) -> tuple[dict, dict[str, dict], str]:
     "suite.json, run.json of every run, and the report's text."
     file = suite if isinstance(suite, Path) else Path(f"nbs/suites/{suite}.yaml")
     command = [str(DERMNB), "run", str(file), "--profile", "smoke", "--workers", "2"]
     command += ["--reports", str(reports), "--data-dir", str(data_dir), *more]
     try:
         done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=540
+            command,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=540,
+            env=os.environ | (env or {}),
         )
     except subprocess.TimeoutExpired as late:
         pytest.fail(f"still running after {late.timeout} s: {late.stdout}\n{late.stderr}")
@@ -48,8 +57,14 @@ def reports(tmp_path_factory):
     return tmp_path_factory.mktemp("recipes")
 
 
-def test_derm_categories(reports, demo_dir):
-    _, runs, page = run_smoke("derm_categories", reports, demo_dir)
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    with warm_kernels(tmp_path_factory.mktemp("warm")) as env:
+        yield env
+
+
+def test_derm_categories(reports, demo_dir, warm):
+    _, runs, page = run_smoke("derm_categories", reports, demo_dir, env=warm)
     base = reports / "derm_categories-smoke" / "xception_weighted"
     trained = pd.read_parquet(base / "split.parquet").query("split == 'train'")["image_id"]
     specialists = [name for name, run in runs.items() if run["notebook"] == "transfer"]
@@ -65,7 +80,7 @@ def test_derm_categories(reports, demo_dir):
     assert "Claimed and measured" in page
 
 
-def test_cnn_ensemble_on_turkish_folders(reports, demo_dir, tmp_path):
+def test_cnn_ensemble_on_turkish_folders(reports, demo_dir, warm, tmp_path):
     "Six folders with Turkish names, read by a taxonomy file alone."
     from dermnb.datasets import load_dataset
 
@@ -78,7 +93,7 @@ def test_cnn_ensemble_on_turkish_folders(reports, demo_dir, tmp_path):
         for path in manifest.query("label == @label")["path"]:
             shutil.copy(path, folder)
     more = ["-p", "dataset=folders", "-p", "taxonomy=cilt6", "-p", "subset=0"]
-    _, runs, page = run_smoke("cnn_ensemble", reports, tmp_path, *more)
+    _, runs, page = run_smoke("cnn_ensemble", reports, tmp_path, *more, env=warm)
     draws = {r["train_draw"]["hash"] for r in runs.values() if r["notebook"] == "train"}
     assert len(draws) == 1
     hashes = {r["dataset"]["manifest_hash"] for r in runs.values()}
@@ -90,8 +105,8 @@ def test_cnn_ensemble_on_turkish_folders(reports, demo_dir, tmp_path):
     assert "63.84" in page or "0.638" in page  # the claimed F1 that cannot be
 
 
-def test_binary_lesions(reports, demo_dir):
-    _, runs, page = run_smoke("binary_lesions", reports, demo_dir)
+def test_binary_lesions(reports, demo_dir, warm):
+    _, runs, page = run_smoke("binary_lesions", reports, demo_dir, env=warm)
     assert runs["alexnet"]["classes"] == ["benign", "malignant"]
     folder = reports / "binary_lesions-smoke"
     for name, run in runs.items():
@@ -103,16 +118,16 @@ def test_binary_lesions(reports, demo_dir):
     assert "partial AUC" in page or "Partial AUC" in page
 
 
-def test_ham10000(reports, demo_dir):
-    _, runs, page = run_smoke("ham10000", reports, demo_dir)
+def test_ham10000(reports, demo_dir, warm):
+    _, runs, page = run_smoke("ham10000", reports, demo_dir, env=warm)
     assert runs["cnn_focal"]["leak"] == {"lesions": 0, "val_images": 0, "test_images": 0}
     assert runs["cnn_focal_image_split"]["leak"]["test_images"] > 0
     assert all(s["early_stopping"] == 0 for r in runs.values() for s in r["stages"])
     assert "Leakage" in page
 
 
-def test_isic2019(reports, demo_dir):
-    _, runs, _ = run_smoke("isic2019", reports, demo_dir)
+def test_isic2019(reports, demo_dir, warm):
+    _, runs, _ = run_smoke("isic2019", reports, demo_dir, env=warm)
     looked = read_json(reports / "isic2019-smoke" / "cnn" / "explain.json")
     assert looked["n"] == 8 and looked["masks"] == "dataset"
     page = (reports / "isic2019-smoke" / "cnn" / "report.html").read_text()
@@ -123,16 +138,16 @@ def test_isic2019(reports, demo_dir):
     assert runs["efficientnetb5"]["config"]["optimizer"] == "sgd"
 
 
-def test_backbones(reports, demo_dir):
-    _, runs, _ = run_smoke("backbones", reports, demo_dir)
+def test_backbones(reports, demo_dir, warm):
+    _, runs, _ = run_smoke("backbones", reports, demo_dir, env=warm)
     networks = {r["model"]["backbone"] for r in runs.values()}
     assert networks >= {"cnn", "xception", "efficientnetb5"}
     plan = resolve_suite(load_suite("backbones"), profile="gpu")
     assert {"efficientnetb7"} | networks >= {p.config.backbone for p in plan} >= {"efficientnetb7"}
 
 
-def test_multimodal(reports, demo_dir):
-    _, runs, page = run_smoke("multimodal", reports, demo_dir)
+def test_multimodal(reports, demo_dir, warm):
+    _, runs, page = run_smoke("multimodal", reports, demo_dir, env=warm)
     assert runs["concat"]["metadata"]["fusion"] == "concat"
     assert runs["concat_shuffled"]["metadata"]["shuffled"] is True
     assert runs["image_only"]["metadata"] is None

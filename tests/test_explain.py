@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 from scipy import stats
+from tolerances import FLOAT32
 
 from dermnb.core import ConfigError, make_config, read_json
 from dermnb.ensemble import run_ensemble
@@ -163,10 +164,11 @@ def test_redrawn_of_a_saved_network(fusion, tmp_path, rng):
     assert list(found) == ["head", "head_chance", "all", "all_chance"]
     for v in found.values():  # NaN where an untrained network's map is even
         assert v.shape == (3,) and not ((v < 0) | (v > 1)).any()
-    np.testing.assert_array_equal(maps_of([model, every]), before)
+    assert not changed(model, load_classifier(tmp_path).model)  # left as it was
     same = randomisation([model], lambda models: before, draws=2)
     np.testing.assert_allclose([same["head"], same["all"]], 1)
-    inverted = randomisation([model], lambda m: before if m[0] is model else 1 - before)
+    # Not 1 - before: in float32 that makes one of two values that differ by less than 6e-8.
+    inverted = randomisation([model], lambda m: before if m[0] is model else -before)
     np.testing.assert_allclose(inverted["all"], 1)
 
 
@@ -287,8 +289,9 @@ def test_a_bundle_of_an_earlier_version_is_completed(suite, demo_dir, tmp_path):
     assert again.bundle.decision == whole.bundle.decision
     image = next((demo_dir / "ISIC_2019_Training_Input").glob("*.jpg"))
     one, other = (p([image])[0] for p in (whole, again))
-    assert one.probabilities == pytest.approx(other.probabilities)
-    assert one.novelty == pytest.approx(other.novelty, rel=1e-3)
+    assert one.probabilities == pytest.approx(other.probabilities, abs=FLOAT32)
+    # A distance of 1e-2 or more from a cosine near 1, and its limit: both within FLOAT32.
+    assert one.novelty == pytest.approx(other.novelty, rel=2 * FLOAT32 / 1e-2)
 
 
 def test_what_cannot_be_looked_into(suite, demo_dir, tmp_path):

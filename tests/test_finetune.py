@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import keras
 import numpy as np
 import pytest
+from tolerances import FLOAT32
 
 from dermnb.backbones import BACKBONES, build_backbone
 from dermnb.core import ConfigError, ExperimentConfig
@@ -111,7 +112,7 @@ def test_frozen_dropout_is_silent_in_training_and_back_afterwards():
     one = SimpleNamespace(blocks=("stem", "add1", "head_bn"))
     stage = Stage("head", 1, "head", 1e-30)
     history = fit_stages(model, one, (stage,), images, images, LOSS, ExperimentConfig())
-    assert history["loss"][0] == pytest.approx(history["val_loss"][0], rel=1e-5)
+    assert history["loss"][0] == pytest.approx(history["val_loss"][0], rel=FLOAT32)
     assert model.get_layer("drop1").rate == model.get_layer("drop2").rate == 0.3
 
 
@@ -169,7 +170,7 @@ def test_history_marks_stages_and_says_the_rate():
     assert rate[:2] == pytest.approx([1e-2, 1e-2])
     # Last steps of three epochs of three: step 2 of the warm-up, 2 and 5 of 6 in the cosine.
     cosine = [0.5e-3 * (1 + np.cos(np.pi * t / 6)) for t in (2, 5)]
-    assert rate[2:] == pytest.approx([0.75e-3, *cosine], rel=1e-5)
+    assert rate[2:] == pytest.approx([0.75e-3, *cosine], rel=FLOAT32)
     assert rows == history.to_dict("records")
     assert history["trainable_parameters"].is_monotonic_increasing
 
@@ -186,7 +187,7 @@ def test_early_stopping_gives_the_best_epoch_of_all_stages_back():
     assert len(history) < 9
     assert history.attrs["restored_epoch"] == best["epoch"] <= 3
     assert model.evaluate(val, verbose=0)[0] == pytest.approx(
-        best["val_loss"], rel=1e-5
+        best["val_loss"], rel=FLOAT32
     )
 
 
@@ -202,7 +203,8 @@ def test_a_stage_cut_short_hands_its_best_weights_on():
     wreck = history[history["stage"] == "wreck"]
     assert len(wreck) < 9
     after = history.loc[history["stage"] == "still", "val_loss"].item()
-    assert after == pytest.approx(wreck["val_loss"].min(), rel=1e-4)
+    # A loss of wrecked weights is the difference of large logits.
+    assert after == pytest.approx(wreck["val_loss"].min(), rel=10 * FLOAT32)
 
 
 def test_without_early_stopping_the_last_epoch_stands():
@@ -211,7 +213,7 @@ def test_without_early_stopping_the_last_epoch_stands():
     history = fit(model, Stage("scratch", 2, learning_rate=0.01), val=val)
     assert history.attrs["restored_epoch"] is None
     last = history["val_loss"].iloc[-1]
-    assert model.evaluate(val, verbose=0)[0] == pytest.approx(last, rel=1e-5)
+    assert model.evaluate(val, verbose=0)[0] == pytest.approx(last, rel=FLOAT32)
 
 
 def test_plateau_lowers_the_rate_after_its_warm_up():

@@ -9,6 +9,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from tolerances import BFLOAT16, FLOAT32
 
 from dermnb.core import ConfigError
 from dermnb.gradcam import METHODS, CamNetwork, class_maps, combine_maps, resize_maps
@@ -53,7 +54,7 @@ def check_gradient(model, layer, given, target=1) -> None:
         found = upper([maps, *(given[x.name] for x in beside)], training=False)
         return keras.ops.convert_to_numpy(found)[:, target].astype("float64")
 
-    np.testing.assert_allclose(logit(maps), logits[:, target], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(logit(maps), logits[:, target], rtol=100 * FLOAT32, atol=FLOAT32)
     # Half of the places by chance, so that a gradient at wrong places is found out, and
     # none at 0, where the largest of several zeros has no slope.
     chosen = (np.random.default_rng(1).random(maps.shape) < 0.5) & (maps != 0)
@@ -62,6 +63,7 @@ def check_gradient(model, layer, given, target=1) -> None:
     change = (logit(maps + along) - logit(maps - along)) / 2
     expected = (gradients.astype("float64") * along).sum((1, 2, 3))
     assert expected.min() > 0
+    # A step of 0.5 % is linear but where a largest value or a ReLU changes sides.
     np.testing.assert_allclose(change, expected, rtol=0.02)
 
 
@@ -88,12 +90,12 @@ def test_gradient_with_metadata(fusion):
     check_gradient(model, "", given)
     network = CamNetwork(model)
     p, features, _ = network.explain(given, 1)
-    np.testing.assert_allclose(p, probabilities(model, [given]), atol=1e-6)
+    np.testing.assert_allclose(p, probabilities(model, [given]), atol=FLOAT32)
     assert features.shape == (3, 64)
     other = network.explain(given | {"metadata": given["metadata"][::-1]}, 1)
     assert not np.allclose(other[0], p)
     # What is joined behind the pooling changes the answer, but not the features.
-    assert np.allclose(other[1], features, atol=1e-6) == (fusion == "concat")
+    assert np.allclose(other[1], features, atol=FLOAT32) == (fusion == "concat")
     with pytest.raises(ConfigError, match="metadata is not there"):
         network.explain(given["image"])
 
@@ -104,15 +106,16 @@ def test_maps(method):
     model = build_classifier("cnn", 3, 32, seed=3)
     network, given = CamNetwork(model), inputs(32, 5)
     p, _, maps = network.explain(given, method=method)
-    np.testing.assert_allclose(p, probabilities(model, [given]), atol=1e-6)
+    np.testing.assert_allclose(p, probabilities(model, [given]), atol=FLOAT32)
     assert maps.shape == (5, 16, 16) and maps.dtype == "float32"
     assert maps.min() >= 0 and set(maps.max((1, 2))) <= {0, 1} and maps.max() == 1
+    # Exact, as one graph is asked twice for the same.
     named = network.explain(given, p.argmax(axis=1), method)[2]
     np.testing.assert_array_equal(named, maps)
     for c in range(3):
         single = network.explain(given[2:3], c, method)[2]
         together = network.explain(given, [0, 1, c, 2, 0], method)[2]
-        np.testing.assert_allclose(together[2], single[0], atol=1e-5)
+        np.testing.assert_allclose(together[2], single[0], atol=FLOAT32)
     whole_numbers = network.explain(given.round().astype("uint8"), 1, method)[2]
     same = network.explain(given.round(), 1, method)[2]
     np.testing.assert_array_equal(whole_numbers, same)
@@ -131,7 +134,7 @@ def test_published_equations():
     alpha = g**2 / (2 * g**2 + total * g**3)
     found = np.einsum("nijk,nk->nij", maps, (alpha * np.maximum(g, 0)).sum((1, 2)))
     expected = found / found.max((1, 2), keepdims=True)
-    np.testing.assert_allclose(class_maps(maps, g, "gradcam++"), expected, atol=1e-6)
+    np.testing.assert_allclose(class_maps(maps, g, "gradcam++"), expected, atol=FLOAT32)
     # Scale is lost, even that of gradients which are hardly numbers any more.
     for method in METHODS:
         tiny = class_maps(maps * 1e-20, g * 1e-30, method)
@@ -154,9 +157,11 @@ def test_half_precision(policy, tmp_path):
     given = inputs(32)
     p, features, maps = network.explain(given, 1)
     assert maps.dtype == features.dtype == raw(network, given, 1)[3].dtype == "float32"
-    # The answer is that of the network in use, not of a more exact one.
-    np.testing.assert_allclose(p, probabilities(model, [given]), atol=1e-6)
-    np.testing.assert_allclose(maps, CamNetwork(full).explain(given, 1)[2], atol=0.05)
+    # The answer is that of the network in use, not of a more exact one: what the two graphs
+    # round otherwise is less than half of what half precision does.
+    used, exact = probabilities(model, [given]), probabilities(full, [given])
+    assert np.abs(p - used).max() < np.abs(exact - used).max() / 2
+    np.testing.assert_allclose(maps, CamNetwork(full).explain(given, 1)[2], atol=BFLOAT16)
 
 
 def test_network_is_left_as_it_was(tmp_path):
@@ -168,7 +173,7 @@ def test_network_is_left_as_it_was(tmp_path):
     save_classifier(model, tmp_path, "abc")
     loaded = load_classifier(tmp_path).model
     p = CamNetwork(loaded).predict(inputs(32))[0]
-    np.testing.assert_allclose(p, probabilities(model, [inputs(32)]), atol=1e-6)
+    np.testing.assert_allclose(p, probabilities(model, [inputs(32)]), atol=FLOAT32)
 
 
 def test_new_weights_are_seen():
@@ -179,7 +184,7 @@ def test_new_weights_are_seen():
     model.set_weights(other.get_weights())
     after = network.explain(inputs(32), 1)[2]
     assert not np.allclose(before, after)
-    np.testing.assert_allclose(after, CamNetwork(other).explain(inputs(32), 1)[2], atol=1e-5)
+    np.testing.assert_allclose(after, CamNetwork(other).explain(inputs(32), 1)[2], atol=FLOAT32)
 
 
 def test_layer_that_something_flows_past():
@@ -197,7 +202,7 @@ def test_combined_and_resized():
     np.testing.assert_array_equal(combine_maps(maps, [0, 2, 0], 20), resize_maps(maps[1], 20))
     mean = combine_maps(maps, [1, 1, 2], 20)
     parts = [resize_maps(x, 20) for x in maps]
-    np.testing.assert_allclose(mean, (parts[0] + parts[1] + 2 * parts[2]) / 4, atol=1e-6)
+    np.testing.assert_allclose(mean, (parts[0] + parts[1] + 2 * parts[2]) / 4, atol=FLOAT32)
     assert mean.dtype == "float32" and 0 <= mean.min() and mean.max() <= 1
     for weights in ([1], [0, 0, 0], [1, 1, -1], [1, 1, np.nan]):
         with pytest.raises(ConfigError, match="for the maps of 3 networks"):
@@ -237,4 +242,4 @@ def test_backends_agree(tmp_path):
     here += network.predict(given)
     there = np.load(tmp_path / "found.npz")
     for a, b in zip(here, there.values(), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4)
+        np.testing.assert_allclose(a, b, atol=10 * FLOAT32)  # logits are larger than 1

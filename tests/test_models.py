@@ -24,6 +24,7 @@ from keras.src.applications import (
     xception,
 )
 from keras.src.utils import file_utils
+from tolerances import FLOAT32
 
 from dermnb.backbones import (
     BACKBONES,
@@ -129,11 +130,11 @@ def test_row(name, eagerly):
     assert maps.shape == slope.shape == (2, *model.get_layer(spec.last_conv).output.shape[1:])
     assert slope.dtype == "float32" and np.all(np.isfinite(slope)) and slope.any()
     if spec.last_conv == spec.blocks[-1]:  # pooling and one dense layer: Grad-CAM is CAM
-        np.testing.assert_allclose(features, maps.mean((1, 2)), rtol=1e-4, atol=1e-12)
+        np.testing.assert_allclose(features, maps.mean((1, 2)), rtol=10 * FLOAT32, atol=1e-12)
         kernel = keras.ops.convert_to_numpy(model.get_layer("logits").kernel)[:, 2]
         places = maps.shape[1] * maps.shape[2]
         expected = np.broadcast_to(kernel / places, slope.shape)
-        np.testing.assert_allclose(slope, expected, rtol=1e-5)
+        np.testing.assert_allclose(slope, expected, rtol=FLOAT32)
     assert {float(x) for x in class_maps(maps, slope).max((1, 2))} <= {0, 1}
     assert not any(isinstance(x, keras.Model) for x in model.layers)
     assert len(model.get_layer(spec.last_conv).output.shape) == 4
@@ -198,7 +199,7 @@ def test_saved_model_predicts_the_same(name, tmp_path):
     save_classifier(model, tmp_path, ["a", "ö", "c"], {"resize": "pad"})
     loaded = load_classifier(tmp_path)
     after = keras.ops.convert_to_numpy(loaded.model(images(size)))
-    np.testing.assert_allclose(after, before, atol=1e-6)
+    np.testing.assert_allclose(after, before, atol=FLOAT32)
     assert (loaded.classes, loaded.resize) == (("a", "ö", "c"), "pad")
     with zipfile.ZipFile(tmp_path / "model.keras") as archive:
         config = archive.read("config.json").decode()
@@ -228,7 +229,7 @@ def test_metadata_survive_saving(fusion, tmp_path):
     loaded = load_classifier(tmp_path)
     assert loaded.encoder == encoder and loaded.image_size == 32
     after = loaded.predict(pixels, metadata=PATIENTS)
-    np.testing.assert_allclose(after, before, atol=1e-6)
+    np.testing.assert_allclose(after, before, atol=FLOAT32)
     blind = loaded.predict(pixels)
     nothing = PATIENTS.assign(age=np.nan, sex=None, site=None)
     np.testing.assert_array_equal(blind, loaded.predict(pixels, metadata=nothing))
@@ -269,21 +270,23 @@ def test_metablock_is_the_published_equation():
         return (gamma * v + beta)[:, None, None]
 
     expected = 1 / (1 + np.exp(-(np.tanh(affine("f") * maps) + affine("g"))))
-    np.testing.assert_allclose(model([maps, metadata]), expected, atol=1e-5)
+    np.testing.assert_allclose(model([maps, metadata]), expected, atol=FLOAT32)
 
 
 def test_saved_in_half_precision(tmp_path):
+    exact = build_classifier("cnn", 3, 32)
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
         model = build_classifier("cnn", 3, 32)
         assert model.get_layer("preprocess").compute_dtype == "float32"
         assert model.output.dtype == "float32"
-        before = probabilities(model, [images(32)])
         save_classifier(model, tmp_path, "abc")
     finally:
         keras.config.set_dtype_policy("float32")
+    before, full = (probabilities(m, [images(32)]) for m in (model, exact))
     after = load_classifier(tmp_path).predict(images(32))
-    np.testing.assert_allclose(after, before, atol=1e-6)
+    # Still rounded as before: nearer to that than to the same weights in full precision.
+    assert np.abs(after - before).max() < np.abs(full - before).max() / 2
 
 
 def test_seed_and_momentum():
@@ -363,7 +366,8 @@ def test_every_source_gives_the_network_of_a_download(keras_cache):
     def check(weights):
         trunk = build_backbone(spec, keras.Input((32, 32, 3)), weights)
         output = np.array(trunk(images(32)))
-        np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
+        # Two ways to normalise an image, and 237 layers: ten times FLOAT32.
+        np.testing.assert_allclose(output, expected, rtol=10 * FLOAT32, atol=FLOAT32)
 
     check("imagenet")  # what Keras would have downloaded
     check(str(published))
@@ -397,7 +401,7 @@ def test_efficientnet_from_scratch_sees_normalised_images():
     trunk = build_backbone("efficientnetb0", keras.Input((32, 32, 3)))
     seen = keras.Model(trunk.input, trunk.get_layer("rescaling_1").output)(images(32))
     expected = (images(32) / 255 - IMAGENET_MEAN) / IMAGENET_STD
-    np.testing.assert_allclose(np.array(seen), expected, atol=1e-4)
+    np.testing.assert_allclose(np.array(seen), expected, atol=FLOAT32)
 
 
 def test_addresses_and_checksums_are_those_of_keras():
@@ -453,7 +457,9 @@ def test_real_weights(tmp_path, monkeypatch):
     expected = np.array(theirs(mobilenet_v2.preprocess_input(images(96))))
     for weights in (str(file), "imagenet"):
         trunk = build_backbone("mobilenetv2", keras.Input((96, 96, 3)), weights)
-        np.testing.assert_allclose(np.array(trunk(images(96))), expected, atol=1e-4)
+        # Values up to 6, of images normalised in another way 52 convolutions before: 5e-5 are
+        # seen. Without the normalisation they differ by more than 1.
+        np.testing.assert_allclose(np.array(trunk(images(96))), expected, atol=100 * FLOAT32)
 
 
 # Losses
@@ -502,7 +508,7 @@ def test_mixup_costs_the_mixture():
     loss = FocalLoss(2, [1, 2, 3, 4], label_smoothing=0.1)
     mixed = loss(0.3 * one_hot[a] + 0.7 * one_hot[b], logits)
     apart = 0.3 * loss(a, logits) + 0.7 * loss(b, logits)
-    assert float(mixed) == pytest.approx(float(apart), rel=1e-5)
+    assert float(mixed) == pytest.approx(float(apart), rel=FLOAT32)
 
 
 def test_half_precision_logits():
@@ -510,7 +516,7 @@ def test_half_precision_logits():
     value = FocalLoss()(np.array([0]), logits)
     assert keras.backend.standardize_dtype(value.dtype) == "float32"
     exact = focal_cross_entropy([0], logits.astype("float32"))
-    assert float(value) == pytest.approx(float(exact[0]), rel=1e-6)
+    assert float(value) == pytest.approx(float(exact[0]), rel=FLOAT32)
 
 
 @pytest.mark.parametrize("sparse", [True, False])
@@ -534,8 +540,8 @@ def test_class_weights_are_those_of_keras(sparse):
         class_weight=dict(enumerate(weights)),
     )
     ours, after_ours = step(WeightedCrossEntropy(weights))
-    assert ours == pytest.approx(theirs, rel=1e-5)
-    np.testing.assert_allclose(after_ours, after_theirs, atol=1e-6)
+    assert ours == pytest.approx(theirs, rel=FLOAT32)
+    np.testing.assert_allclose(after_ours, after_theirs, atol=FLOAT32)
 
 
 def test_model_with_loss_can_be_saved(tmp_path):
