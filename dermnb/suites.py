@@ -8,6 +8,7 @@ __all__ = ['GREETINGS', 'MEMORY', 'Suite', 'PlannedRun', 'notebooks_dir', 'suite
            'gather_weights', 'run_suite']
 
 # %% ../nbs/28_suites.ipynb #22b40337
+import contextlib
 import logging
 import os
 import re
