@@ -794,8 +794,11 @@ def _label_table(
     given |= find_columns(free, wanted)
     if not given.get("image_id") and given.get("path"):
         given["image_id"] = given["path"]
+    named = [] if given.get("image_id") else [c for c in free if _names_files(raw[c])]
+    if len(named) == 1:
+        given["image_id"] = named[0]
     if not given.get("image_id"):
-        raise _no_column("image_id", raw, path, mapping)
+        raise _no_column("image_id", raw, path, mapping, named)
     beside = find_columns(free, _EXTRA_COLUMNS).values()
     classes = [c for c in free if c not in {*beside, *given.values()}]
     classes = [] if given.get("label") else _one_hot_columns(raw, classes)
@@ -816,15 +819,21 @@ def _label_table(
 
 
 def _no_column(
-    column: str, raw: pd.DataFrame, path: Path, mapping: Path | None
+    column: str, raw: pd.DataFrame, path: Path, mapping: Path | None, likely: list = ()
 ) -> ConfigError:
-    likely = [c for c in raw if likely_column(c) == column]
+    likely = likely or [c for c in raw if likely_column(c) == column]
     meant = f"; did you mean {listing(map(repr, likely), 3)}?" if likely else ""
     way = f"; say in {mapping} which one it is: 'columns: {{{column}: ...}}'"
     return ConfigError(
         f"{path} has no column {column!r}{way if mapping else ''} (there are: "
         f"{listing(raw, 12)}{meant})."
     )
+
+
+def _names_files(column: pd.Series) -> bool:
+    "Whether its cells are names of image files."
+    endings = column.dropna().str.extract(r"(\.[A-Za-z]+)$")[0].str.lower()
+    return len(endings) > 0 and bool(endings.isin(_IMAGE_ENDINGS).all())
 
 
 def _refuse_pixels(raw: pd.DataFrame, path: Path) -> None:
@@ -1068,6 +1077,13 @@ def _layout(parts: list[list[str]], folder: Path, account: Account) -> _Layout:
             start += 1  # train/train/nevus, train/images/nevus
     elif _splits_below(inside, start):
         level = start + 1
+    elif named := _splits_in_names(list(tops)):
+        parts = [
+            [*p[:start], *named[p[start]], *p[start + 1 :]] if len(p) > start else p
+            for p in parts
+        ]
+        inside = [p for p in parts if p]
+        level, start = start, start + 1
     classes = at(start)
     odd = [name for name in classes if split_word(name) or is_folder_word(name)]
     if odd:
@@ -1089,6 +1105,19 @@ def _layout(parts: list[list[str]], folder: Path, account: Account) -> _Layout:
             ("folders", f"{listing([f'{n}/' for n in names])} are the split")
         )
     return _Layout(labels, words, wrapper)
+
+
+def _splits_in_names(tops: list[str]) -> dict[str, tuple[str, str]]:
+    # train_nevus, test_nevus -> (train, nevus), (test, nevus); or nothing
+    found = {}
+    for top in tops:
+        words = re.split(r"[\s_\-]+", top)
+        splits = [w for w in words if split_word(w)]
+        rest = "_".join(w for w in words if w not in splits)
+        if len(splits) == 1 and rest:
+            found[top] = splits[0], rest
+    classes = {rest for _, rest in found.values()}
+    return found if len(found) == len(tops) > len(classes) else {}
 
 
 def _splits_below(inside: list[list[str]], start: int) -> bool:
