@@ -1218,19 +1218,22 @@ def _read_mapping(folder: Path, table: Path | None) -> dict:
     return mapping
 
 
-def _only_csv(folder: Path) -> Path:
+def _csv_tables(folder: Path) -> dict[str, Path]:
+    # split, or "" -> table: the only CSV, or train.csv, val.csv and test.csv
     visible = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
     found = [p for p in visible if p.suffix.lower() == ".csv" and p.is_file()]
     folders = [p for p in visible if p.is_dir()]
-    if not found and len(folders) == 1 and len(visible) < 4:  # a wrapper
-        return _only_csv(folders[0])
+    if len(found) != 1 and len(splits := _split_tables(folder)) > 1:
+        return splits
+    if not found and len(folders) == 1:  # a wrapper
+        return _csv_tables(folders[0])
     if len(found) != 1:
         names = listing([_as_text(p.name) for p in found], 8) or "none"
         raise ConfigError(
             f"{folder} must hold one CSV, or train.csv, val.csv and test.csv, or a "
             f"dataset.yaml with 'table: NAME.csv' (found: {names})."
         )
-    return found[0]
+    return {"": found[0]}
 
 
 def read_csv_dataset(
@@ -1240,10 +1243,9 @@ def read_csv_dataset(
     path, account = folder if folder.is_file() else None, Account()
     folder = folder.parent if path else folder
     mapping = _read_mapping(folder, path)
-    splits = {} if path or "table" in mapping else _split_tables(folder)
-    if path is None and len(splits) < 2:
-        splits = {}
-        path = folder / mapping["table"] if "table" in mapping else _only_csv(folder)
+    if path is None and "table" in mapping:
+        path = folder / mapping["table"]
+    tables = {"": path} if path else _csv_tables(folder)
     columns = {k: v or "" for k, v in (mapping.get("columns") or {}).items()}
 
     def read(file: Path) -> pd.DataFrame:
@@ -1251,11 +1253,7 @@ def read_csv_dataset(
         return read_table(file, filter(None, columns.values()), *form)
 
     table = _label_tables(
-        splits or {"": path},
-        account,
-        read,
-        given=columns,
-        mapping=folder / "dataset.yaml",
+        tables, account, read, given=columns, mapping=folder / "dataset.yaml"
     )
     if "taxonomy" in mapping:
         beside = (folder / _selection(mapping["taxonomy"])[0]).is_file()
@@ -1746,17 +1744,7 @@ def _values_found(manifest: pd.DataFrame) -> list[tuple[str, str]]:
 _OTHER_IMAGES = _IMAGE_ENDINGS | {
     *".heics .raw .cr2 .nef .arw .dng .svg .psd .mha .nii .jxl .jp2".split()
 }
-_TABLES = (
-    ".csv",
-    ".tsv",
-    ".tab",
-    ".xlsx",
-    ".xls",
-    ".ods",
-    ".json",
-    ".jsonl",
-    ".parquet",
-)
+_TABLES = (".csv", ".tsv", ".tab", ".xlsx", ".xls", ".ods", ".jsonl", ".parquet")
 _ARCHIVES = (".zip", ".gz", ".tgz", ".tar", ".rar", ".7z", ".bz2", ".xz")
 
 
