@@ -11,6 +11,7 @@ __all__ = ['MANIFEST_COLUMNS', 'IMAGE_SUFFIXES', 'DATASETS', 'BLOCKING', 'Taxono
            'check_dataset', 'ResumingDownloader', 'fetch_dataset']
 
 # %% ../nbs/02_datasets.ipynb #6fdae623
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -1162,6 +1163,15 @@ def read_folders(
         if path.is_file():
             table, problems = _add_metadata(table, path, account)
             break
+    else:
+        for path in sorted(folder.glob("*.csv")):
+            with contextlib.suppress(ConfigError):
+                if find_columns(read_table(path), ["image_id"]):
+                    told = (
+                        f"{path.name} (to have its columns read, call it metadata.csv)"
+                    )
+                    account.not_used.append(("tables", told))
+                    account.tables.add(path.name)
     taxonomy = _own_taxonomy(folder, [labels[0] for _, labels, _ in kept])
     files = files._replace(
         images=[image for image, labels, _ in rows if labels is not None]
@@ -1722,7 +1732,10 @@ def _ids_found(manifest: pd.DataFrame) -> list[tuple[str, str]]:
         if ids.isna().any():
             text += f"; {ids.isna().sum():,} of {n:,} images have no {what} id: {alone}"
         if counts.iloc[0] >= max(10, n / 10):
-            text += f"; {counts.iloc[0]:,} images are of {what} {counts.index[0]!r}"
+            # Pages may be published: an id that may be a person's is not shown.
+            most = counts.index[0]
+            which = f"one {what}" if re.search(r"\d", most) else f"{what} {most!r}"
+            text += f"; {counts.iloc[0]:,} images are of {which}"
         told.append((f"{what}s", text))
     return told
 

@@ -580,6 +580,19 @@ def test_what_is_not_used_is_listed(tmp_path):
     assert str(tmp_path) not in dataset.description
 
 
+def test_a_table_beside_class_folders_is_named(tmp_path):
+    put(
+        trees(tmp_path, "nv", "mel", images=1) / "people.csv",
+        "image,PatientID\nnv/0,P1\n",
+    )
+    dataset = load_dataset("folders", tmp_path)
+    assert "people.csv (to have its columns read, call it metadata.csv)" in told(
+        dataset, "tables"
+    )
+    (tmp_path / "people.csv").rename(tmp_path / "metadata.csv")
+    assert load_dataset("folders", tmp_path).manifest.patient_id.notna().sum() == 1
+
+
 def test_lists_are_cut(tmp_path):
     names = ",".join(f"c{i}" for i in range(60))
     folder = table(
