@@ -12,7 +12,10 @@ import h5py
 import pandas as pd
 import pytest
 import yaml
+from test_datasets import jpeg, put
+from typer.testing import CliRunner
 
+from dermnb.cli import app
 from dermnb.core import ConfigError, ExperimentConfig, make_config
 from dermnb.runs import RUN_FILES
 
@@ -30,21 +33,27 @@ MODULES = ["core", "synthetic", "datasets", "splits", "images", "backbones", "ev
 MODULES += ["calibrate", "bundle", "predict", "explain", "figures", "report", "suites", "cli"]
 
 
-@pytest.fixture(scope="module")
-def frameworks():
-    "By module, the frameworks that are loaded after it, one after the other in one process."
+def frameworks_after(*statements: str) -> list[list[str]]:
+    "The frameworks that are loaded after each statement, one after the other in one process."
     code = (
-        "import importlib, json, sys\n"
+        "import json, sys\n"
         "heavy = {'tensorflow', 'keras', 'jax', 'torch', 'keras_cv'}\n"
-        "found = {}\n"
-        f"for name in {MODULES}:\n"
-        "    importlib.import_module(f'dermnb.{name}')\n"
-        "    found[name] = sorted(heavy & set(sys.modules))\n"
+        "found = []\n"
+        f"for statement in {statements}:\n"
+        "    exec(statement)\n"
+        "    found.append(sorted(heavy & set(sys.modules)))\n"
         "print(json.dumps(found))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def frameworks():
+    "By module, the frameworks that are loaded after it."
+    found = frameworks_after(*(f"import dermnb.{name}" for name in MODULES))
+    return dict(zip(MODULES, found, strict=True))
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -101,6 +110,42 @@ def test_help_is_quick():
     spent = os.times()  # of processors, as a clock would count other work too
     user, system = (getattr(spent, x) - getattr(start, x) for x in ("children_user", "children_system"))
     assert user + system < 1
+
+
+def _two_classes(folder: Path) -> Path:
+    "Two classes of noise; one picture stands in both, and one of them twice."
+    for k, name in enumerate(("mel", "nv")):
+        for i in range(4):
+            put(folder / name / f"{name}{i}.jpg", jpeg(10 * k + i, (64, 48)))
+    put(folder / "nv" / "again.jpg", jpeg(0, (64, 48)))
+    put(folder / "nv" / "twice.jpg", jpeg(11, (64, 48)))
+    put(folder / "metadata.csv", "image_id,case_id,PatientID\nmel0,1,P1\n")
+    put(folder / "notes.txt", "x")
+    return folder
+
+
+def test_data_check_shows_what_it_found_and_which_images_are_the_same(tmp_path):
+    folder = _two_classes(tmp_path)
+    args = ["data", "check", "folders", "--data-dir", str(folder)]
+    done = CliRunner().invoke(app, args)
+    assert done.exit_code == 0 and done.stdout.endswith("no problems\n")
+    text = " ".join(done.stdout.split())
+    assert "classes mel 4 and nv 6" in text and "patient_id from PatientID" in text
+    assert "case_id of metadata.csv (patient_id is read from PatientID)" in text
+    assert "files 1 .txt" in text and str(tmp_path) not in text
+    assert "4 of 10 images are the same file, or the same pixels, as another" in text
+    assert "2 of them stand under two labels, such as mel0 and again" in text
+    assert "Same image" not in CliRunner().invoke(app, [*args, "--quick"]).stdout
+    (folder / "nv" / "nv0.jpg").write_bytes(b"")
+    bad = CliRunner().invoke(app, args)
+    assert bad.exit_code == 1
+    assert "1 unreadable" in bad.stdout and "nv0: zero bytes" in bad.stdout
+
+
+def test_data_check_loads_no_framework(tmp_path):
+    args = ["data", "check", "folders", "--data-dir", str(_two_classes(tmp_path))]
+    runner = "from typer.testing import CliRunner; from dermnb.cli import app"
+    assert frameworks_after(runner, f"CliRunner().invoke(app, {args})") == [[], []]
 
 
 @pytest.mark.parametrize(
