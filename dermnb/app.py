@@ -35,7 +35,7 @@ import pandas as pd
 from PIL import Image
 
 from . import __version__
-from .core import ConfigError
+from .core import ConfigError, greeting_filter
 from .pictures import IMAGE_SUFFIXES, UNREAD_FORMATS
 
 # %% ../nbs/30_app.ipynb #e9d80985
@@ -677,7 +677,12 @@ def serve(
     environment = {"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ}
     shown = f"[{host}]" if ":" in host else host
     print(f"dermnb app on http://{shown}:{port}, until Ctrl+C", flush=True)
-    process = subprocess.Popen([*command, *flags, "--", str(model)], env=environment)
+    reader = greeting_filter()
+    said = None if reader is None else reader.stdin
+    command += [*flags, "--", str(model)]
+    process = subprocess.Popen(command, env=environment, stderr=said)
+    if reader is not None:
+        said.close()  # the server has it now, and the filter ends with the server
     before = None
     if threading.current_thread() is threading.main_thread():
         before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())

@@ -675,9 +675,10 @@ def _read_novelty(path: Path, width: int) -> Novelty:
     return replace(known, **numbers)
 
 
-def _read_classifier(folder: Path):
+def _read_classifier(folder: Path, model=None):
     "The network and its labels, looked at before and after Keras loads them."
-    _refuse_code(folder / "model.keras")
+    if model is None:
+        _refuse_code(folder / "model.keras")
     path = folder / "labels.json"
     labels = read_json(path)
     kinds = {"classes": list, "resize": str, "image_size": int}
@@ -691,7 +692,7 @@ def _read_classifier(folder: Path):
     from dermnb.models import load_classifier  # loads Keras
 
     try:
-        classifier = load_classifier(folder)
+        classifier = load_classifier(folder, model)
         outputs = classifier.model.output.shape[-1]
         columns = [x.shape[1] for x in classifier.model.inputs if x.name == "metadata"]
         encoder = classifier.encoder
@@ -789,9 +790,10 @@ def bundle_folder(
 
 def load_bundle(
     folder: str | Path,  # `model` of a run, or the run's folder
+    model=None,  # what model.keras holds, where it is at hand: else that is loaded
 ) -> Bundle:
     "A network or an ensemble, ready to predict; runs no code from its files."
-    return _load(bundle_folder(folder))
+    return _load(bundle_folder(folder), model)
 
 
 def is_complete(folder: str | Path) -> bool:
@@ -807,7 +809,7 @@ def is_complete(folder: str | Path) -> bool:
     return (folder / "model.keras").is_file()
 
 
-def _load(folder: Path) -> Bundle:
+def _load(folder: Path, model=None) -> Bundle:
     path = folder / "decision.json"
     about = read_json(path) if path.is_file() else {}
     if not isinstance(about, dict) or about.get("schema", 1) != 1:
@@ -827,7 +829,7 @@ def _load(folder: Path) -> Bundle:
         shared["reference"] = _arrays(folder / "reference.npz").get("p")
     if (folder / "ensemble.json").is_file():
         return _load_ensemble(folder, about, shared)
-    classifier = _read_classifier(folder)
+    classifier = _read_classifier(folder, model)
     novelty = None
     if (folder / "novelty.npz").is_file():
         pooled = [x for x in classifier.model.layers if x.name == "head_pool"]

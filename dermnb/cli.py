@@ -7,6 +7,7 @@ __all__ = ['app', 'data_app', 'DataDir', 'Model', 'run', 'report', 'data_list', 
            'predict', 'serve_app', 'export_model', 'main']
 
 # %% ../nbs/31_cli.ipynb #602198ac
+import atexit
 import json as jsonlib
 import os
 import sys
@@ -25,6 +26,19 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="List, check and fetch datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+
+
+@app.callback()
+def _options(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Also show what the libraries below say.")
+    ] = False,
+):
+    if verbose:
+        os.environ["DERMNB_VERBOSE"] = "1"
+        os.environ.pop("TF_CPP_MIN_LOG_LEVEL", None)
+
+
 
 DataDir = Annotated[str, typer.Option(help="Folder of the dataset's files.")]
 Model = Annotated[str, typer.Option(help="The `model` folder of a run, or the run's.")]
@@ -397,18 +411,25 @@ def _say(line: str):
 
 
 def _load_keras():
-    "Load Keras without TensorFlow's greetings on stderr, which no setting silences."
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        import keras
+    "Load Keras; from here on what its libraries write to file 2 is filtered."
+    from dermnb.core import greeting_filter
 
-        keras.ops.zeros(1)  # now it has looked for devices
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+    # Where someone else has taken stderr, such as a test, it is theirs.
+    reader = greeting_filter() if sys.stderr is sys.__stderr__ else None
+    if reader is not None:
+        sys.stderr.flush()
+        ours = os.dup(2)
+        os.dup2(reader.stdin.fileno(), 2)
+        reader.stdin.close()
+        # What Python writes needs no filter, and may ask whether this is a terminal.
+        sys.stderr = sys.__stderr__ = os.fdopen(ours, "w", 1, errors="backslashreplace")
+
+        @atexit.register
+        def end():
+            os.dup2(ours, 2)
+            reader.wait(5)
+
+    import keras  # noqa: F401
 
 
 def main():

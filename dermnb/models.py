@@ -415,6 +415,7 @@ def save_classifier(
 
 def load_classifier(
     folder: str | Path,  # that `save_classifier` wrote
+    model: keras.Model | None = None,  # that it wrote, where at hand: else it is loaded
 ) -> Classifier:
     "The classifier as it was saved; runs no code from the file."
     folder = Path(folder)
@@ -424,7 +425,8 @@ def load_classifier(
                 f"{folder} holds no saved classifier: {name} is not there."
             )
     labels = read_json(folder / "labels.json")
-    model = keras.saving.load_model(folder / "model.keras", compile=False)
+    if model is None:
+        model = keras.saving.load_model(folder / "model.keras", compile=False)
     return Classifier(
         model=model,
         classes=tuple(labels["classes"]),

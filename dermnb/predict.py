@@ -10,7 +10,6 @@ __all__ = ['CAM_SIZE', 'METHODS', 'FORMS', 'TABLES', 'read_image', 'Answer', 'ch
 # %% ../nbs/18_predict.ipynb #0ea5c92e
 import collections
 import contextlib
-import copy
 import glob
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -181,27 +180,12 @@ class Predictor:
                 f"layer {layer!r} is for a single network, and {self.bundle.name} is an"
                 " ensemble: ask one of its members."
             )
-        leaves = [leaf.classifier.model for _, _, leaf in self.bundle.networks]
-        self._seers = self._look_with(leaves, [layer] * len(leaves))
+        from dermnb.gradcam import cam_network  # loads Keras
 
-    def _look_with(self, models: Sequence, layers: Sequence[str]) -> dict:
-        from dermnb.gradcam import CamNetwork, map_layer  # loads Keras
-
-        seers = {}
-        every = zip(models, layers, self.bundle.networks, strict=True)
-        for model, layer, (_, _, leaf) in every:
+        self._seers = {}
+        for _, _, leaf in self.bundle.networks:
             backbone = leaf.classifier.meta.get("backbone", "")
-            seers[id(leaf)] = CamNetwork(model, backbone, layer or map_layer(model, backbone))
-        return seers
-
-    def with_models(
-        self,
-        models: Sequence,  # keras models, one a network of the bundle, in order
-    ) -> "Predictor":
-        "The same bundle with other weights, as a control for its maps."
-        other = copy.copy(self)
-        other._seers = self._look_with(models, list(self.layers.values()))
-        return other
+            self._seers[id(leaf)] = cam_network(leaf.classifier.model, backbone, layer)
 
     def _sizes(self) -> set[tuple[int, str]]:
         leaves = [leaf.classifier for _, _, leaf in self.bundle.networks]

@@ -125,6 +125,8 @@ def summary_sentences(
     same, sets = same_test(among), len({r.test_key for r in members})
     if len(runs) > 1:
         sentence = f"{len(done)} of {len(runs)} runs finished"
+        if missing := [r.name for r in runs if r.status == "missing"]:
+            sentence += f" ({listing(missing)} {'has' if len(missing) == 1 else 'have'} no results yet)"
         if not same:
             sentence += (
                 "; they were not all measured on the same images, so their order says little"

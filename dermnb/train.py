@@ -50,7 +50,7 @@ from dermnb.core import (
 from .datasets import Dataset, load_dataset
 from .evaluate import evaluate, positive_class
 from .finetune import backbone_layers, fit_stages, make_schedule
-from .gradcam import CamNetwork
+from .gradcam import cam_network
 from .images import ImageStore, build_store, make_batches
 from .losses import make_loss
 from dermnb.models import (
@@ -58,7 +58,6 @@ from dermnb.models import (
     build_classifier,
     count_flops,
     fit_metadata,
-    probabilities,
     save_classifier,
 )
 from .runs import file_hash, find_run, finish_run, own_weights
@@ -401,7 +400,8 @@ def train_model(
     config: ExperimentConfig, data: Data, model: keras.Model
 ) -> pd.DataFrame:
     "Fine-tune `model` in the stages of `config`; one history row an epoch."
-    progress("first training step, which builds the graph")
+    title = BACKBONES[config.backbone].title
+    progress(f"building the graph of {title} ({len(model.layers)} layers)")
     return fit_stages(
         model,
         BACKBONES[config.backbone],
@@ -420,13 +420,14 @@ def predict_splits(
     splits: tuple[str, ...] = ("val", "test"),
 ) -> pd.DataFrame:
     "The predictions table: one row an image, one probability a class."
-    tables = []
+    network, tables = cam_network(model, config.backbone), []
     for split in splits:
-        progress(f"predicting {split}")
-        positions = data.positions(split)
-        rows = data.manifest.iloc[positions]
-        p = probabilities(model, split_batches(config, data, split))
-        p = p.astype("float64")
+        rows = data.manifest.iloc[data.positions(split)]
+        batches, found = split_batches(config, data, split), [np.zeros((0, len(data.classes)))]
+        for i in range(len(batches)):
+            progress(f"predicting {split}", i, len(batches))
+            found.append(network.predict(batches[i][0])[0])
+        p = np.concatenate(found)
         p /= p.sum(axis=1, keepdims=True)
         table = rows[["image_id", "lesion_id", "split"]].reset_index(drop=True)
         table["y_true"] = rows["label"].to_numpy()
@@ -443,7 +444,7 @@ def novelty_of(config: ExperimentConfig, data: Data, model: keras.Model) -> Nove
     if config.metadata == "only":
         return None
     progress("looking at training images")
-    seer = CamNetwork(model, config.backbone)
+    seer = cam_network(model, config.backbone)
 
     def look(positions):
         squares = data.store.read(data.store.rows(data.manifest["image_id"].iloc[positions]))
