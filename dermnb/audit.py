@@ -30,7 +30,7 @@ from scipy.sparse.csgraph import connected_components
 
 from .backbones import build_backbone, find_weights
 from .core import ConfigError, progress, unknown_name
-from .datasets import read_image_bytes
+from .datasets import on_disk, read_image_bytes
 from .pictures import file_name, open_picture
 
 # %% ../nbs/08_audit.ipynb #e5327053
@@ -116,7 +116,7 @@ def _stamp(path: str, stats: dict) -> str:
         file, member = path, ""
     if file not in stats:
         try:
-            stats[file] = os.stat(file)
+            stats[file] = os.stat(on_disk(file))
         except OSError:
             stats[file] = None
     stat = stats[file]

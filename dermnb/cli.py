@@ -101,23 +101,58 @@ def data_check(
     taxonomy: Annotated[str, typer.Option(help="Built-in name or YAML file.")] = "",
     quick: Annotated[bool, typer.Option(help="Do not decode the images.")] = False,
 ):
-    "Name every problem of a dataset; exit status 1 if there is one."
-    from dermnb.datasets import check_dataset
+    "Show what was found and what is not used, and every problem; exit status 1 if one stops a run."
+    from dermnb.datasets import inspect_dataset
 
-    problems = check_dataset(name, data_dir, taxonomy, verify=not quick)
-    raise typer.Exit(_print_problems(problems))
+    dataset = inspect_dataset(name, data_dir, taxonomy, verify=not quick)
+    print(dataset.description)
+    if not quick and dataset.manifest["path"].notna().any():
+        print("Same image\n  " + "\n  ".join(_same_images(dataset.manifest)))
+    raise typer.Exit(_print_problems(dataset.problems))
 
 
 def _print_problems(problems) -> int:
+    from dermnb.datasets import BLOCKING, problem_counts
+
+    problems = problems[problems["kind"].isin(BLOCKING)]
     if problems.empty:
         print("no problems")
         return 0
-    print(problems.head(50).to_string(index=False))
-    if len(problems) > 50:
-        print(f"... and {len(problems) - 50} more")
-    for kind, n in problems["kind"].value_counts().items():
-        print(f"{n} {kind}")
+    print("Problems")
+    for kind, n in problem_counts(problems).items():
+        some = problems[problems["kind"] == kind]
+        print(f"  {n:,} {kind}")
+        for row in some.head(10).fillna("").itertuples():
+            print(f"    {row.image_id}: {row.detail}")
+        if n > 10:
+            print(f"    and {n - 10:,} more")
     return 1
+
+
+def _same_images(manifest) -> list[str]:
+    "What the hash audit finds, in sentences."
+    from dermnb.audit import audit_images
+    from dermnb.core import cache_dir
+
+    audit = audit_images(manifest, cache_dir(), "hashes")
+    label = manifest.set_index("image_id")["label"]
+    told = []
+    for title, kinds in (
+        ("the same file, or the same pixels, as", ["same bytes", "same pixels"]),
+        ("near duplicates of", ["near duplicate"]),
+    ):
+        pairs = audit.pairs[audit.pairs["kind"].isin(kinds)]
+        images = {*pairs["a"], *pairs["b"]}
+        two = pairs[label[pairs["a"]].to_numpy() != label[pairs["b"]].to_numpy()]
+        text = f"{len(images):,} of {len(manifest):,} images are {title} another"
+        if len(two):
+            some = ", ".join(f"{a} and {b}" for a, b in zip(two["a"][:3], two["b"][:3]))
+            many = len({*two["a"], *two["b"]})
+            text += f"; {many:,} of them stand under two labels, such as {some}"
+        elif images:
+            text += "; none of them under two labels"
+        told.append(text)
+    return told
 
 
 @data_app.command("fetch")

@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from .core import ConfigError, progress, unknown_name
-from .datasets import read_image_bytes
+from .datasets import on_disk, read_image_bytes
 from .pictures import Picture, file_name, open_picture
 
 # %% ../nbs/04_images.ipynb #572e1c09
@@ -213,7 +213,7 @@ def _stamps(paths: list[str]) -> dict[str, str | None]:
             file, member = path, ""
         if file not in files:
             try:
-                stat = os.stat(file)
+                stat = os.stat(on_disk(file))
             except OSError:
                 files[file] = None
             else:

@@ -27,11 +27,15 @@ from .calibrate import conformal_sets, temper
 from .core import ConfigError, unknown_name
 from dermnb.datasets import (
     ImageFile,
+    _files_of,
     _Finder,
+    _member,
     _open_archive,
+    _pictures_among,
     _walk,
     _zip_members,
     is_mask,
+    on_disk,
     read_image_bytes,
     read_table,
 )
@@ -530,10 +534,10 @@ def read_metadata(
     if (twice := table[key].duplicated() & table[key].notna()).any():
         name = table[key][twice].iloc[0]
         raise ConfigError(f"{path} names image {name!r} twice: give each one row.")
-    find = _Finder([ImageFile(p.rpartition("::")[2], p, 0) for p in map(str, images)])
+    files = [ImageFile(p.rpartition("::")[2], p, 0) for p in map(str, images)]
     row_of = {}
-    for row, name in enumerate(table[key]):
-        found = [] if pd.isna(name) else find(name)
+    for row, found in enumerate(_files_of(table[key], _Finder(files))[0]):
+        name = table[key].iloc[row]
         if len({file.path for file in found}) > 1:
             raise ConfigError(f"{path}: several images are called {name!r}: give their paths.")
         for file in found:
@@ -583,16 +587,19 @@ def _has_files(path: str) -> bool:
 
 def _below(source: str, left: collections.Counter) -> list[str]:
     "Images in a folder or archive, also those that will be refused; counts all else."
-    images, masks = [], []
+    images, masks = [], {}
     for place, file in _files(Path(os.path.abspath(source))):
         if not _is_image(file):
             suffix = os.path.splitext(file.name)[1].lower()
             left[suffix or "file(s) without an ending"] += 1
+        elif is_mask(place):
+            masks.setdefault(file.place, []).append(file)
         else:
-            (masks if is_mask(place) else images).append(file.path)
-    if images:
-        left["lesion mask(s), by their names"] += len(masks)
-    return images or masks
+            images.append(file)
+    files = _pictures_among(masks, images, [])
+    if files.images:
+        left["lesion mask(s), by their names"] += len(files.masks)
+    return [file.path for file in files.images or files.masks]
 
 
 def _files(top: Path) -> Iterator[tuple[str, ImageFile]]:
@@ -618,8 +625,9 @@ def _is_image(file: ImageFile) -> bool:
         return True
     archive, _, member = file.path.rpartition("::")
     try:
-        with _open_archive(archive).open(member) if member and archive else open(
-            file.path, "rb"
+        packed = _open_archive(on_disk(archive)) if archive else None
+        with (
+            packed.open(_member(packed, member)) if packed else open(on_disk(file.path), "rb")
         ) as opened:
             kind = kind_of(opened.read(HEAD))
     except Exception:  # it will not be an image then

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['MEASURED', 'MEASURED_BY', 'EN_DASH', 'MINUS', 'FEW_LESIONS', 'LEADERBOARD', 'ARROW', 'SHORTCUT_METRICS', 'RunResult',
            'load_run', 'load_suite_runs', 'forget_paths', 'example_suite', 'number', 'interval', 'spelled', 'count',
-           'listing', 'ranked', 'judged', 'grouped', 'group_score', 'best_of', 'same_test', 'data_key', 'chance_of',
-           'size_text', 'measured_on', 'intervals_overlap', 'members_of', 'without_results', 'split_name',
-           'lesions_per_class', 'train_lesions', 'metric_title', 'member_rows', 'origin_of', 'Certainty',
-           'certainty_of', 'explanation_of']
+           'ranked', 'judged', 'grouped', 'group_score', 'best_of', 'same_test', 'data_key', 'chance_of', 'size_text',
+           'measured_on', 'intervals_overlap', 'members_of', 'without_results', 'split_name', 'lesions_per_class',
+           'train_lesions', 'metric_title', 'member_rows', 'origin_of', 'Certainty', 'certainty_of', 'explanation_of']
 
 # %% ../nbs/22_results.ipynb #55fc92d3
 import hashlib
@@ -27,7 +26,7 @@ import pandas as pd
 
 from .calibrate import Decision, calibration_summary, fit_decision, risk_coverage, temper
 from .compare import summarise_repeats
-from .core import ConfigError, make_config, read_json, write_json
+from .core import ConfigError, listing, make_config, read_json, write_json
 from dermnb.evaluate import (
     BINARY_METRICS,
     CLASS_METRICS,
@@ -500,17 +499,6 @@ def count(
     "A whole number with thousands separated."
     return EN_DASH if value is None else f"{value:,.0f}"
 
-
-def listing(
-    names: Sequence[str],
-    limit: int = 6,  # named; the rest is counted
-) -> str:
-    "a, b and c."
-    names = [str(n) for n in names]
-    if len(names) > limit:
-        names = [*names[:limit], f"{len(names) - limit} more"]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
 # %% ../nbs/22_results.ipynb #64d5b28e
 FEW_LESIONS = 20  # below, figures rest on too little to compare runs
 LEADERBOARD = ("balanced_accuracy", "accuracy", "macro_f1", "weighted_f1", "macro_auc")
@@ -566,7 +554,9 @@ def data_key(run: RunResult) -> str:
     sizes = [
         (s, m["n"], [r["n"] for r in m["per_class"]]) for s, m in run.splits.items()
     ]
-    return json.dumps([run.get("dataset"), run.get("split"), sizes], sort_keys=True)
+    told = ("found", "not_used")  # how it was read, which may be worded anew
+    data = {k: v for k, v in run.get("dataset", default={}).items() if k not in told}
+    return json.dumps([data, run.get("split"), sizes], sort_keys=True)
 
 
 def chance_of(run: RunResult) -> float:

@@ -1367,6 +1367,7 @@ def _data_block(runs: Sequence[RunResult]) -> dict:
             ),
         )
     )
+    facts += _read_facts(dataset)
     if dataset.get("manifest_hash"):
         facts.append(("Manifest hash", dataset["manifest_hash"]))
     facts += _draw_facts(runs) + _metadata_facts(runs)
@@ -1402,6 +1403,15 @@ def _data_block(runs: Sequence[RunResult]) -> dict:
         "table": table,
         "note": note,
     }
+
+
+def _read_facts(dataset: Mapping) -> list[tuple[str, str]]:
+    "What was read of the files as what, and what was not used; nothing of earlier runs."
+    known = ("images", "classes", "split", "lesions")  # told above, or in the table
+    facts = [(w.capitalize(), t) for w, t in dataset.get("found", ()) if w not in known]
+    if rest := [f"{what}: {text}" for what, text in dataset.get("not_used", ())]:
+        facts.append(("Not used", "; ".join(rest)))
+    return facts
 
 
 def _draw_facts(runs: Sequence[RunResult]) -> list[tuple[str, str]]:

@@ -572,6 +572,8 @@ def save_run(
                 data.manifest[columns].sort_values("image_id", ignore_index=True)
             ),
             "problems": dataset.problems["kind"].value_counts().to_dict(),
+            "found": [list(entry) for entry in dataset.account.found],
+            "not_used": [list(entry) for entry in dataset.account.not_used],
             "positive": taxonomy.positive if len(data.classes) == 2 else "",
         },
         "split": _split_summary(data),

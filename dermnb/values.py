@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN_WORDS', 'KINDS', 'COLUMN_NAMES', 'LIKELY_NAMES', 'normalise_label', 'is_unknown', 'ValueKind', 'split_word',
-           'Cells', 'value_kind', 'read_cells', 'understand', 'find_columns', 'likely_column']
+           'is_folder_word', 'Cells', 'value_kind', 'read_cells', 'understand', 'find_columns', 'likely_column']
 
 # %% ../nbs/01_values.ipynb #8bc882b5
 import re
@@ -36,7 +36,7 @@ def _plain(text: str) -> str:
 def _list(text: str) -> list[str]:
     return [" ".join(word.split()) for word in text.split(",")]
 
-# %% ../nbs/01_values.ipynb #cc5d00f8
+# %% ../nbs/01_values.ipynb #ffaa7265
 UNKNOWN_WORDS = frozenset(
     map(
         _plain,
@@ -45,8 +45,8 @@ UNKNOWN_WORDS = frozenset(
     missing, empty, blank, not specified, not available, not applicable, not reported,
     not recorded, not provided, not given, not stated, not documented, not determined,
     unspecified, unavailable, undefined, undetermined, no data, no information, no
-    value, no answer, n.d., div/0, anonymous, anonymized, anonymised,
-    redacted, withheld, prefer not to say, prefer not to answer, unbekannt, nicht
+    value, no answer, n.d.,   
+      prefer not to say, prefer not to answer, unbekannt, nicht
     bekannt, keine angabe, keine angaben, ohne angabe, k.a., k. a., nicht angegeben,
     fehlt, fehlend, inconnu, inconnue, non connu, non renseigné, non précisé, non
     spécifié, non disponible, manquant, desconocido, desconocida, no especificado, no
@@ -59,6 +59,9 @@ UNKNOWN_WORDS = frozenset(
 )
 
 
+_DIGIT = re.compile(r"\d")
+
+
 def is_unknown(
     cell: object,
     also: Iterable[str] = (),  # words and numbers that mean it in this column
@@ -67,10 +70,12 @@ def is_unknown(
     if pd.isna(cell):
         return True
     text = str(cell).strip()
+    if _DIGIT.search(text):  # no word has one: an id is soon known to be none
+        return text in also
     word = _plain(text)
-    return not word or word in UNKNOWN_WORDS or text in also or word in also
+    return not word or word in UNKNOWN_WORDS or word in also
 
-# %% ../nbs/01_values.ipynb #436d6f41
+# %% ../nbs/01_values.ipynb #a0eda835
 def _words(**spellings: str) -> dict[str, str]:
     return {_plain(w): name for name, words in spellings.items() for w in _list(words)}
 
@@ -94,6 +99,11 @@ class ValueKind:
 
 _NUMBERS_UNKNOWN = frozenset("-1 -9 -99 -999 -9999 999 9999".split())
 _NUMBERS_UNKNOWN |= {f"{n}.0" for n in _NUMBERS_UNKNOWN}
+_NO_IDS = frozenset(
+    _list(
+        "-1, -1.0, anonymous, anonymized, anonymised, redacted, withheld, xxx, xxxx, tbd"
+    )
+)
 _SEXES = _words(
     male="""m, male, man, boy, masculine, mann, männlich, homme, masculin, hombre,
         masculino, maschio, uomo, erkek, mężczyzna, мужской, 男, 男性, 남""",
@@ -109,9 +119,9 @@ _SPLITS = {
     "|validierung|validacion|validacao|validazione|dogrulama",
     "test": "test|testing|tst|holdout|eval|evaluation|prueba|teste",
 }
-_AROUND_SPLIT = (
-    r"(?:sets?|data|dataset|images?|imgs?|pictures|photos|inputs?|split|part|samples?|files"
-    r"|folder|isic|ham10000|task\d|groundtruth|gt|\d{4})*"
+_FILE_WORDS = (
+    r"sets?|data|dataset|images?|imgs?|pictures|photos|inputs?|split|part|samples?|files"
+    r"|folder|isic|ham10000|task\d|groundtruth|gt|\d{4}"
 )
 
 
@@ -131,9 +141,19 @@ def split_word(
     "train, val or test, where a text says one of them in any spelling; else None."
     word = re.sub(r"[\W_]+", "", _plain(text))[:80]
     for split, words in _SPLITS.items():
-        if re.fullmatch(f"{_AROUND_SPLIT}({words}){_AROUND_SPLIT}", word):
+        if re.fullmatch(f"(?:{_FILE_WORDS})*(?:{words})(?:{_FILE_WORDS})*", word):
             return split
     return None
+
+
+def is_folder_word(name: str) -> bool:
+    "Whether a folder's name says only that it holds files, such as data or images."
+    word = re.sub(r"[\W_]+", "", _plain(name))
+    return bool(
+        re.fullmatch(
+            f"(?:{_FILE_WORDS}|archives?|downloads?|newfolder|jpe?g|png)+", word
+        )
+    )
 
 
 def _site(text: str) -> str:
@@ -144,7 +164,7 @@ def _site(text: str) -> str:
 KINDS: dict[str, ValueKind] = {
     kind.name: kind
     for kind in (
-        ValueKind("id", "an id", frozenset({"-1", "-1.0"})),
+        ValueKind("id", "an id", _NO_IDS),
         ValueKind("text", "a text"),
         ValueKind(
             "age",
@@ -190,7 +210,7 @@ KINDS: dict[str, ValueKind] = {
 }
 _KIND_OF = {"lesion_id": "id", "patient_id": "id", "source": "text"}
 
-# %% ../nbs/01_values.ipynb #08e283eb
+# %% ../nbs/01_values.ipynb #c7fc6d7e
 class Cells(NamedTuple):
     "A column as it was understood."
 
@@ -213,6 +233,14 @@ def _amount(text: str, kind: ValueKind) -> float | None:
         (found[2] or "").strip(), 1.0
     )
     return value if kind.low <= value <= kind.high else None
+
+
+def _same(text: str, value: str | float) -> bool:
+    # but for case and form: "Male" and male, "2.0" and 2
+    try:
+        return float(text) == float(value)
+    except ValueError:
+        return text.strip().casefold() == str(value).casefold()
 
 
 def value_kind(column: str) -> ValueKind | None:
@@ -242,7 +270,9 @@ def read_cells(
     wrong = [i for i, v in enumerate(values) if v is None and not unknown[i]]
     if wrong:
         rows = int(count[wrong].sum())
-        others = f" (nor are {rows - 1:,} other cells)" if rows > 1 else ""
+        others = {1: "", 2: " (nor is 1 other cell)"}.get(
+            rows, f" (nor are {rows - 1:,} other cells)"
+        )
         raise ConfigError(
             f"{title} {texts[wrong[0]]!r} is not {rule.means}{others}; what is not known "
             "is left empty."
@@ -261,8 +291,7 @@ def read_cells(
     changed = {
         t: f"{v:g}" if rule.number else v
         for t, v in zip(texts, values)
-        if v is not None
-        and (not re.fullmatch(r"[\d.]+", t.strip()) if rule.number else v != t)
+        if v is not None and t != v and not _same(t, v)
     }
     return Cells(
         pd.Series(lookup[place], column.index, dtype=dtype, name=column.name),

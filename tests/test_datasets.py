@@ -444,7 +444,7 @@ def test_a_wrong_folder_in_a_path_column_is_not_the_image(tmp_path):
         ),
         ({"a.csv": "image_id,label\n1,nv,3,4\n"}, "more cells than the header"),
         ({"a.csv": "image_id,label\n1,nv\n2,nv,5\n"}, "is not a regular table"),
-        ({"a.csv": "image,label\n1,nv\n"}, "has no column 'image_id'"),
+        ({"a.csv": "photo,label\n1,nv\n"}, "did you mean 'photo'?"),
         ({"a.csv": "image_id,label,age\n1,nv,old\n"}, "age 'old' is not a number"),
         ({"a.csv": "image_id,label\n1,nv\n2,nv\n"}, "has only the class 'nv'"),
         (

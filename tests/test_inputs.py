@@ -1,0 +1,600 @@
+"""Inputs that people have: columns, unknown values, layouts and names of every hand."""
+
+import io
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from test_datasets import jpeg, put, sentence
+
+from dermnb.datasets import (
+    check_dataset,
+    inspect_dataset,
+    list_files,
+    load_dataset,
+    load_taxonomy,
+    problem_counts,
+    read_image_bytes,
+)
+from dermnb.values import (
+    find_columns,
+    likely_column,
+    read_cells,
+    split_word,
+    understand,
+)
+
+
+def told(dataset, what: str) -> str:
+    "What the account says under a title."
+    account = dataset.account
+    return "; ".join(t for w, t in account.found + account.not_used if w == what)
+
+
+def trees(folder: Path, *places: str, images: int = 2, suffix: str = ".jpg") -> Path:
+    for place in places:
+        for i in range(images):
+            put(folder / place / f"{i}{suffix}", jpeg(hash((place, i)) % 2**31))
+    return folder
+
+
+def table(folder: Path, header: str, *rows: str, images: str = "im/{}.jpg") -> Path:
+    put(folder / "t.csv", "\n".join([header, *rows]) + "\n")
+    for i, row in enumerate(rows):
+        put(folder / images.format(Path(row.split(",")[0]).stem), jpeg(i))
+    return folder
+
+
+# Cells
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "",
+        " ",
+        "unknown",
+        "UNKNOWN ",
+        "Unk",
+        "NA",
+        "n/a",
+        "N.A.",
+        "nan",
+        "None",
+        "null",
+        "-",
+        "--",
+        "?",
+    ]
+    + [
+        "...",
+        "not specified",
+        "Not_Reported",
+        "missing",
+        "(unknown)",
+        "#N/A",
+        "<NA>",
+        "-1",
+        "-1.0",
+    ]
+    + [
+        "keine Angabe",
+        "k.A.",
+        "unbekannt",
+        "inconnu",
+        "Non renseigné",
+        "desconocido",
+        "Bilinmiyor",
+        "未知",
+    ],
+)
+@pytest.mark.parametrize("kind", ["id", "age", "sex", "site", "skin_tone", "size_mm"])
+def test_what_stands_for_unknown_is_unknown_in_every_kind(kind, cell):
+    assert understand(pd.Series([cell, None]), kind).isna().all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "cell", "value"),
+    [
+        ("age", "0", 0), ("age", "45.0", 45), ("age", "45 years", 45), ("age", "45y", 45),
+        ("age", "45 Jahre", 45), ("age", "45,5", 45.5), ("age", "80+", 80), ("age", ">85", 85),
+        ("age", "18 months", 1.5), ("age", "120", 120), ("age", 33.0, 33),
+        ("size_mm", "1,5 cm", 15), ("size_mm", "6 mm", 6), ("size_mm", "0.4", 0.4),
+        ("sex", "M", "male"), ("sex", "Weiblich", "female"), ("sex", "FEMALE", "female"),
+        ("sex", "féminin", "female"), ("sex", "intersex", "intersex"), ("sex", "1", "1"),
+        ("site", " Head / Neck ", "head/neck"), ("site", "lower_extremity", "lower extremity"),
+        ("skin_tone", "IV", "4"), ("skin_tone", "4.0", "4"), ("skin_tone", "Type iv", "4"),
+        ("skin_tone", "FST 4", "4"), ("skin_tone", "MST 9", "9"), ("skin_tone", "56", "56"),
+        ("id", "999", "999"), ("id", " 007 ", "007"), ("id", "0", "0"),
+        ("split", "TRAIN ", "train"), ("split", "Valid", "val"), ("split", "validierung", "val"),
+        ("split", "dev", "val"), ("split", "Testing", "test"), ("split", "hold-out", "test"),
+        ("split", "test_images", "test"), ("split", "entraînement", "train"),
+    ],
+)  # fmt: skip
+def test_cells_are_understood(kind, cell, value):
+    assert understand(pd.Series([cell]), kind).tolist() == [value]
+
+
+@pytest.mark.parametrize(
+    ("kind", "cell"),
+    [
+        ("age", c)
+        for c in (
+            "-5",
+            "130",
+            "121",
+            "old",
+            "40-49",
+            "inf",
+            "1e9",
+            "<18",
+            "45 mm",
+            "1.2.3",
+        )
+    ]
+    + [("size_mm", c) for c in ("-3", "501", "wide", "12 kg")]
+    + [("skin_tone", c) for c in ("7.5", "45", "11")]
+    + [("split", c) for c in ("fold1", "3", "training and test", "trial")],
+)
+def test_what_is_neither_right_nor_unknown_is_refused_in_a_sentence(kind, cell):
+    column = pd.Series([cell, None, cell, "unknown"], name="col")
+    text = sentence(understand, column, kind, "t.csv")
+    assert text.startswith(f"t.csv: col {cell!r} is not ") and "nor is 1 other" in text
+
+
+def test_zero_is_an_age_and_no_size_or_skin_tone():
+    for kind, known in (("age", True), ("size_mm", False), ("skin_tone", False)):
+        assert understand(pd.Series(["0", "0.0"]), kind).notna().all() == known
+
+
+def test_h_and_m_are_not_taken_for_male_twice():
+    assert "mujer" in sentence(understand, pd.Series(["H", "M", "H"]), "sex")
+    assert understand(pd.Series(["M", "F"]), "sex").tolist() == ["male", "female"]
+
+
+def test_what_was_read_is_counted():
+    cells = read_cells(pd.Series(["80+", "40", "NA", "NA", "-1", ""]), "age")
+    assert cells.unknown == {"NA": 2, "-1": 1} and cells.changed == {"80+": "80"}
+
+
+def test_manifests_are_read_again_without_change():
+    for kind, values in (
+        ("sex", ["male", "diverse"]),
+        ("site", ["head/neck"]),
+        ("skin_tone", ["4", "dark"]),
+    ):
+        assert understand(pd.Series(values), kind).tolist() == values
+
+
+# Columns
+
+
+@pytest.mark.parametrize(
+    ("column", "names"),
+    [
+        (
+            "patient_id",
+            "patient_id PatientID patient-id Patient_Id PATIENT SubjectID mrn Hasta_No",
+        ),
+        ("lesion_id", "LesionID lesion Läsion"),
+        ("age", "Age age_approx AGE_YEARS Alter âge Yaş"),
+        ("sex", "Gender Geschlecht sexe"),
+        ("site", "localization anatom_site_general anatom_site_1 Lokalisation"),
+        ("label", "dx Diagnosis Diagnose diagnostic"),
+        ("image_id", "image isic_id img_id Image_Name Bild filename"),
+    ],
+)
+def test_columns_have_many_names(column, names):
+    for name in names.split():
+        assert find_columns(["x", name], [column]) == {column: name}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Patient No.", "patients", "patient_study_id", "Case ID", "pid", "Subj-Patient"],
+)
+def test_a_column_that_looks_like_a_patient_is_never_passed_over(tmp_path, name):
+    folder = table(tmp_path, f"image_id,label,{name}", "a,nv,1", "b,mel,1", "c,nv,2")
+    dataset = load_dataset("csv", folder)
+    if dataset.manifest.patient_id.isna().all():
+        assert f"{name} of t.csv (did you mean patient_id?" in told(dataset, "columns")
+    else:
+        assert f"patient_id from {name}" in told(dataset, "table")
+
+
+def test_columns_of_every_spelling_are_read_by_every_reader(tmp_path):
+    "Subject ID, AGE and Geschlecht in a CSV, beside class folders, and with HAM10000's names."
+    folder = table(
+        tmp_path / "csv", "Bild,Diagnose,Subject ID,AGE,Geschlecht,itch", "a,nv,P1,44 Jahre,w,1",
+        "b,mel,P1,unbekannt,m,2",
+    )  # fmt: skip
+    csv = load_dataset("csv", folder)
+    trees(tmp_path / "tree", "nv", "mel", images=1)
+    put(
+        tmp_path / "tree/metadata.csv",
+        "file,PatientID,Age\nNV/0.JPG,P1,3\nmel/0.jpg,P2,-1\n",
+    )
+    tree = load_dataset("folders", tmp_path / "tree")
+    put(
+        tmp_path / "ham/HAM10000_metadata.csv",
+        "image_id,lesion_id,dx,Age,patient,gender\nI0,L,nv,5,P1,F\n",
+    )
+    put(tmp_path / "ham/I0.jpg", jpeg())
+    ham = load_dataset("ham10000", tmp_path / "ham")
+    assert csv.manifest.patient_id.tolist() == ["P1", "P1"]
+    assert csv.manifest.age.fillna(-1).tolist() == [44, -1]
+    assert csv.manifest.sex.tolist() == ["female", "male"]
+    assert told(csv, "columns") == "itch of t.csv"
+    by_label = tree.manifest.set_index("label")
+    assert by_label.patient_id.to_dict() == {"nv": "P1", "mel": "P2"}
+    assert by_label.age.fillna(-1).to_dict() == {"nv": 3, "mel": -1}
+    assert ham.manifest[["patient_id", "sex"]].iloc[0].tolist() == ["P1", "female"]
+
+
+def test_columns_can_be_left_out_by_name(tmp_path):
+    folder = table(tmp_path, "image_id,label,split", "a,nv,fold 1", "b,mel,fold 2")
+    assert "split 'fold 1' is not train, val or test" in sentence(
+        load_dataset, "csv", folder
+    )
+    put(folder / "dataset.yaml", "columns: {split: }\n")
+    dataset = load_dataset("csv", folder)
+    assert dataset.manifest.split.isna().all() and "split of t.csv" in told(
+        dataset, "columns"
+    )
+
+
+def test_placeholder_ids_are_no_giant_group(tmp_path):
+    rows = [
+        f"i{i},{'nv' if i % 2 else 'mel'},{'unknown' if i % 4 else f'L{i}'},N/A"
+        for i in range(12)
+    ]
+    dataset = load_dataset(
+        "csv", table(tmp_path, "image_id,label,lesion_id,patient_id", *rows)
+    )
+    assert dataset.manifest.lesion_id.notna().sum() == 3
+    assert dataset.manifest.patient_id.isna().all()
+    assert "9 of 12 images have no lesion id" in told(dataset, "lesions")
+    assert "lesion_id 9 'unknown'; patient_id 12 'N/A'" in told(
+        dataset, "unknown cells"
+    )
+
+
+def test_one_id_of_very_many_images_is_shown(tmp_path):
+    rows = [
+        f"i{i},{'nv' if i % 2 else 'mel'},{'xx' if i < 12 else i}" for i in range(20)
+    ]
+    dataset = load_dataset("csv", table(tmp_path, "image_id,label,patient_id", *rows))
+    assert "12 images are of patient 'xx'" in told(dataset, "patients")
+
+
+def test_isic_archive_sites_are_read_from_their_levels(tmp_path):
+    put(
+        tmp_path / "metadata.csv",
+        "isic_id,diagnosis_1,anatom_site_1,anatom_site_2\nI0,Benign,Head and neck,Face\nI1,Malignant,NA,\n",
+    )
+    dataset = load_dataset("isic_archive", tmp_path, "binary")
+    assert dataset.manifest.site.fillna("").tolist() == ["head and neck", ""]
+    assert "anatom_site_2" in told(dataset, "columns")
+
+
+# Labels
+
+
+def test_one_column_a_class_is_read_by_every_reader(tmp_path):
+    text = "image,MEL,NV,BCC\nA,1.0,0.0,0.0\nB,0.0,1.0,0.0\nC,0.0,0.0,1.0\n"
+    put(tmp_path / "ISIC2018_Task3_Training_GroundTruth.csv", text)
+    for i, name in enumerate("ABC"):
+        put(tmp_path / f"ISIC2018_Task3_Training_Input/{name}.jpg", jpeg(i))
+    assert load_dataset("csv", tmp_path).manifest.label.tolist() == ["MEL", "NV", "BCC"]
+    assert load_dataset("ham10000", tmp_path).manifest.label.tolist() == [
+        "mel",
+        "nv",
+        "bcc",
+    ]
+    put(tmp_path / "ISIC2018_Task3_Validation_GroundTruth.csv", "image,MEL,NV\nD,0,1\n")
+    put(
+        tmp_path / "ISIC2018_Task3_Training_LesionGroupings.csv",
+        "image,lesion_id\nA,L1\nB,L1\n",
+    )
+    put(tmp_path / "ISIC2018_Task3_Validation_Input/D.jpg", jpeg(9))
+    both = load_dataset("ham10000", tmp_path).manifest
+    assert both.split.tolist() == ["train"] * 3 + ["val"]
+    assert both.lesion_id.fillna("").tolist() == ["L1", "L1", "", ""]
+
+
+def test_a_mark_for_something_else_is_no_class(tmp_path):
+    folder = table(tmp_path, "image_id,mel,nv,hairy", "a,1,0,1", "b,0,1,1", "c,0,1,0")
+    dataset = load_dataset("csv", folder)
+    assert (
+        dataset.classes == ("mel", "nv")
+        and told(dataset, "columns") == "hairy of t.csv"
+    )
+
+
+def test_tables_of_pixels_are_refused_in_short(tmp_path):
+    names = ",".join(f"pixel{i:04}" for i in range(2352))
+    put(tmp_path / "hmnist_28_28_RGB.csv", f"{names},label\n{','.join(['3'] * 2353)}\n")
+    text = sentence(load_dataset, "csv", tmp_path)
+    assert "a table of pixels (2,352 numbered columns)" in text and len(text) < 400
+
+
+def test_many_columns_make_no_long_sentence(tmp_path):
+    put(
+        tmp_path / "t.csv",
+        ",".join(f"gene_{'abc'[i % 3]}x{i}y" for i in range(900)) + "\n1\n",
+    )
+    assert len(sentence(load_dataset, "csv", tmp_path)) < 600
+    put(tmp_path / "dataset.yaml", "columns: {image_id: foto}\n")
+    assert len(sentence(load_dataset, "csv", tmp_path)) < 600
+
+
+@pytest.mark.parametrize("name", ["binary", "dx7", "isic8"])
+def test_codes_of_pad_ufes(name):
+    taxonomy = load_taxonomy(name)
+    for code, meaning in {
+        "ACK": "Actinic keratosis", "SEK": "Seborrheic keratosis", "NEV": "Nevus",
+        "BCC": "Basal cell carcinoma", "SCC": "Squamous cell carcinoma", "MEL": "Melanoma",
+    }.items():  # fmt: skip
+        assert taxonomy.code(code) == taxonomy.code(meaning) is not None
+
+
+# Splits
+
+
+def test_split_words_of_a_column(tmp_path):
+    words = ["Train", "TRAINING", "Valid", "dev", "Test", "testing "]
+    rows = [f"i{i},{'nv' if i % 2 else 'mel'},{word}" for i, word in enumerate(words)]
+    dataset = load_dataset("csv", table(tmp_path, "image_id,label,Split", *rows))
+    assert dataset.manifest.split.tolist() == [
+        "train",
+        "train",
+        "val",
+        "val",
+        "test",
+        "test",
+    ]
+    assert "train 2, val 2 and test 2" in told(dataset, "split")
+
+
+def test_one_table_a_split(tmp_path):
+    for split, row in (("train", "a,nv\nb,mel"), ("Valid", "c,nv"), ("test", "d,mel")):
+        put(tmp_path / f"{split}.csv", f"image,dx\n{row}\n")
+    for i, name in enumerate("abcd"):
+        put(tmp_path / f"im/{name}.jpg", jpeg(i))
+    dataset = load_dataset("csv", tmp_path)
+    assert dataset.manifest.split.tolist() == ["train", "train", "val", "test"]
+    put(tmp_path / "test.csv", "image\nd\n")
+    dataset = load_dataset("csv", tmp_path)
+    assert dataset.manifest.split.tolist() == ["train", "train", "val"]
+    assert "test.csv: it has no labels" in told(dataset, "tables")
+
+
+@pytest.mark.parametrize(
+    "word", ["data", "nevus", "", "training nevus", "folder", "trial", "tester"]
+)
+def test_other_words_are_no_split(word):
+    assert split_word(word) is None
+
+
+# Layouts
+
+
+@pytest.mark.parametrize(
+    ("places", "splits", "classes"),
+    [
+        (["train/nv", "train/mel", "test/nv", "test/mel"], "test train", "mel nv"),
+        (["Training/nv", "TEST SET/mel", "Valid/nv"], "test train val", "mel nv"),
+        (["archive/x_dataset/train/nv", "archive/x_dataset/test/mel"], "test train", "mel nv"),
+        (["nv/train", "nv/test", "mel/train", "mel/test"], "test train", "mel nv"),
+        (["a/nv/Train", "a/mel/Valid"], "train val", "mel nv"),
+        (["train/train/nv", "test/test/mel"], "test train", "mel nv"),
+        (["train/images/nv", "test/images/mel"], "test train", "mel nv"),
+        (["archive/nv", "archive/mel"], "", "mel nv"),
+        (["train/nv", "train/mel"], "train", "mel nv"),
+        (["nv/clinic_a", "mel/clinic_b"], "", "mel nv"),
+        (["train/nv", "test/mel", "data/train/nv", "data/test/mel"], "test train", "mel nv"),
+        (["train/nv", "test/mel", "samples"], "test train", "mel nv"),
+        (["train/nv", "test/mel", "train/masks", "__MACOSX/train/nv"], "test train", "mel nv"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("packed", [False, True])
+def test_layouts_are_understood(tmp_path, places, splits, classes, packed):
+    folder = trees(tmp_path / "d", *places)
+    put(folder / "README.txt", "x")
+    put(folder / "Thumbs.db", "x")
+    if packed:
+        with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
+            for path in sorted(folder.rglob("*.*")):
+                archive.write(path, path.relative_to(folder))
+        folder = put(tmp_path / "z" / "z.zip", (tmp_path / "z.zip").read_bytes()).parent
+    dataset = load_dataset("folders", folder)
+    assert sorted(dataset.manifest.split.dropna().unique()) == splits.split()
+    assert sorted(dataset.manifest.label.unique()) == classes.split()
+    beside = [p.split("/")[0] for p in places if p.startswith(("data", "samples"))]
+    for name in beside:
+        assert f"{name}/" in told(dataset, "folders") and "beside" in told(
+            dataset, "folders"
+        )
+    assert "1 .txt" in told(dataset, "files") and "Thumbs" not in dataset.description
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        ["data/nv", "train/nv", "train/mel"],
+        ["archive/train/nv", "archive/test/mel", "samples"],
+        ["images/a", "pictures/b"],
+        ["nv", "mel", "images"],
+        ["train/nv", "train/mel", "unlabeled"],
+    ],
+)
+def test_layouts_that_are_not_clear_are_shown(tmp_path, places):
+    text = sentence(load_dataset, "folders", trees(tmp_path, *places))
+    for top in {place.split("/")[0] for place in places}:
+        assert f"{top}/ (" in text
+
+
+def test_archives_are_splits_or_classes_by_their_names(tmp_path):
+    for name in ("train", "test"):
+        with zipfile.ZipFile(put(tmp_path / f"a/{name}.zip", b""), "w") as archive:
+            archive.writestr("nv/0.jpg", jpeg(len(name)))
+            archive.writestr("mel/1.jpg", jpeg(len(name) + 9))
+    assert load_dataset("folders", tmp_path / "a").manifest.split.nunique() == 2
+    for i, name in enumerate(("nevus", "melanoma")):
+        with zipfile.ZipFile(put(tmp_path / f"b/{name}.zip", b""), "w") as archive:
+            archive.writestr("0.jpg", jpeg(i))
+    assert load_dataset("folders", tmp_path / "b").classes == ("melanoma", "nevus")
+
+
+def test_segmented_pictures_are_images_and_masks_are_not(tmp_path):
+    folder = table(
+        tmp_path,
+        "image_id,label",
+        "a,nv",
+        "b,mel",
+        images="lesions_segmentation/{}.jpg",
+    )
+    dataset = load_dataset("csv", folder)
+    assert len(dataset.manifest) == 2 and dataset.manifest["mask"].isna().all()
+    assert "2 in lesions_segmentation are read as images" in told(dataset, "segmented")
+    gray = io.BytesIO()
+    Image.fromarray(np.eye(24, dtype=np.uint8) * 255).save(gray, "PNG")
+    for name in "ab":
+        put(folder / f"masks/{name}.png", gray.getvalue())
+    again = load_dataset("csv", folder)
+    assert again.manifest["mask"].notna().all() and "2: masks (2)" in told(
+        again, "masks"
+    )
+
+
+# Names of files
+
+
+@pytest.mark.parametrize(
+    ("listed", "file"),
+    [
+        ("IMG_1.JPG", "img_1.jpg"), ("img_1", "IMG_1.JPEG"), ("img_1.png", "img_1.jpg"),
+        ("images\\Img_1.PNG", "d/images/img_1.png"), ("/home/x/im/IMG_1.jpg", "im/img_1.jpg"),
+        ("Nævus_1.jpg", "NÆVUS_1.jpg"), ("ne\u0301vus.jpg", "n\u00e9vus.jpg"),
+    ],
+)  # fmt: skip
+def test_names_with_another_case_or_ending_are_found(tmp_path, listed, file):
+    put(tmp_path / "t.csv", f"image_id,label\n{listed},nv\nother,mel\n")
+    put(tmp_path / file, jpeg(1))
+    put(tmp_path / "other.jpg", jpeg(2))
+    dataset = load_dataset("csv", tmp_path)
+    assert len(dataset.manifest) == 2
+    assert "1 file by another case or ending" in told(dataset, "names")
+
+
+def test_names_that_are_not_clear_are_refused(tmp_path):
+    put(tmp_path / "t.csv", "image_id,label\nA.jpg,nv\na.png,mel\nb,nv\nB,mel\n")
+    put(tmp_path / "a.jpg", jpeg(1))
+    put(tmp_path / "x/b.jpg", jpeg(2))
+    put(tmp_path / "y/b.jpg", jpeg(3, (64, 64)))
+    counts = problem_counts(check_dataset("csv", tmp_path))
+    assert counts["absent"] == 3 and counts["duplicate id"] == 1
+
+
+def test_names_in_archives_without_the_flag(tmp_path):
+    names = {
+        b"A" * 12: "Siğil/0.jpg".encode(),
+        b"B" * 11: "N\u00e4vus/1.jpg".encode("cp1252"),
+    }
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for i, name in enumerate(names):
+            archive.writestr(name.decode(), jpeg(i))
+    packed = (tmp_path / "a.zip").read_bytes()
+    for name, raw in names.items():
+        assert len(name) == len(raw)
+        packed = packed.replace(name, raw)
+    put(tmp_path / "a.zip", packed)
+    dataset = load_dataset("folders", tmp_path)
+    assert "Siğil" in dataset.classes and "1 names in a.zip are not in UTF-8" in told(
+        dataset, "names"
+    )
+    assert [read_image_bytes(p) for p in dataset.manifest.path] == [jpeg(0), jpeg(1)]
+
+
+def test_file_names_that_are_no_utf8(tmp_path):
+    trees(tmp_path, "nv", "mel")
+    odd = os.fsencode(tmp_path / "nv") + b"/caf\xe9.jpg"
+    os.makedirs(os.fsencode(tmp_path) + b"/m\xfcll")
+    try:
+        Path(os.fsdecode(odd)).write_bytes(jpeg(7))
+    except OSError:
+        pytest.skip("this disk takes UTF-8 names only")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xfcll/\xfe.txt")).write_text("x")
+    dataset = inspect_dataset("folders", tmp_path)
+    assert problem_counts(dataset.problems) == {} and len(dataset.manifest) == 5
+    row = dataset.manifest[dataset.manifest.image_id.str.startswith("caf")].iloc[0]
+    assert row.image_id == "caf\\udce9" and read_image_bytes(row.path) == jpeg(7)
+    dataset.manifest.to_parquet(tmp_path / "m.parquet")
+    print(dataset.description.encode("utf-8"))
+
+
+# What is not used
+
+
+def test_what_is_not_used_is_listed(tmp_path):
+    rows = ("a,nv,1,x,2", "b,mel,2,y,3")
+    folder = table(tmp_path, "image_id,label,itch,case_id,notes", *rows)
+    for name in (
+        "one.heic",
+        "two.heic",
+        "three.dcm",
+        "README.txt",
+        "labels.xlsx",
+        "more.tar.gz",
+    ):
+        put(folder / name, "x")
+    inner = io.BytesIO()
+    with zipfile.ZipFile(inner, "w") as archive:
+        archive.writestr("c.jpg", jpeg(3))
+    with zipfile.ZipFile(folder / "outer.zip", "w") as archive:
+        archive.writestr("parts/inner.zip", inner.getvalue())
+    put(folder / "beside/c.jpg", jpeg(4))
+    put(folder / "dataset.yaml", "table: t.csv\n")
+    put(folder / "other.csv", "x\n1\n")
+    dataset = load_dataset("csv", folder)
+    assert "itch and notes of t.csv" in told(dataset, "columns")
+    assert "case_id of t.csv (did you mean patient_id?" in told(dataset, "columns")
+    assert "2 .heic" in told(dataset, "images") and "beside (1)" in told(
+        dataset, "images"
+    )
+    assert told(dataset, "files") == "1 .txt"
+    assert told(dataset, "tables") == "labels.xlsx and other.csv"
+    assert "parts/inner.zip in outer.zip" in told(dataset, "archives")
+    assert str(tmp_path) not in dataset.description
+
+
+def test_lists_are_cut(tmp_path):
+    names = ",".join(f"c{i}" for i in range(60))
+    folder = table(
+        tmp_path, f"image_id,label,{names}", "a,nv" + ",z" * 60, "b,mel" + ",z" * 60
+    )
+    assert told(load_dataset("csv", folder), "columns").endswith(
+        "c7 and 52 more of t.csv"
+    )
+
+
+def test_a_class_called_unknown_is_shown(tmp_path):
+    dataset = load_dataset(
+        "csv", table(tmp_path, "image_id,label", "a,nv", "b,mel", "c,unknown")
+    )
+    assert "'unknown' is a class" in told(dataset, "classes")
+
+
+def test_files_are_listed_once(tmp_path):
+    trees(tmp_path, "nv", "masks")
+    put(tmp_path / "x.pdf", "x")
+    files = list_files(tmp_path)
+    assert [len(files.images), len(files.others)] == [4, 1] or len(files.masks) == 2
+
+
+def test_likely_names_are_proposed():
+    assert likely_column("case_id") == "patient_id" and likely_column("itch") == ""
