@@ -340,6 +340,7 @@ class Files(NamedTuple):
 
 def list_files(
     folder: str | Path,  # a folder, searched to any depth, or one zip archive
+    whole: bool = True,  # ConfigError for a broken archive; else it is among the others
 ) -> Files:
     "Image files, lesion masks and all other files; `ConfigError` if they cannot be listed."
     folder = Path(os.path.abspath(folder))
@@ -357,12 +358,17 @@ def list_files(
         ) from None
     plain, packed, notes = [], [], []
     for found in found_files:
-        if found.rel.lower().endswith(".zip"):
-            packed += [
-                (found.rel, member) for member in _zip_members(found.path, notes)
-            ]
-        else:
+        if not found.rel.lower().endswith(".zip"):
             plain.append(("", found))
+            continue
+        try:
+            members = list(_zip_members(found.path, notes))
+        except ConfigError:
+            if whole:
+                raise
+            plain.append(("", found))
+        else:
+            packed += [(found.rel, member) for member in members]
     images, masks, others = [], {}, []
     for archive, found in plain + packed:
         if not found.rel.lower().endswith(IMAGE_SUFFIXES):

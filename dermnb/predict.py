@@ -31,10 +31,7 @@ from dermnb.datasets import (
     _Finder,
     _member,
     _open_archive,
-    _pictures_among,
-    _walk,
-    _zip_members,
-    is_mask,
+    list_files,
     on_disk,
     read_image_bytes,
     read_table,
@@ -44,7 +41,6 @@ from .images import resize_image
 from dermnb.pictures import (
     FORMATS,
     HEAD,
-    IMAGE_SUFFIXES,
     MAX_BYTES,
     UNREAD_FORMATS,
     Picture,
@@ -587,41 +583,21 @@ def _has_files(path: str) -> bool:
 
 def _below(source: str, left: collections.Counter) -> list[str]:
     "Images in a folder or archive, also those that will be refused; counts all else."
-    images, masks = [], {}
-    for place, file in _files(Path(os.path.abspath(source))):
-        if not _is_image(file):
-            suffix = os.path.splitext(file.name)[1].lower()
-            left[suffix or "file(s) without an ending"] += 1
-        elif is_mask(place):
-            masks.setdefault(file.place, []).append(file)
+    files, more = list_files(source, whole=False), []
+    for file in files.others:
+        if _is_image(file):
+            more.append(file)
         else:
-            images.append(file)
-    files = _pictures_among(masks, images, [])
-    if files.images:
+            left[file.suffix or "file(s) without an ending"] += 1
+    images = files.images + more
+    if images:
         left["lesion mask(s), by their names"] += len(files.masks)
-    return [file.path for file in files.images or files.masks]
-
-
-def _files(top: Path) -> Iterator[tuple[str, ImageFile]]:
-    "Each file with its path below the top, also those in archives."
-    if not top.is_dir():
-        yield from ((member.rel, member) for member in _zip_members(str(top)))
-        return
-    for file in _walk(top):
-        if not file.rel.lower().endswith(".zip"):
-            yield file.rel, file
-            continue
-        try:
-            members = list(_zip_members(file.path))
-        except ConfigError:  # refused by name, with the other answers
-            yield file.rel, file
-        else:
-            yield from ((f"{file.rel}/{member.rel}", member) for member in members)
+    return sorted(file.path for file in images or files.masks)
 
 
 def _is_image(file: ImageFile) -> bool:
-    "Whether a file is an image, read or not, by its ending or else by its first bytes."
-    if file.name.lower().endswith(IMAGE_SUFFIXES) or unread_kind(file.name):
+    "Whether a file with another ending is an image all the same, read or not."
+    if unread_kind(file.name):
         return True
     archive, _, member = file.path.rpartition("::")
     try:

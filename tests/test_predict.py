@@ -23,6 +23,7 @@ from dermnb.calibrate import temper
 from dermnb.core import ConfigError, read_json, write_json
 from dermnb.evaluate import probability_columns
 from dermnb.images import resize_image
+from dermnb.pictures import shown
 from dermnb.predict import (
     Predictor,
     cam_paths,
@@ -204,10 +205,10 @@ def test_a_folder_is_answered_as_its_files_are(runs, images, tmp_path):
     predictor = Predictor(runs[0][0])
     of_folder = predictor(find_images([tmp_path]), cam=True)
     files = [path for path in tmp_path.iterdir() if path.suffix != ".csv"]
-    of_files = {a.path: a for file in files for a in predictor([file])}
+    of_files = {shown(a.path): a for file in files for a in predictor([file])}
     assert len(of_folder) == len(of_files) == 6
     for answer in of_folder:
-        other = of_files[answer.path]
+        other = of_files[shown(answer.path)]
         assert (answer.name, answer.error) == (other.name, other.error)
         if not answer.error:
             assert np.allclose(table_of([answer]), table_of([other]), atol=1e-6)
