@@ -10,6 +10,7 @@ __all__ = ['MANIFEST_COLUMNS', 'DATASETS', 'BLOCKING', 'Taxonomy', 'taxonomy_nam
            'dataset_folder', 'inspect_dataset', 'load_dataset', 'check_dataset', 'ResumingDownloader', 'fetch_dataset']
 
 # %% ../nbs/02_datasets.ipynb #6fdae623
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -790,8 +791,11 @@ def _label_table(
     given |= find_columns(free, wanted)
     if not given.get("image_id") and given.get("path"):
         given["image_id"] = given["path"]
+    named = [] if given.get("image_id") else [c for c in free if _names_files(raw[c])]
+    if len(named) == 1:
+        given["image_id"] = named[0]
     if not given.get("image_id"):
-        raise _no_column("image_id", raw, path, mapping)
+        raise _no_column("image_id", raw, path, mapping, named)
     beside = find_columns(free, _EXTRA_COLUMNS).values()
     classes = [c for c in free if c not in {*beside, *given.values()}]
     classes = [] if given.get("label") else _one_hot_columns(raw, classes)
@@ -812,15 +816,21 @@ def _label_table(
 
 
 def _no_column(
-    column: str, raw: pd.DataFrame, path: Path, mapping: Path | None
+    column: str, raw: pd.DataFrame, path: Path, mapping: Path | None, likely: list = ()
 ) -> ConfigError:
-    likely = [c for c in raw if likely_column(c) == column]
+    likely = likely or [c for c in raw if likely_column(c) == column]
     meant = f"; did you mean {listing(map(repr, likely), 3)}?" if likely else ""
     way = f"; say in {mapping} which one it is: 'columns: {{{column}: ...}}'"
     return ConfigError(
         f"{path} has no column {column!r}{way if mapping else ''} (there are: "
         f"{listing(raw, 12)}{meant})."
     )
+
+
+def _names_files(column: pd.Series) -> bool:
+    "Whether its cells are names of image files."
+    endings = column.dropna().str.extract(r"(\.[A-Za-z]+)$")[0].str.lower()
+    return len(endings) > 0 and bool(endings.isin(_IMAGE_ENDINGS).all())
 
 
 def _refuse_pixels(raw: pd.DataFrame, path: Path) -> None:
@@ -1064,6 +1074,13 @@ def _layout(parts: list[list[str]], folder: Path, account: Account) -> _Layout:
             start += 1  # train/train/nevus, train/images/nevus
     elif _splits_below(inside, start):
         level = start + 1
+    elif named := _splits_in_names(list(tops)):
+        parts = [
+            [*p[:start], *named[p[start]], *p[start + 1 :]] if len(p) > start else p
+            for p in parts
+        ]
+        inside = [p for p in parts if p]
+        level, start = start, start + 1
     classes = at(start)
     odd = [name for name in classes if split_word(name) or is_folder_word(name)]
     if odd:
@@ -1085,6 +1102,19 @@ def _layout(parts: list[list[str]], folder: Path, account: Account) -> _Layout:
             ("folders", f"{listing([f'{n}/' for n in names])} are the split")
         )
     return _Layout(labels, words, wrapper)
+
+
+def _splits_in_names(tops: list[str]) -> dict[str, tuple[str, str]]:
+    # train_nevus, test_nevus -> (train, nevus), (test, nevus); or nothing
+    found = {}
+    for top in tops:
+        words = re.split(r"[\s_\-]+", top)
+        splits = [w for w in words if split_word(w)]
+        rest = "_".join(w for w in words if w not in splits)
+        if len(splits) == 1 and rest:
+            found[top] = splits[0], rest
+    classes = {rest for _, rest in found.values()}
+    return found if len(found) == len(tops) > len(classes) else {}
 
 
 def _splits_below(inside: list[list[str]], start: int) -> bool:
@@ -1129,6 +1159,15 @@ def read_folders(
         if path.is_file():
             table, problems = _add_metadata(table, path, account)
             break
+    else:
+        for path in sorted(folder.glob("*.csv")):
+            with contextlib.suppress(ConfigError):
+                if find_columns(read_table(path), ["image_id"]):
+                    told = (
+                        f"{path.name} (to have its columns read, call it metadata.csv)"
+                    )
+                    account.not_used.append(("tables", told))
+                    account.tables.add(path.name)
     taxonomy = _own_taxonomy(folder, [labels[0] for _, labels, _ in kept])
     files = files._replace(
         images=[image for image, labels, _ in rows if labels is not None]
@@ -1185,19 +1224,22 @@ def _read_mapping(folder: Path, table: Path | None) -> dict:
     return mapping
 
 
-def _only_csv(folder: Path) -> Path:
+def _csv_tables(folder: Path) -> dict[str, Path]:
+    # split, or "" -> table: the only CSV, or train.csv, val.csv and test.csv
     visible = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
     found = [p for p in visible if p.suffix.lower() == ".csv" and p.is_file()]
     folders = [p for p in visible if p.is_dir()]
-    if not found and len(folders) == 1 and len(visible) < 4:  # a wrapper
-        return _only_csv(folders[0])
+    if len(found) != 1 and len(splits := _split_tables(folder)) > 1:
+        return splits
+    if not found and len(folders) == 1:  # a wrapper
+        return _csv_tables(folders[0])
     if len(found) != 1:
         names = listing([shown(p.name) for p in found], 8) or "none"
         raise ConfigError(
             f"{folder} must hold one CSV, or train.csv, val.csv and test.csv, or a "
             f"dataset.yaml with 'table: NAME.csv' (found: {names})."
         )
-    return found[0]
+    return {"": found[0]}
 
 
 def read_csv_dataset(
@@ -1207,10 +1249,9 @@ def read_csv_dataset(
     path, account = folder if folder.is_file() else None, Account()
     folder = folder.parent if path else folder
     mapping = _read_mapping(folder, path)
-    splits = {} if path or "table" in mapping else _split_tables(folder)
-    if path is None and len(splits) < 2:
-        splits = {}
-        path = folder / mapping["table"] if "table" in mapping else _only_csv(folder)
+    if path is None and "table" in mapping:
+        path = folder / mapping["table"]
+    tables = {"": path} if path else _csv_tables(folder)
     columns = {k: v or "" for k, v in (mapping.get("columns") or {}).items()}
 
     def read(file: Path) -> pd.DataFrame:
@@ -1218,11 +1259,7 @@ def read_csv_dataset(
         return read_table(file, filter(None, columns.values()), *form)
 
     table = _label_tables(
-        splits or {"": path},
-        account,
-        read,
-        given=columns,
-        mapping=folder / "dataset.yaml",
+        tables, account, read, given=columns, mapping=folder / "dataset.yaml"
     )
     if "taxonomy" in mapping:
         beside = (folder / _selection(mapping["taxonomy"])[0]).is_file()
@@ -1681,7 +1718,10 @@ def _ids_found(manifest: pd.DataFrame) -> list[tuple[str, str]]:
         if ids.isna().any():
             text += f"; {ids.isna().sum():,} of {n:,} images have no {what} id: {alone}"
         if counts.iloc[0] >= max(10, n / 10):
-            text += f"; {counts.iloc[0]:,} images are of {what} {counts.index[0]!r}"
+            # Pages may be published: an id that may be a person's is not shown.
+            most = counts.index[0]
+            which = f"one {what}" if re.search(r"\d", most) else f"{what} {most!r}"
+            text += f"; {counts.iloc[0]:,} images are of {which}"
         told.append((f"{what}s", text))
     return told
 
@@ -1700,17 +1740,7 @@ def _values_found(manifest: pd.DataFrame) -> list[tuple[str, str]]:
     return [("values", "; ".join(told) or "no age, sex or site")]
 
 
-_TABLES = (
-    ".csv",
-    ".tsv",
-    ".tab",
-    ".xlsx",
-    ".xls",
-    ".ods",
-    ".json",
-    ".jsonl",
-    ".parquet",
-)
+_TABLES = (".csv", ".tsv", ".tab", ".xlsx", ".xls", ".ods", ".jsonl", ".parquet")
 
 
 def _files_not_used(others: list[ImageFile], account: Account) -> list[tuple[str, str]]:

@@ -15,8 +15,9 @@ import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from .core import ConfigError, ExperimentConfig
+from .core import ConfigError, ExperimentConfig, listing
 from .datasets import read_table
+from .values import find_columns
 
 # %% ../nbs/03_splits.ipynb #6b5973e6
 IDS = ("lesion_id", "patient_id")
@@ -358,13 +359,13 @@ def test_list_problems(
 def _listed(manifest: pd.DataFrame, path: str | Path) -> tuple[set, np.ndarray]:
     # The ids in the file, and which images are not in it but share a group with one.
     table = read_table(path)
-    names = [c for c in ("image_id", "image", "isic_id") if c in table]
+    names = find_columns(table, ["image_id"])
     if not names:
         raise ConfigError(
             f"{path} must have a column image_id, image or isic_id (there are: "
-            f"{', '.join(table)})."
+            f"{listing(table, 12)})."
         )
-    listed = set(table[names[0]].dropna())
+    listed = set(table[names["image_id"]].dropna())
     test = manifest["image_id"].astype(str).isin(listed).to_numpy()
     if not test.any():
         raise ConfigError(

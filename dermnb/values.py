@@ -75,7 +75,7 @@ def is_unknown(
     word = _plain(text)
     return not word or word in UNKNOWN_WORDS or word in also
 
-# %% ../nbs/01_values.ipynb #a0eda835
+# %% ../nbs/01_values.ipynb #8dbb8838
 def _words(**spellings: str) -> dict[str, str]:
     return {_plain(w): name for name, words in spellings.items() for w in _list(words)}
 
@@ -105,7 +105,7 @@ _NO_IDS = frozenset(
     )
 )
 _SEXES = _words(
-    male="""m, male, man, boy, masculine, mann, männlich, homme, masculin, hombre,
+    male="""m, male, man, boy, masculine, mann, männlich, homme, masculin, h, hombre,
         masculino, maschio, uomo, erkek, mężczyzna, мужской, 男, 男性, 남""",
     female="""f, w, female, woman, girl, feminine, frau, weiblich, femme, féminin, mujer,
         femenino, feminino, femmina, donna, kadın, kobieta, женский, 女, 女性, 여""",
@@ -308,7 +308,7 @@ def understand(
     "The values of a column: float64 or string, missing where unknown; see `read_cells`."
     return read_cells(column, kind, where).values
 
-# %% ../nbs/01_values.ipynb #96d1a0a6
+# %% ../nbs/01_values.ipynb #00697c99
 def _name(column: str) -> str:
     return re.sub(r"[\W_]+", "", _plain(column))
 
@@ -335,7 +335,7 @@ COLUMN_NAMES: dict[str, tuple[str, ...]] = {
             alter_jahre, âge, edad, età, idade, yaş""",
         "sex": """gender, patient_sex, patient_gender, geschlecht, sexe, sexo, sesso, genere,
             cinsiyet""",
-        "site": """anatom_site_general, anatom_site_1, anatom_site, localization, localisation,
+        "site": """anatom_site_general, anatom_site_1, anatom_site, anatom_site_general_challenge, localization, localisation,
             anatomic_site, anatomical_site, anatomical_location, anatomic_location,
             body_site, body_location, body_region, lokalisation, körperstelle,
             localisation_anatomique, localizacion, localização, localizzazione""",
@@ -364,9 +364,14 @@ LIKELY_NAMES: dict[str, tuple[str, ...]] = {
         "skin_tone": "skin, skin_color, skin_colour, tone",
     }.items()
 }
-_PATIENT = re.compile(
-    r"patient|subject|participant|person|paciente|paziente|hasta(?!t)|\bpat\b|\bpt\b"
-)
+_LOOKS_LIKE = {
+    "patient_id": r"patient|subject|participant|person|paciente|paziente|hasta\b|\b(pat|pt)\b",
+    "site": r"anatom|body (site|part|region|location)|locali[sz]",
+    "skin_tone": r"fitz|skin (tone|type|colou?r)|phototype",
+    "age": r"\bage\b",
+    "sex": r"\b(sex|gender)\b",
+    "lesion_id": r"\blesion (id|no|nr|number|code)\b",
+}
 
 
 def find_columns(
@@ -395,4 +400,5 @@ def likely_column(
         for column, names in table.items():
             if _name(name) in names:
                 return column
-    return "patient_id" if _PATIENT.search(normalise_label(name)) else ""
+    looks = (c for c, p in _LOOKS_LIKE.items() if re.search(p, normalise_label(name)))
+    return next(looks, "")

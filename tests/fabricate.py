@@ -316,6 +316,8 @@ def make_run(
                 "lesions": int(split["lesion_id"].nunique()),
                 "manifest_hash": "5f0c3a9d2b7e4c61",
                 "problems": {"file unreadable": 2},
+                "found": [["classes", "nv 3"], ["unknown cells", "sex 57 'unknown'"]],
+                "not_used": [["columns", "dx_type of t.csv"], ["files", "2 .heic"]],
                 "positive": positive,
             },
             "split": summary,

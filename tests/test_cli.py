@@ -10,7 +10,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from test_datasets import jpeg, put
+from typer.testing import CliRunner
 
+from dermnb.cli import app
 from dermnb.core import ExperimentConfig
 from dermnb.runs import RUN_FILES
 
@@ -51,6 +54,42 @@ def test_help_is_quick():
         assert call("--help").returncode == 0
         times.append(time.perf_counter() - start)
     assert min(times) < 1.0, times
+
+
+def _two_classes(folder: Path) -> Path:
+    "Two classes of noise; one picture stands in both, and one of them twice."
+    for k, name in enumerate(("mel", "nv")):
+        for i in range(4):
+            put(folder / name / f"{name}{i}.jpg", jpeg(10 * k + i, (64, 48)))
+    put(folder / "nv" / "again.jpg", jpeg(0, (64, 48)))
+    put(folder / "nv" / "twice.jpg", jpeg(11, (64, 48)))
+    put(folder / "metadata.csv", "image_id,case_id,PatientID\nmel0,1,P1\n")
+    put(folder / "notes.txt", "x")
+    return folder
+
+
+def test_data_check_shows_what_it_found_and_which_images_are_the_same(tmp_path):
+    folder = _two_classes(tmp_path)
+    args = ["data", "check", "folders", "--data-dir", str(folder)]
+    done = CliRunner().invoke(app, args)
+    assert done.exit_code == 0 and done.stdout.endswith("no problems\n")
+    text = " ".join(done.stdout.split())
+    assert "classes mel 4 and nv 6" in text and "patient_id from PatientID" in text
+    assert "case_id of metadata.csv (patient_id is read from PatientID)" in text
+    assert "files 1 .txt" in text and str(tmp_path) not in text
+    assert "4 of 10 images are the same file, or the same pixels, as another" in text
+    assert "2 of them stand under two labels, such as mel0 and again" in text
+    assert "Same image" not in CliRunner().invoke(app, [*args, "--quick"]).stdout
+    (folder / "nv" / "nv0.jpg").write_bytes(b"")
+    bad = CliRunner().invoke(app, args)
+    assert bad.exit_code == 1
+    assert "1 unreadable" in bad.stdout and "nv0: zero bytes" in bad.stdout
+
+
+def test_data_check_loads_no_framework(tmp_path):
+    args = ["data", "check", "folders", "--data-dir", str(_two_classes(tmp_path))]
+    runner = "from typer.testing import CliRunner; from dermnb.cli import app"
+    assert frameworks_after(f"{runner}; CliRunner().invoke(app, {args})") == set()
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,13 @@ def test_columns_of_every_spelling_are_read_by_every_reader(tmp_path):
     assert ham.manifest[["patient_id", "sex"]].iloc[0].tolist() == ["P1", "female"]
 
 
+def test_a_column_of_file_names_is_the_images(tmp_path):
+    folder = table(tmp_path, "foto,label", "a.jpg,nv", "b.png,mel")
+    assert load_dataset("csv", folder).manifest.image_id.tolist() == ["a.jpg", "b.png"]
+    put(folder / "t.csv", "derm,clinic,label\na.jpg,c.jpg,nv\nb.jpg,d.jpg,mel\n")
+    assert "did you mean 'derm' and 'clinic'?" in sentence(load_dataset, "csv", folder)
+
+
 def test_columns_can_be_left_out_by_name(tmp_path):
     folder = table(tmp_path, "image_id,label,split", "a,nv,fold 1", "b,mel,fold 2")
     assert "split 'fold 1' is not train, val or test" in sentence(
@@ -394,6 +401,7 @@ def test_other_words_are_no_split(word):
         (["train/train/nv", "test/test/mel"], "test train", "mel nv"),
         (["train/images/nv", "test/images/mel"], "test train", "mel nv"),
         (["archive/nv", "archive/mel"], "", "mel nv"),
+        (["train_nv", "train_mel", "test_nv"], "test train", "mel nv"),
         (["train/nv", "train/mel"], "train", "mel nv"),
         (["nv/clinic_a", "mel/clinic_b"], "", "mel nv"),
         (["train/nv", "test/mel", "data/train/nv", "data/test/mel"], "test train", "mel nv"),
@@ -570,6 +578,19 @@ def test_what_is_not_used_is_listed(tmp_path):
     assert told(dataset, "tables") == "labels.xlsx and other.csv"
     assert "parts/inner.zip in outer.zip" in told(dataset, "archives")
     assert str(tmp_path) not in dataset.description
+
+
+def test_a_table_beside_class_folders_is_named(tmp_path):
+    put(
+        trees(tmp_path, "nv", "mel", images=1) / "people.csv",
+        "image,PatientID\nnv/0,P1\n",
+    )
+    dataset = load_dataset("folders", tmp_path)
+    assert "people.csv (to have its columns read, call it metadata.csv)" in told(
+        dataset, "tables"
+    )
+    (tmp_path / "people.csv").rename(tmp_path / "metadata.csv")
+    assert load_dataset("folders", tmp_path).manifest.patient_id.notna().sum() == 1
 
 
 def test_lists_are_cut(tmp_path):

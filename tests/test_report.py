@@ -103,6 +103,8 @@ def test_suite_page_is_complete(suite):
         "metrics"
     ]
     assert f"{best['balanced_accuracy']['value']:.3f}" in page.prose
+    assert "Unknown cells sex 57 'unknown'" in page.prose
+    assert "Not used columns: dx_type of t.csv; files: 2 .heic" in page.prose
     assert "736125f9d0c1a2b3" in page.prose and "5f0c3a9d2b7e4c61" in page.prose
     assert page.tags["caption"] == page.tags["table"]
     # Every chart has a name, and a table of its own or with its pair.

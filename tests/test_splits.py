@@ -322,7 +322,7 @@ def test_list_that_leaves_nothing_in_the_way_has_an_empty_table(tmp_path):
     ("text", "values", "says"),
     [
         ("image\nX1\nX2\n", {}, "none of the 2 images"),
-        ("file\nX1\n", {}, "must have a column image_id, image or isic_id"),
+        ("foto\nX1\n", {}, "must have a column image_id, image or isic_id"),
         ("image\nI1\n", {"split": "kfold"}, "needs split 'lesion'"),
         ("image\nI1\n", {"split": "image", "allow_leakage": True}, "needs split 'lesion'"),
         ("image\n", {}, "no rows"),
