@@ -36,7 +36,7 @@ import pandas as pd
 import yaml
 
 from .core import ConfigError, listing, progress, project_root, unknown_name
-from .pictures import IMAGE_SUFFIXES, file_name, open_picture
+from .pictures import IMAGE_SUFFIXES, UNREAD_FORMATS, file_name, open_picture, shown
 from dermnb.values import (
     find_columns,
     is_folder_word,
@@ -259,11 +259,6 @@ class ImageFile(NamedTuple):
         return "/".join(filter(None, [archive and f"{archive}.zip", folder]))
 
 
-def _as_text(name: str) -> str:
-    # Names that are no UTF-8 come with lone surrogates, which no table can hold.
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
 def on_disk(
     path: str,  # of a file, as a manifest has it
 ) -> str:
@@ -288,11 +283,11 @@ def _walk(
         for entry in sorted(entries, key=lambda e: e.name):
             if entry.name.startswith(".") or entry.name.lower() in _PASSED_OVER:
                 continue
-            name = f"{rel}{_as_text(entry.name)}"
+            name = f"{rel}{shown(entry.name)}"
             if entry.is_dir():
                 yield from _walk(Path(entry.path), f"{name}/", seen)
             elif entry.is_file():
-                yield ImageFile(name, _as_text(entry.path), entry.stat().st_size)
+                yield ImageFile(name, shown(entry.path), entry.stat().st_size)
 
 
 def _zip_members(path: str, notes: list) -> Iterator[ImageFile]:
@@ -346,6 +341,7 @@ class Files(NamedTuple):
 
 def list_files(
     folder: str | Path,  # a folder, searched to any depth, or one zip archive
+    whole: bool = True,  # ConfigError for a broken archive; else it is among the others
 ) -> Files:
     "Image files, lesion masks and all other files; `ConfigError` if they cannot be listed."
     folder = Path(os.path.abspath(folder))
@@ -359,16 +355,21 @@ def list_files(
         )
     except OSError as error:
         raise ConfigError(
-            f"{_as_text(str(error.filename))} cannot be read: {error.strerror}."
+            f"{shown(str(error.filename))} cannot be read: {error.strerror}."
         ) from None
     plain, packed, notes = [], [], []
     for found in found_files:
-        if found.rel.lower().endswith(".zip"):
-            packed += [
-                (found.rel, member) for member in _zip_members(found.path, notes)
-            ]
-        else:
+        if not found.rel.lower().endswith(".zip"):
             plain.append(("", found))
+            continue
+        try:
+            members = list(_zip_members(found.path, notes))
+        except ConfigError:
+            if whole:
+                raise
+            plain.append(("", found))
+        else:
+            packed += [(found.rel, member) for member in members]
     images, masks, others = [], {}, []
     for archive, found in plain + packed:
         if not found.rel.lower().endswith(IMAGE_SUFFIXES):
@@ -403,10 +404,10 @@ def _pictures_among(masks: dict, images: list, others: list, notes: list) -> Fil
 
 def _has_color(file: ImageFile) -> bool:
     try:
-        picture = open_picture(read_image_bytes(file.path), file.name)
-        pixels = np.asarray(picture.rgb(32).resize((16, 16)), int)
-    except Exception:  # an image that cannot be read is no reason to stop here
+        image = open_picture(read_image_bytes(file.path), file.name).rgb(32)
+    except ConfigError:  # an image that cannot be read is no reason to stop here
         return False
+    pixels = np.asarray(image.resize((16, 16)), int)
     return bool(np.ptp(pixels, axis=2).max() > 12)
 
 
@@ -690,10 +691,8 @@ def _file_key(text: str) -> str:
     return stem if suffix in _IMAGE_ENDINGS else key
 
 
-_IMAGE_ENDINGS = {
-    *IMAGE_SUFFIXES,
-    *".jfif .jpe .webp .gif .dcm .heic .heif .avif".split(),
-}
+_ARCHIVES = (*UNREAD_FORMATS["archive"], ".gz", ".bz2", ".xz")
+_IMAGE_ENDINGS = {*IMAGE_SUFFIXES}.union(*UNREAD_FORMATS.values()) - {*_ARCHIVES}
 
 
 def _add_beside(
@@ -1235,7 +1234,7 @@ def _csv_tables(folder: Path) -> dict[str, Path]:
     if not found and len(folders) == 1:  # a wrapper
         return _csv_tables(folders[0])
     if len(found) != 1:
-        names = listing([_as_text(p.name) for p in found], 8) or "none"
+        names = listing([shown(p.name) for p in found], 8) or "none"
         raise ConfigError(
             f"{folder} must hold one CSV, or train.csv, val.csv and test.csv, or a "
             f"dataset.yaml with 'table: NAME.csv' (found: {names})."
@@ -1741,11 +1740,7 @@ def _values_found(manifest: pd.DataFrame) -> list[tuple[str, str]]:
     return [("values", "; ".join(told) or "no age, sex or site")]
 
 
-_OTHER_IMAGES = _IMAGE_ENDINGS | {
-    *".heics .raw .cr2 .nef .arw .dng .svg .psd .mha .nii .jxl .jp2".split()
-}
 _TABLES = (".csv", ".tsv", ".tab", ".xlsx", ".xls", ".ods", ".jsonl", ".parquet")
-_ARCHIVES = (".zip", ".gz", ".tgz", ".tar", ".rar", ".7z", ".bz2", ".xz")
 
 
 def _files_not_used(others: list[ImageFile], account: Account) -> list[tuple[str, str]]:
@@ -1762,7 +1757,7 @@ def _files_not_used(others: list[ImageFile], account: Account) -> list[tuple[str
             file.suffix not in (".yaml", ".yml", ".sha256")
             and file.name not in account.tables
         ):
-            rest["images" if file.suffix in _OTHER_IMAGES else "files"].append(
+            rest["images" if file.suffix in _IMAGE_ENDINGS else "files"].append(
                 file.suffix
             )
     for what, suffixes in rest.items():

@@ -26,11 +26,12 @@ from .calibrate import conformal_sets, temper
 from .core import ConfigError, unknown_name
 from dermnb.datasets import (
     ImageFile,
+    _files_of,
     _Finder,
+    _member,
     _open_archive,
-    _walk,
-    _zip_members,
-    is_mask,
+    list_files,
+    on_disk,
     read_image_bytes,
     read_table,
 )
@@ -39,7 +40,6 @@ from .images import resize_image
 from dermnb.pictures import (
     FORMATS,
     HEAD,
-    IMAGE_SUFFIXES,
     MAX_BYTES,
     UNREAD_FORMATS,
     Picture,
@@ -514,10 +514,10 @@ def read_metadata(
     if (twice := table[key].duplicated() & table[key].notna()).any():
         name = table[key][twice].iloc[0]
         raise ConfigError(f"{path} names image {name!r} twice: give each one row.")
-    find = _Finder([ImageFile(p.rpartition("::")[2], p, 0) for p in map(str, images)])
+    files = [ImageFile(p.rpartition("::")[2], p, 0) for p in map(str, images)]
     row_of = {}
-    for row, name in enumerate(table[key]):
-        found = [] if pd.isna(name) else find(name)
+    for row, found in enumerate(_files_of(table[key], _Finder(files))[0]):
+        name = table[key].iloc[row]
         if len({file.path for file in found}) > 1:
             raise ConfigError(f"{path}: several images are called {name!r}: give their paths.")
         for file in found:
@@ -567,43 +567,27 @@ def _has_files(path: str) -> bool:
 
 def _below(source: str, left: collections.Counter) -> list[str]:
     "Images in a folder or archive, also those that will be refused; counts all else."
-    images, masks = [], []
-    for place, file in _files(Path(os.path.abspath(source))):
-        if not _is_image(file):
-            suffix = os.path.splitext(file.name)[1].lower()
-            left[suffix or "file(s) without an ending"] += 1
+    files, more = list_files(source, whole=False), []
+    for file in files.others:
+        if _is_image(file):
+            more.append(file)
         else:
-            (masks if is_mask(place) else images).append(file.path)
+            left[file.suffix or "file(s) without an ending"] += 1
+    images = files.images + more
     if images:
-        left["lesion mask(s), by their names"] += len(masks)
-    return images or masks
-
-
-def _files(top: Path) -> Iterator[tuple[str, ImageFile]]:
-    "Each file with its path below the top, also those in archives."
-    if not top.is_dir():
-        yield from ((member.rel, member) for member in _zip_members(str(top)))
-        return
-    for file in _walk(top):
-        if not file.rel.lower().endswith(".zip"):
-            yield file.rel, file
-            continue
-        try:
-            members = list(_zip_members(file.path))
-        except ConfigError:  # refused by name, with the other answers
-            yield file.rel, file
-        else:
-            yield from ((f"{file.rel}/{member.rel}", member) for member in members)
+        left["lesion mask(s), by their names"] += len(files.masks)
+    return sorted(file.path for file in images or files.masks)
 
 
 def _is_image(file: ImageFile) -> bool:
-    "Whether a file is an image, read or not, by its ending or else by its first bytes."
-    if file.name.lower().endswith(IMAGE_SUFFIXES) or unread_kind(file.name):
+    "Whether a file with another ending is an image all the same, read or not."
+    if unread_kind(file.name):
         return True
     archive, _, member = file.path.rpartition("::")
     try:
-        with _open_archive(archive).open(member) if member and archive else open(
-            file.path, "rb"
+        packed = _open_archive(on_disk(archive)) if archive else None
+        with (
+            packed.open(_member(packed, member)) if packed else open(on_disk(file.path), "rb")
         ) as opened:
             kind = kind_of(opened.read(HEAD))
     except Exception:  # it will not be an image then

@@ -119,7 +119,9 @@ def test_every_part_reads_and_refuses_the_same_files_in_the_same_words(tmp_path)
         except ConfigError as error:
             asked = str(error).rstrip(".")
         assert fault == asked == store.unreadable.get(name, "")
-        assert bool(fault) == (fingerprint(files[name], name)["pixels"] is None) == (name in REFUSED)
+        assert (
+            bool(fault) == (fingerprint(files[name], name)["pixels"] is None) == (name in REFUSED)
+        )
         if fault:
             assert REFUSED[name][1] in fault and fault.startswith(name)
             with pytest.raises(ConfigError):
