@@ -45,6 +45,13 @@ def as_csv(folder, manifest, prefix=""):
     return table
 
 
+def test_a_positive_class_is_looked_up_before_the_images_are_decoded(demo_dir, monkeypatch):
+    monkeypatch.setattr("dermnb.train.build_store", lambda *args, **more: pytest.fail("decoded"))
+    for taxonomy, sentence in (("isic8", "is for two classes; here are 8"), ("dx7:mel,nv", "'mel'")):
+        with pytest.raises(ConfigError, match=sentence):
+            prepare_data(config_of(demo_dir, taxonomy=taxonomy, positive="melanom", on_problem="exclude"))
+
+
 def test_metadata_are_fitted_on_training_images(demo_dir):
     config = config_of(demo_dir, metadata="concat")
     data = prepare_data(config)
