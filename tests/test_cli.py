@@ -88,7 +88,8 @@ def test_runs_that_differ_in_case_only(tmp_path):
     with pytest.raises(ConfigError, match="'Cnn' and 'cnn' would share one folder"):
         load_suite(tmp_path / "s.yaml")
     given = parse_overrides(["positive=1", "run=no", "seed=1"])
-    assert given == {"positive": "1", "run": "no", "seed": 1}
+    config = make_config(given)
+    assert (config.positive, config.run, config.seed) == ("1", "no", 1)
     assert make_config({"positive": 1, "run": "console"}).positive == "1"
 
 
