@@ -8,6 +8,7 @@ __all__ = ['MEMORY', 'Suite', 'PlannedRun', 'notebooks_dir', 'suites_dir', 'load
 
 # %% ../nbs/28_suites.ipynb #22b40337
 import contextlib
+import importlib.metadata
 import logging
 import os
 import shutil
@@ -82,8 +83,11 @@ def notebooks_dir() -> Path:
     "Suite files and experiment notebooks: the project's around us, or those that came with dermnb."
     import dermnb
 
-    package = Path(dermnb.__file__).parent
-    places = [project_root() / "nbs", package / "nbs", package.parent / "nbs"]
+    places = [project_root() / "nbs", Path(dermnb.__file__).parent.parent / "nbs"]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for file in importlib.metadata.files("dermnb") or ():  # of a wheel
+            if file.match("share/dermnb/experiments/train.ipynb"):
+                places.append(Path(file.locate()).resolve().parent.parent)
     for folder in places:
         if (folder / "experiments" / "train.ipynb").is_file():
             return folder
