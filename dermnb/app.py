@@ -635,6 +635,7 @@ _OPTIONS = {
     "client.toolbarMode": "minimal",
     "client.showErrorDetails": "none",
     "client.showErrorLinks": "false",
+    "logger.level": "warning",
     "logger.hideWelcomeMessage": "true",  # to print it, the address would be looked up
     "runner.magicEnabled": "false",
     "server.enableAgentApi": "false",

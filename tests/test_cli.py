@@ -16,7 +16,7 @@ from test_datasets import jpeg, put
 from typer.testing import CliRunner
 
 from dermnb.cli import app
-from dermnb.core import ConfigError, ExperimentConfig, make_config
+from dermnb.core import GREETINGS, ConfigError, ExperimentConfig, make_config
 from dermnb.runs import RUN_FILES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -226,6 +226,9 @@ def suite(tmp_path_factory, demo_dir):
 
 def test_suite_end_to_end(suite):
     folder, _, done = suite
+    lines = done.stdout.splitlines()
+    said = [i for i, line in enumerate(lines) if (folder / "r/two/index.html").as_uri() in line]
+    assert said and said[0] < min(i for i, line in enumerate(lines) if "cnn]" in line)
     assert done.returncode == 1, done.stderr
     assert "broken failed" in done.stderr and "bad.weights.h5" in done.stderr
     assert "child failed: It builds on broken, which failed." in done.stderr
@@ -238,6 +241,30 @@ def test_suite_end_to_end(suite):
     assert list(history["epoch"]) == [1, 2]
     page = (folder / "r/two/index.html").read_text()
     assert "broken" in page and "failed" in page and "<b>runs</b>" not in page
+
+
+def test_only_our_own_lines_are_shown(suite, demo_dir):
+    "No greeting of TensorFlow's libraries, unless asked for."
+    folder, _, done = suite
+    assert all(line.startswith(("broken", "child")) for line in done.stderr.splitlines()), done.stderr
+    image = next((demo_dir / "ISIC_2019_Training_Input").glob("*.jpg"))
+    asked = ["predict", image, "--model", folder / "r/two/cnn"]
+    assert call(*asked).stderr == ""
+    assert GREETINGS.search(call("--verbose", *asked).stderr)
+
+
+def test_errors_of_libraries_and_a_crash_get_through():
+    said = (
+        "I0000 00:00:1795716087.541635   12488 port.cc:153] custom operations are on.",
+        "F0000 00:00:1795716087.541635   12488 tensor.cc:8] Check failed: 1 == 2",
+    )
+    code = (
+        "import os, sys; from dermnb import cli; cli._load_keras();"
+        f"[os.write(2, (line + chr(10)).encode()) for line in {said}];"
+        "print('ours', file=sys.stderr); os.abort()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode < 0 and sorted(done.stderr.splitlines()) == [said[1], "ours"]
 
 
 def test_run_folder_says_nothing_of_this_machine(suite):
@@ -284,3 +311,14 @@ def test_audit_of_datasets_and_of_finished_runs(demo_dir, tmp_path):
     assert wrong.returncode == 2 and "did you mean 'demo'" in wrong.stderr
     nothing = call("audit", tmp_path)
     assert nothing.returncode == 2 and "finished run" in nothing.stderr
+
+
+def test_the_smallest_run_is_first_and_the_largest_next():
+    from dermnb.suites import _in_turn, load_suite, resolve_suite
+
+    plan = resolve_suite(load_suite("demo"), "cpu")
+    order = [p.config.run for p in _in_turn({p.config.run: p for p in plan})]
+    assert order == ["cnn", "efficientnetb7", "efficientnetb5", "xception"]
+    plan = resolve_suite(load_suite("cnn_ensemble"), "smoke")
+    order = [p.config.run for p in _in_turn({p.config.run: p for p in plan})]
+    assert all(order.index(q) < order.index(p.config.run) for p in plan for q in p.parents)

@@ -283,6 +283,43 @@ def test_hostile_names_are_text(tmp_path):
     assert "<script>alert(2)</script>" in page.prose  # shown as it was written
 
 
+def test_the_page_grows_as_runs_end(tmp_path, monkeypatch):
+    "It is there after the first run, says what is to come, and a fault in it stops no run."
+    from dermnb import report, suites
+
+    page, said, seen = tmp_path / "r/two/index.html", [], []
+
+    def execute(todo, total, reports, *others):
+        for i, run in enumerate(todo):
+            make_run(tmp_path / "r/two" / run, seed=i, resamples=20)
+            yield {"run": run, "status": "done", "error": "", "seconds": 1}
+            seen.append(page.read_text() if page.is_file() else "")
+
+    monkeypatch.setattr(suites, "_execute_all", execute)
+    content = {"title": "t", "question": "q", "runs": {"a": {}, "b": {}, "c": {}}}
+    write_json(tmp_path / "two.yaml", content)
+    suites.run_suite(tmp_path / "two.yaml", reports=tmp_path / "r", say=said.append)
+    assert page.as_uri() in said[0]
+    assert "1 of 3 runs finished (b and c have no results yet)" in seen[0]
+    assert "2 of 3 runs finished (c has no results yet)" in seen[1]
+    assert 'href="a/report.html"' in seen[0] and 'href="b/report.html"' not in seen[0]
+    assert "no results yet" not in page.read_text()
+    for run in "abc":
+        shutil.rmtree(tmp_path / "r/two" / run)
+    page.unlink()
+    faults = iter([ValueError("no page"), ValueError("no page"), None])
+    build = report.build_report
+
+    def faulty(folder):
+        if fault := next(faults):
+            raise fault
+        return build(folder)
+
+    monkeypatch.setattr(report, "build_report", faulty)
+    assert suites.run_suite(tmp_path / "two.yaml", reports=tmp_path / "r", say=said.append)[0] == page
+    assert said.count("the report waits for the other runs: ValueError: no page") == 2
+
+
 def test_odd_suites(tmp_path):
     with pytest.raises(ConfigError, match="not a folder"):
         build_report(tmp_path / "nowhere")
