@@ -128,7 +128,8 @@ def data_check(
 def _print_problems(problems) -> int:
     from dermnb.datasets import BLOCKING, problem_counts
 
-    problems = problems[problems["kind"].isin(BLOCKING)]
+    stops = problems["kind"].isin(BLOCKING).any()
+    problems = problems[problems["kind"].isin([*BLOCKING, "not trained"])]
     if problems.empty:
         print("no problems")
         return 0
@@ -137,10 +138,10 @@ def _print_problems(problems) -> int:
         some = problems[problems["kind"] == kind]
         print(f"  {n:,} {kind}")
         for row in some.head(10).fillna("").itertuples():
-            print(f"    {row.image_id}: {row.detail}")
+            print("    " + ": ".join(filter(None, (row.image_id, row.detail))))
         if n > 10:
             print(f"    and {n - 10:,} more")
-    return 1
+    return int(stops)
 
 
 def _same_images(manifest) -> list[str]:

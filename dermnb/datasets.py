@@ -13,6 +13,7 @@ __all__ = ['MANIFEST_COLUMNS', 'DATASETS', 'BLOCKING', 'Taxonomy', 'taxonomy_nam
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import io
 import os
@@ -39,7 +40,9 @@ from .core import ConfigError, listing, progress, project_root, unknown_name
 from .pictures import IMAGE_SUFFIXES, UNREAD_FORMATS, file_name, open_picture, shown
 from dermnb.values import (
     find_columns,
+    is_fold_name,
     is_folder_word,
+    is_patient_name,
     is_unknown,
     likely_column,
     normalise_label,
@@ -222,6 +225,7 @@ def load_taxonomy(
 
 # %% ../nbs/02_datasets.ipynb #b673c8a2
 _MASK_SUFFIX = re.compile(r"_(segmentation|mask|superpixels)$", re.IGNORECASE)
+_LOST = -1  # bytes of a link that leads nowhere
 _PASSED_OVER = ("__macosx", "thumbs.db", "desktop.ini")  # of operating systems
 
 
@@ -288,6 +292,8 @@ def _walk(
                 yield from _walk(Path(entry.path), f"{name}/", seen)
             elif entry.is_file():
                 yield ImageFile(name, shown(entry.path), entry.stat().st_size)
+            elif entry.is_symlink():
+                yield ImageFile(name, shown(entry.path), _LOST)
 
 
 def _zip_members(path: str, notes: list) -> Iterator[ImageFile]:
@@ -307,10 +313,11 @@ def _zip_members(path: str, notes: list) -> Iterator[ImageFile]:
                 name = name.encode("cp437").decode("utf-8")
             except UnicodeError:
                 odd += 1
-        parts = name.lower().split("/")
+        rel = name.replace("\\", "/")  # as some programs on Windows write
+        parts = rel.lower().split("/")
         hidden = any(p.startswith(".") or p in _PASSED_OVER for p in parts)
-        if not member.is_dir() and not hidden:
-            yield ImageFile(name, f"{path}::{name}", member.file_size)
+        if not rel.endswith("/") and not hidden:
+            yield ImageFile(rel, f"{path}::{name}", member.file_size)
     if odd:
         told = f"{odd:,} names in {os.path.basename(path)} are not in UTF-8 and are misread"
         notes.append(("names", f"{told}: pack the archive with UTF-8 names"))
@@ -540,7 +547,10 @@ def read_table(
         )
     table.columns = [str(c).strip() for c in table.columns]
     for column in required:
-        if column not in table:
+        same = [c for c in table if c.casefold() == column.casefold()]
+        if column not in table and len(same) == 1:
+            table = table.rename(columns={same[0]: column})
+        elif column not in table:
             error = unknown_name("column", column, table.columns)
             raise ConfigError(f"{path}: {error}")
     if not len(table):
@@ -619,6 +629,7 @@ def _take_columns(
     given: dict[str, str] | None = None,  # manifest column -> the table's; "": none
     used: Iterable[str] = (),  # columns that are read as something else
     named: Iterable[str] = (),  # how, for the account
+    mapping: Path | None = None,  # where a column can be left out, for the error
 ) -> pd.DataFrame:
     # The columns that a manifest can have, understood.
     given = given or {}
@@ -633,7 +644,11 @@ def _take_columns(
         if value_kind(column) is None:
             taken[column] = raw[name]
             continue
-        cells = read_cells(raw[name], column, str(path), name)
+        try:
+            cells = read_cells(raw[name], column, str(path), name)
+        except ConfigError as error:
+            way = f"'columns: {{{column}: }}' in {mapping} leaves the column out."
+            raise ConfigError(f"{error} {way}" if mapping else str(error)) from None
         taken[column] = cells.values
         if cells.unknown:
             unknown.append(f"{name} {_quoted(cells.unknown)}")
@@ -649,7 +664,8 @@ def _take_columns(
     if changed:
         account.found.append(("read as", "; ".join(changed)))
     rest = [c for c in raw if c not in used and c not in columns.values()]
-    account.not_used += _not_used_columns(rest, columns, path)
+    read = {m: c for m, c in given.items() if c} | columns
+    account.not_used += _not_used_columns(rest, read, path)
     return pd.DataFrame(taken, index=raw.index)
 
 
@@ -674,11 +690,21 @@ def _not_used_columns(rest: list[str], columns: dict[str, str], path: Path) -> l
     ]
 
 
+def _named(folder: Path, *names: str) -> Path | None:
+    # The file of the first of the names that is there, also in another case.
+    there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    for name in names:
+        same = [n for n in there if n.casefold() == name.casefold()]
+        for found in sorted(same, key=lambda n: n != name):
+            if (folder / found).is_file():
+                return folder / found
+    return None
+
+
 def _find_table(folder: Path, *names: str) -> Path:
     for place in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
-        for name in names:
-            if (place / name).is_file():
-                return place / name
+        if found := _named(place, *names):
+            return found
     raise ConfigError(f"there is no {names[0]} in {folder}{_found_instead(folder)}.")
 
 
@@ -736,17 +762,34 @@ def _from(column: str, name: str) -> str:
     return column if name == column else f"{column} from {name}"
 
 # %% ../nbs/02_datasets.ipynb #4ad11534
+@functools.cache
+def _known_labels() -> frozenset[str]:
+    # Words for diagnoses in any of the built-in taxonomies, as they are compared.
+    names = taxonomy_names()
+    return frozenset(label for name in names for label in load_taxonomy(name)._lookup)
+
+
+def _is_known(label: str) -> bool:
+    return normalise_label(label) in _known_labels()
+
+
+_MARKS = {"true": "1", "yes": "1", "false": "0", "no": "0"}
+
+
+def _marks(column: pd.Series) -> pd.Series:
+    # 1 and 0 as they are written: 1.0, True, yes; NaN for other cells.
+    words = column.str.lower()
+    return pd.to_numeric(words.map(_MARKS).fillna(words), errors="coerce")
+
+
 def _one_hot_columns(raw: pd.DataFrame, free: Iterable[str]) -> list[str]:
     # One column a class: all 0 or 1, and of each image no more than one is 1.
     marks = {}
     for name in free:
-        cells = raw[name].dropna().unique()
-        if len(cells) and set(cells) <= {"0", "1", "0.0", "1.0"}:
-            marks[name] = raw[name].isin(["1", "1.0"]).to_numpy()
-    codes = {
-        normalise_label(k) for t in taxonomy_names() for k in load_taxonomy(t)._lookup
-    }
-    known = [name for name in marks if normalise_label(name) in codes]
+        cells = _marks(raw[name]).dropna()
+        if len(cells) == raw[name].notna().sum() > 0 and set(cells) <= {0, 1}:
+            marks[name] = (_marks(raw[name]) == 1).to_numpy()
+    known = [name for name in marks if _is_known(name)]
     for names in (list(marks), known):
         marked = np.sum([marks[n] for n in names], axis=0)
         if len(names) >= 2 and (marked <= 1).all() and marked.mean() > 0.5:
@@ -759,7 +802,7 @@ def _onehot_labels(
 ) -> list[tuple]:
     if not names:
         raise ConfigError(f"{where} has no class columns beside 'image'.")
-    marks = table[names].apply(pd.to_numeric, errors="coerce")
+    marks = table[names].apply(_marks)
     wrong = marks.isna().to_numpy()
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
@@ -811,7 +854,7 @@ def _label_table(
     if given.get("path"):
         table["file"] = raw[given["path"]]
     used = {v for k, v in given.items() if k not in _EXTRA_COLUMNS} | set(classes)
-    extra = _take_columns(raw, path, account, given, used, told)
+    extra = _take_columns(raw, path, account, given, used, told, mapping)
     return pd.concat([table, extra], axis=1)
 
 
@@ -842,15 +885,26 @@ def _refuse_pixels(raw: pd.DataFrame, path: Path) -> None:
         )
 
 
+_READ_TABLES = (".csv", ".tsv", ".tab")
+_TABLES = (*_READ_TABLES, ".xlsx", ".xls", ".ods", ".jsonl", ".parquet")
+
+
+def _tables_in(folder: Path) -> list[Path]:
+    # The CSVs; where there is none, the tables with tabs.
+    visible = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    found = [p for p in visible if p.suffix.lower() in _READ_TABLES and p.is_file()]
+    return [p for p in found if p.suffix.lower() == ".csv"] or found
+
+
 def _split_tables(folder: Path, wanted: str = "") -> dict[str, Path]:
     # split -> table, where files are named train.csv, ..._Test_GroundTruth.csv
     found = {}
     for place in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
-        for name in sorted(n for n in os.listdir(place) if n.lower().endswith(".csv")):
-            if re.search(wanted, name, re.IGNORECASE) and (
-                split := split_word(name[:-4])
+        for path in _tables_in(place):
+            if re.search(wanted, path.name, re.IGNORECASE) and (
+                split := split_word(path.stem)
             ):
-                found.setdefault(split, place / name)
+                found.setdefault(split, path)
     return {s: found[s] for s in ("train", "val", "test") if s in found}
 
 
@@ -891,10 +945,10 @@ def read_isic2019(
     parts, problems, account = [], [], Account()
     for part, split in (("Training", "train"), ("Test", "test")):
         name = f"ISIC_2019_{part}_GroundTruth.csv"
-        if part == "Test" and not (folder / name).is_file():
+        if part == "Test" and not _named(folder, name):
             continue
         truth_path = _find_table(folder, name)
-        extra_path = _find_table(folder, f"ISIC_2019_{part}_Metadata.csv")
+        extra_path = _named(truth_path.parent, f"ISIC_2019_{part}_Metadata.csv")
         truth = read_table(truth_path, ["image"])
         classes = [c for c in truth if c != "image" and c not in _KNOWN_COLUMNS]
         table = pd.DataFrame({"image_id": truth["image"]})
@@ -902,10 +956,14 @@ def read_isic2019(
         told = f"{truth_path.name}, {_many(len(truth), 'row')}: label from {listing(classes, 10)}"
         account.found.append(("table", told))
         account.tables.add(truth_path.name)
-        table, found, _ = _add_beside(
-            table, read_table(extra_path, ["image"]), extra_path, account
-        )
-        problems += found
+        if extra_path:
+            table, found, _ = _add_beside(
+                table, read_table(extra_path, ["image"]), extra_path, account
+            )
+            problems += found
+        else:
+            told = f"there is no ISIC_2019_{part}_Metadata.csv, so age, sex, site and"
+            account.found.append(("table", f"{told} lesions are not known"))
         parts.append(table.assign(split=split))
     if len(parts) == 1:
         parts[0] = parts[0].drop(columns="split")
@@ -940,7 +998,7 @@ def read_ham10000(
         path = folder / f"ISIC2018_Task3_Test_GroundTruth{suffix}"
         if path.is_file():
             tables.setdefault("test", path)
-    if tables and not any((folder / name).is_file() for name in names):
+    if tables and not _named(folder, *names):
         table = _label_tables(tables, account)
         beside = [p for p in sorted(folder.glob("*.csv")) if p not in tables.values()]
         for path in beside:
@@ -987,8 +1045,13 @@ def read_isic_archive(
 ) -> Source:
     "Read a metadata export of the ISIC archive."
     path, account = _find_table(folder, "metadata.csv"), Account()
-    raw = read_table(path, ["isic_id", "diagnosis_1"])
+    raw = read_table(path, ["isic_id"])
     levels = [f"diagnosis_{n}" for n in (5, 4, 3, 2, 1) if f"diagnosis_{n}" in raw]
+    older = ("diagnosis", "benign_malignant")  # in exports of former years
+    levels = levels or [c for c in older if c in raw]
+    if not levels:
+        error = unknown_name("column", "diagnosis_1", raw.columns)
+        raise ConfigError(f"{path}: {error}")
     table = pd.DataFrame({"image_id": raw["isic_id"]})
     table["labels"] = [
         tuple(x for x in row if not pd.isna(x))
@@ -1000,14 +1063,19 @@ def read_isic_archive(
     return Source(table, list_files(folder), account=account)
 
 # %% ../nbs/02_datasets.ipynb #05dcdcdb
+def _is_no_label(label: str) -> bool:
+    return is_unknown(label, value_kind("label").unknown)
+
+
 def _own_taxonomy(folder: Path, labels: Sequence[str]) -> Taxonomy:
-    for name in ("taxonomy.yaml", "taxonomy.yml"):
-        if (folder / name).is_file():
-            return load_taxonomy(folder / name)
+    if path := _named(folder, "taxonomy.yaml", "taxonomy.yml"):
+        return load_taxonomy(path)
     # One class for all spellings, written as the first of them; in one Unicode form, so
     # that a tree copied from macOS has the same classes elsewhere.
     spelt = {}
     for label in sorted({unicodedata.normalize("NFC", c) for c in labels}):
+        if _is_no_label(label):
+            continue
         spelt.setdefault(normalise_label(label), label)
     classes = tuple(spelt.values())
     return Taxonomy("own", classes, {c: c for c in classes}, {})
@@ -1036,6 +1104,7 @@ class _Layout(NamedTuple):
     labels: list[tuple | None]  # of each image its class folder and those in it;
     # (): it is in none; None: it is in a folder beside, which is told
     splits: list[str | None]
+    patients: list[str | None]
     wrapper: str  # folder that holds everything, with / at its end, or ""
 
 
@@ -1081,27 +1150,106 @@ def _layout(parts: list[list[str]], folder: Path, account: Account) -> _Layout:
         ]
         inside = [p for p in parts if p]
         level, start = start, start + 1
+    patients = _patient_level(inside, start, level)
+    if patients == start:
+        start += 1
+    again = [] if splits else _repeated(inside, start)
+    if again:
+        told = f"{_counted(n for n in at(start) if n in again)}: the same classes again"
+        account.not_used.append(("folders", told))
+        inside = [p for p in inside if len(p) <= start or p[start] not in again]
+    _refuse_crossed(inside, start, {level, patients}, folder)
     classes = at(start)
-    odd = [name for name in classes if split_word(name) or is_folder_word(name)]
+    odd = [
+        name
+        for name in classes
+        if split_word(name)
+        or is_folder_word(name)
+        or is_fold_name(name)
+        or is_patient_name(name)
+    ]
     if odd:
         raise ConfigError(
             f"{folder} has the folders {_counted(classes)}, and {listing(dict.fromkeys(odd), 4)} "
             "is no name of a class: give the folder whose subfolders are the classes, or "
             "train, val and test; or move the others away."
         )
-    labels, words = [], []
+    labels, words, persons, flat, below = [], [], [], [], []
+    others = level, patients
     for p in parts:
         beside = bool(splits) and len(p) > level and p[level] not in splits
+        beside |= len(p) > start and p[start] in again
         used = not beside and len(p) > max(start, level or 0)
-        rest = [name for i, name in enumerate(p) if i >= start and i != level]
+        if splits and not beside and not used and len(p) > level:
+            flat.append(p[level])
+            beside = True
+        rest = [n for i, n in enumerate(p) if i >= start and i not in others]
         labels.append(tuple(rest) if used else None if beside else ())
         words.append(split_word(p[level]) if used and level is not None else None)
+        of_one = used and patients is not None and len(p) > patients
+        persons.append(p[patients] if of_one else None)
+        below += rest[1:2] if used else []
+    if flat:
+        told = f"{_counted(flat)}: in no class folder, so they have no label"
+        account.not_used.append(("images", told))
     if level is not None:
         names = dict.fromkeys(p[level] for p, label in zip(parts, labels) if label)
+        are = "is" if len(names) == 1 else "are"
         account.found.append(
-            ("folders", f"{listing([f'{n}/' for n in names])} are the split")
+            ("folders", f"{listing([f'{n}/' for n in names])} {are} the split")
         )
-    return _Layout(labels, words, wrapper)
+    if any(persons):
+        many = _many(len(set(filter(None, persons))), "folder name")
+        account.found.append(("folders", f"patient_id from {many}"))
+    if below:
+        told = f"{_counted(below)} below the classes: no class of their own, unless"
+        account.found.append(("folders", f"{told} a taxonomy has it"))
+    return _Layout(labels, words, persons, wrapper)
+
+
+def _patient_level(inside: list, start: int, level: int | None) -> int | None:
+    # Where folders are named like patients: above the classes, or below them.
+    for here in range(start, start + 3):
+        names = [p[here] for p in inside if len(p) > here]
+        if here == level or not names or not all(map(is_patient_name, names)):
+            continue
+        below = [p[here + 1] if len(p) > here + 1 else "" for p in inside]
+        if here > start or all(map(_is_known, below)):
+            return here
+    return None
+
+
+def _repeated(inside: list, start: int) -> set[str]:
+    # Folders beside the classes that hold nothing but the same classes again.
+    direct = {normalise_label(p[start]) for p in inside if len(p) == start + 1}
+    below: dict[str, set] = {}
+    for p in inside:
+        if len(p) > start:
+            name = normalise_label(p[start + 1]) if len(p) > start + 1 else ""
+            below.setdefault(p[start], set()).add(name)
+    return {top for top, names in below.items() if len(names) > 1 and names <= direct}
+
+
+def _refuse_crossed(inside: list, start: int, others: set, folder: Path) -> None:
+    # fold1/mel, fold2/mel: each folder of the one level holds all of the other, and
+    # which of them are the classes cannot be told, unless they are known diagnoses.
+    below: dict[str, set] = {}
+    for p in inside:
+        if len(p) > start:
+            rest = [n for i, n in enumerate(p) if i > start and i not in others]
+            below.setdefault(p[start], set()).update(rest[:1])
+    held, names = list(below.values()), set().union(*below.values())
+    same = len(names) > 1 and all(h == names for h in held)
+    shared = sum(map(len, held)) > len(names) and all(map(_is_known, names))
+    if len(held) < 2 or not (same or shared) or all(map(_is_known, below)):
+        return
+    tops = [p[start] for p in inside if len(p) > start]
+    raise ConfigError(
+        f"{folder} has {_counted(tops)}, and each of them holds folders of the same "
+        f"names ({listing([f'{n}/' for n in sorted(names)], 6)}), so either may be the "
+        "classes: put one folder a class at the top, or list the images in a CSV with "
+        "image_id, label and, where the folders say so, patient_id or split."
+    )
 
 
 def _splits_in_names(tops: list[str]) -> dict[str, tuple[str, str]]:
@@ -1152,27 +1300,46 @@ def read_folders(
     if any(split for _, _, split in kept):
         table["split"] = [split for _, _, split in kept]
     table["lesion_id"] = table["image_id"]
+    persons = {image.path: p for image, p in zip(files.images, layout.patients) if p}
+    if persons:
+        table["patient_id"] = table["file"].map(persons).astype("string")
     problems = []
-    for path in dict.fromkeys(
-        (folder / "metadata.csv", folder / layout.wrapper / "metadata.csv")
-    ):
-        if path.is_file():
-            table, problems = _add_metadata(table, path, account)
-            break
+    names = "metadata.csv", "metadata.tsv"
+    path = _named(folder, *names) or _named(folder / layout.wrapper, *names)
+    if path:
+        table, problems = _add_metadata(table, path, account)
     else:
-        for path in sorted(folder.glob("*.csv")):
+        for path in _tables_in(folder):
             with contextlib.suppress(ConfigError):
-                if find_columns(read_table(path), ["image_id"]):
-                    told = (
-                        f"{path.name} (to have its columns read, call it metadata.csv)"
-                    )
+                columns = find_columns(read_table(path), ["image_id", *_EXTRA_COLUMNS])
+                if columns.pop("image_id", None):
+                    some = f" with {listing(columns, 6)}" if columns else ""
+                    told = f"{path.name}{some} (to have it read, call it metadata.csv)"
                     account.not_used.append(("tables", told))
                     account.tables.add(path.name)
+    account.not_used += _without_images(folder, files)
     taxonomy = _own_taxonomy(folder, [labels[0] for _, labels, _ in kept])
     files = files._replace(
         images=[image for image, labels, _ in rows if labels is not None]
     )
     return Source(table, files, problems, taxonomy, account=account)
+
+
+def _without_images(folder: Path, files: Files) -> list[tuple[str, str]]:
+    # The outermost folders that hold neither an image nor a mask.
+    held = {
+        "/".join(parts[:n])
+        for parts in (file.rel.split("/") for file in files.images + files.masks)
+        for n in range(1, len(parts))
+    }
+    bare = []
+    for place, names, _ in os.walk(folder):
+        inside = [n for n in names if n[0] != "." and n.lower() not in _PASSED_OVER]
+        rel = {n: shown(Path(place, n).relative_to(folder).as_posix()) for n in inside}
+        names[:] = [n for n in inside if rel[n] in held]
+        bare += [f"{rel[n]}/" for n in inside if rel[n] not in held]
+    told = f"{listing(sorted(bare), 6)}: without any image"
+    return [("folders", told)] if bare else []
 
 
 def _add_metadata(table: pd.DataFrame, path: Path, account: Account) -> tuple:
@@ -1207,7 +1374,7 @@ def _read_mapping(folder: Path, table: Path | None) -> dict:
     names = ["dataset.yaml", "dataset.yml"]
     if table is not None:
         names = [f"{table.stem}.yaml", f"{table.stem}.yml", *names]
-    path = next((folder / n for n in names if (folder / n).is_file()), None)
+    path = _named(folder, *names)
     mapping = _read_yaml(path) if path else {}
     for key in mapping:
         if key not in _MAPPING_KEYS:
@@ -1226,15 +1393,18 @@ def _read_mapping(folder: Path, table: Path | None) -> dict:
 
 def _csv_tables(folder: Path) -> dict[str, Path]:
     # split, or "" -> table: the only CSV, or train.csv, val.csv and test.csv
+    found = _tables_in(folder)
     visible = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
-    found = [p for p in visible if p.suffix.lower() == ".csv" and p.is_file()]
     folders = [p for p in visible if p.is_dir()]
     if len(found) != 1 and len(splits := _split_tables(folder)) > 1:
         return splits
-    if not found and len(folders) == 1:  # a wrapper
+    others = [p for p in visible if p.suffix.lower() in _TABLES and p not in found]
+    if not found and not others and len(folders) == 1:  # a wrapper
         return _csv_tables(folders[0])
     if len(found) != 1:
         names = listing([shown(p.name) for p in found], 8) or "none"
+        if others and not found:
+            names += f", but {listing([shown(p.name) for p in others], 4)}: save as CSV"
         raise ConfigError(
             f"{folder} must hold one CSV, or train.csv, val.csv and test.csv, or a "
             f"dataset.yaml with 'table: NAME.csv' (found: {names})."
@@ -1410,7 +1580,7 @@ def problem_counts(
 ) -> dict[str, int]:
     "How many of each kind, those that stop a run first."
     counts = problems["kind"].value_counts()
-    order = [*BLOCKING, "unlisted", "left out", "no images"]
+    order = [*BLOCKING, "not trained", "unlisted", "left out", "no images"]
     return {kind: int(counts[kind]) for kind in order if kind in counts}
 
 
@@ -1487,6 +1657,8 @@ def _label_of(taxonomy: Taxonomy, labels: tuple) -> tuple[str | None, str, str]:
     try:
         code = taxonomy.code(*labels)
     except KeyError:
+        if all(map(_is_no_label, labels)):
+            return None, "unknown label", f"no label ({labels[0]!r})"
         near = taxonomy.nearest(labels[0])
         hint = f"; nearest: {near!r}" if near else ""
         text = " / ".join(labels)
@@ -1545,8 +1717,10 @@ def build_manifest(
             row_problems.append(
                 ("duplicate id", f"different files of that name: {others}")
             )
-        elif found and found[0].size == 0:
-            row_problems.append(("unreadable", "zero bytes"))
+        elif found and found[0].size <= 0:
+            lost = found[0].size == _LOST
+            why = "a link that leads nowhere" if lost else "zero bytes"
+            row_problems.append(("unreadable", why))
         for kind, detail in row_problems:
             problems.append((kind, image_id, path, detail))
             keep[row] = False
@@ -1740,9 +1914,6 @@ def _values_found(manifest: pd.DataFrame) -> list[tuple[str, str]]:
     return [("values", "; ".join(told) or "no age, sex or site")]
 
 
-_TABLES = (".csv", ".tsv", ".tab", ".xlsx", ".xls", ".ods", ".jsonl", ".parquet")
-
-
 def _files_not_used(others: list[ImageFile], account: Account) -> list[tuple[str, str]]:
     rest, told = {"images": [], "files": []}, []
     archives, tables = [], []
@@ -1791,15 +1962,9 @@ def _complete(
         "" if dataset.taxonomy.name == "own" else f" (taxonomy {dataset.taxonomy.name})"
     )
     first.append(("classes", f"{listing(classes, 12)}{own}"))
-    odd = [c for c in dataset.classes if is_unknown(c)]
-    if odd:
-        first.append(
-            (
-                "classes",
-                f"{listing(map(repr, odd))} is a class, and looks like no diagnosis",
-            )
-        )
     if manifest["split"].notna().any():
+        untrained = problems["detail"][problems["kind"] == "not trained"]
+        first += [("classes", detail) for detail in untrained]
         counts = manifest["split"].fillna("none").value_counts()
         first.append(("split", listing([f"{s} {counts[s]:,}" for s in counts.index])))
     found[:] = (
@@ -1827,6 +1992,32 @@ def _complete(
     account.not_used += _files_not_used(files.others, account)
 
 
+def _with_images(taxonomy: Taxonomy, kept: pd.DataFrame, account: Account) -> Taxonomy:
+    # A class that only a folder's or a label's name makes is no output of a network
+    # before it has an image. Two stay, so that what is wrong with the images is told.
+    have = [c for c in taxonomy.classes if (kept["label"] == c).any()]
+    if len(have) == len(taxonomy.classes) or len(have) < 2:
+        return taxonomy
+    none = [c for c in taxonomy.classes if c not in have]
+    account.not_used.append(("classes", f"{listing(none, 8)}: without any image"))
+    return Taxonomy(taxonomy.name, tuple(have), {c: c for c in have}, {})
+
+
+def _never_trained(kept: pd.DataFrame) -> list[tuple]:
+    # Classes that only validation or test images have, where the split is given.
+    counts = kept["label"].value_counts()
+    trained = kept["label"][kept["split"].fillna("train") == "train"].unique()
+    if not len(trained):
+        return []
+    keys, problems = {normalise_label(c): c for c in trained}, []
+    for name in sorted(set(counts.index) - set(trained)):
+        near = difflib.get_close_matches(normalise_label(name), keys, 1, 0.6)
+        meant = f"; is it {keys[near[0]]!r}?" if near else ""
+        detail = f"class {name!r} has {_many(counts[name], 'image')}, none for training"
+        problems.append(("not trained", pd.NA, pd.NA, f"{detail}{meant}"))
+    return problems
+
+
 def inspect_dataset(
     name: str,  # a row of DATASETS
     data_dir: str | Path = "",  # its folder; empty: data/<name> of the project
@@ -1841,12 +2032,15 @@ def inspect_dataset(
     source = spec.reader(folder)
     chosen = chosen or source.taxonomy or load_taxonomy(spec.taxonomy)
     if len(chosen.classes) < 2:
-        raise ConfigError(
-            f"{name} in {folder} has only the class {chosen.classes[0]!r}; a "
-            "classifier needs two."
-        )
+        one = f"only the class {chosen.classes[0]!r}" if chosen.classes else "no class"
+        raise ConfigError(f"{name} in {folder} has {one}; a classifier needs two.")
     spec = dataclasses.replace(spec, **source.about)
     manifest, problems, keep = build_manifest(source, chosen, spec.images_optional)
+    if chosen is source.taxonomy and chosen.name == "own":
+        chosen = _with_images(chosen, manifest[keep], source.account)
+    problems = pd.concat(
+        [problems, _problem_table(_never_trained(manifest[keep]))], ignore_index=True
+    )
     if verify:
         faults = _problem_table(_verify(manifest, keep))
         problems = pd.concat([problems, faults], ignore_index=True)

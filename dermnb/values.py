@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN_WORDS', 'KINDS', 'COLUMN_NAMES', 'LIKELY_NAMES', 'normalise_label', 'is_unknown', 'ValueKind', 'split_word',
-           'is_folder_word', 'Cells', 'value_kind', 'read_cells', 'understand', 'find_columns', 'likely_column']
+           'is_patient_name', 'is_fold_name', 'is_folder_word', 'Cells', 'value_kind', 'read_cells', 'understand',
+           'find_columns', 'likely_column']
 
 # %% ../nbs/01_values.ipynb #8bc882b5
 import re
@@ -45,7 +46,7 @@ UNKNOWN_WORDS = frozenset(
     missing, empty, blank, not specified, not available, not applicable, not reported,
     not recorded, not provided, not given, not stated, not documented, not determined,
     unspecified, unavailable, undefined, undetermined, no data, no information, no
-    value, no answer, n.d.,   
+    value, no answer, n.d., n.n.,
       prefer not to say, prefer not to answer, unbekannt, nicht
     bekannt, keine angabe, keine angaben, ohne angabe, k.a., k. a., nicht angegeben,
     fehlt, fehlend, inconnu, inconnue, non connu, non renseigné, non précisé, non
@@ -60,6 +61,10 @@ UNKNOWN_WORDS = frozenset(
 
 
 _DIGIT = re.compile(r"\d")
+_OF_WHAT = re.compile(
+    r"\b(site|location|localization|sex|gender|age|size|skin type|skin tone|type|patient"
+    r"|lesion|id|diagnosis|label|class)\b"
+)
 
 
 def is_unknown(
@@ -73,7 +78,9 @@ def is_unknown(
     if _DIGIT.search(text):  # no word has one: an id is soon known to be none
         return text in also
     word = _plain(text)
-    return not word or word in UNKNOWN_WORDS or word in also
+    if not word or word in UNKNOWN_WORDS or word in also:
+        return True
+    return " " in word and _OF_WHAT.sub("", word).strip() in UNKNOWN_WORDS
 
 # %% ../nbs/01_values.ipynb #8dbb8838
 def _words(**spellings: str) -> dict[str, str]:
@@ -104,6 +111,11 @@ _NO_IDS = frozenset(
         "-1, -1.0, anonymous, anonymized, anonymised, redacted, withheld, xxx, xxxx, tbd"
     )
 )
+_NO_LABELS = frozenset(_list("""
+    -1, unlabeled, unlabelled, not labeled, not labelled, no label, nolabel, without label,
+    unlabeled data, undiagnosed, not diagnosed, no diagnosis, uncategorized,
+    uncategorised, ohne diagnose, sans diagnostic, tbd
+"""))
 _SEXES = _words(
     male="""m, male, man, boy, masculine, mann, männlich, homme, masculin, h, hombre,
         masculino, maschio, uomo, erkek, mężczyzna, мужской, 男, 男性, 남""",
@@ -111,6 +123,7 @@ _SEXES = _words(
         femenino, feminino, femmina, donna, kadın, kobieta, женский, 女, 女性, 여""",
 )
 _ROMAN = dict(zip(("i", "ii", "iii", "iv", "v", "vi"), "123456"))
+_BETWEEN = ("and", "to", "or", "bis", "und", "type", "typ")
 _TONES = {*map(str, range(1, 11)), "12", "34", "56"}
 _SPLITS = {
     "train": "train|training|trn|learn|learning|entrainement|apprentissage|entrenamiento"
@@ -129,10 +142,13 @@ def _tone(text: str) -> str | None:
     word = re.sub(
         r"^(fitzpatrick|monk|mst|fst|skin|tone|type|typ|\s|\W)+", "", _plain(text)
     )
-    word = re.sub(r"\.0$", "", _ROMAN.get(word, word))
-    if word in _TONES or not re.search(r"\d", word):
+    parts = re.split(r"\W+", re.sub(r"\.0\b", "", word))
+    numbers = [_ROMAN.get(part, part) for part in parts if part not in _BETWEEN]
+    if not any(map(_DIGIT.search, numbers)):
         return word or None
-    return None
+    tone = "".join(numbers)  # III-IV and 3/4 are 34
+    few = len(numbers) == 1 or tone in ("12", "34", "56")
+    return tone if few and tone in _TONES else None
 
 
 def split_word(
@@ -144,6 +160,24 @@ def split_word(
         if re.fullmatch(f"(?:{_FILE_WORDS})*(?:{words})(?:{_FILE_WORDS})*", word):
             return split
     return None
+
+
+_NUMBERED = r"[\W_]*(?:id|no|nr|number)?[\W_]*[a-z]{0,3}[\W_]*\d+"
+_PATIENT = re.compile(
+    "(?:patient|patienten|patiente|paciente|paziente|hasta|pat|pt|subject|subj"
+    f"|participant|person){_NUMBERED}"
+)
+_FOLD = re.compile(f"(?:fold|kfold|cv|part|split|batch|group){_NUMBERED}")
+
+
+def is_patient_name(name: str) -> bool:
+    "Whether a folder is named like one patient of many: patient 3, SUBJ_0012."
+    return bool(_PATIENT.fullmatch(_plain(name)))
+
+
+def is_fold_name(name: str) -> bool:
+    "Whether a folder is named like one part of many: fold1, batch 2."
+    return bool(_FOLD.fullmatch(_plain(name)))
 
 
 def is_folder_word(name: str) -> bool:
@@ -166,6 +200,7 @@ KINDS: dict[str, ValueKind] = {
     for kind in (
         ValueKind("id", "an id", _NO_IDS),
         ValueKind("text", "a text"),
+        ValueKind("label", "a diagnosis", _NO_LABELS),
         ValueKind(
             "age",
             "a number of years from 0 to 120",
@@ -190,10 +225,10 @@ KINDS: dict[str, ValueKind] = {
         ValueKind(
             "sex",
             "",
-            _NUMBERS_UNKNOWN | {"u"},
+            _NUMBERS_UNKNOWN | {"u", "0", "0.0", "9", "9.0"},  # as ISO 5218 has it
             read=lambda t: _SEXES.get(_plain(t), t.strip().lower()),
         ),
-        ValueKind("site", "", _NUMBERS_UNKNOWN, read=_site),
+        ValueKind("site", "", _NUMBERS_UNKNOWN | {"0", "0.0"}, read=_site),
         ValueKind(
             "skin_tone",
             "a Fitzpatrick type (1 to 6, or I to VI) or a Monk tone (1 to 10)",
@@ -243,6 +278,17 @@ def _same(text: str, value: str | float) -> bool:
         return text.strip().casefold() == str(value).casefold()
 
 
+def _zeros(ids: list[str]) -> set[str]:
+    # Ids that are a mere 0: a real one where ids are counted (0, 1, 2 or 00, 01).
+    zeros = {text for text in ids if re.fullmatch(r"\s*0+(\.0+)?\s*", text)}
+    if not zeros:
+        return zeros
+    others = [t for t in ids if t not in zeros and not is_unknown(t, _NO_IDS)]
+    counted = all(re.fullmatch(r"\s*\d+(\.0+)?\s*", text) for text in others)
+    first = counted and any(float(text) < 100 for text in others)
+    return set() if first else {text.strip() for text in zeros}
+
+
 def value_kind(column: str) -> ValueKind | None:
     "The kind of a manifest's column; None where its cells are taken as they are."
     return KINDS.get(_KIND_OF.get(column, column))
@@ -261,7 +307,8 @@ def read_cells(
     title = f"{where}{': ' if where else ''}{name or column.name or rule.name}"
     place, found = pd.factorize(column.astype("string"))
     texts = [str(text) for text in found]
-    unknown = [is_unknown(text, rule.unknown) for text in texts]
+    also = rule.unknown | (_zeros(texts) if rule.name == "id" else set())
+    unknown = [is_unknown(text, also) for text in texts]
     values = [
         None if no else _amount(text, rule) if rule.number else rule.read(text)
         for text, no in zip(texts, unknown)
@@ -281,6 +328,10 @@ def read_cells(
     if rule.name == "sex" and {"h", "m"} <= letters and not letters & {"f", "w"}:
         raise ConfigError(
             f"{title} 'M' beside 'H' may be male, or mujer: write male and female."
+        )
+    if rule.name == "sex" and letters == {"0", "1"}:
+        raise ConfigError(
+            f"{title} '0' beside '1' may be a sex, or not known: write male and female."
         )
     dtype = "float64" if rule.number else "string"
     lookup = (

@@ -367,7 +367,8 @@ def test_official_test_tables_become_the_split_and_unk_is_left_out(tmp_path):
     assert dataset.manifest.split.tolist() == ["train", "test"]
     assert dataset.manifest.source.tolist() == ["BCN20000", "ISIC 2019"]
     assert dataset.manifest.lesion_id.isna().tolist() == [False, True]
-    assert problem_counts(dataset.problems) == {"unknown label": 1, "left out": 1}
+    counts = {"unknown label": 1, "not trained": 1, "left out": 1}
+    assert problem_counts(dataset.problems) == counts
     assert "'MEL and NV'" in dataset.problems.detail[1]
     assert dataset.classes == load_taxonomy("isic8").classes and not dataset.synthetic
 
@@ -399,7 +400,7 @@ def test_split_folders_metadata_and_linked_folders(tmp_path):
     table = dataset.manifest.set_index("image_id")
     assert table.split.to_dict() == {"a": "train", "b": "train", "c": "test"}
     assert table.lesion_id.to_dict() == {"a": "L1", "b": "L1", "c": "c"}
-    assert problem_counts(dataset.problems) == {"absent": 1}
+    assert problem_counts(dataset.problems) == {"absent": 1, "not trained": 1}
     assert load_dataset("folders", folder, "dx7", "exclude").classes[0] == "akiec"
 
 
@@ -803,7 +804,6 @@ def test_size_and_skin_tone_of_an_archive_export_and_of_any_table(tmp_path):
     assert "size_mm 'wide' is not a number of millimetres" in sentence(
         load_dataset, "csv", own
     )
-
 
 
 @needs_real

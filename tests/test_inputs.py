@@ -109,7 +109,8 @@ def test_what_stands_for_unknown_is_unknown_in_every_kind(kind, cell):
         ("site", " Head / Neck ", "head/neck"), ("site", "lower_extremity", "lower extremity"),
         ("skin_tone", "IV", "4"), ("skin_tone", "4.0", "4"), ("skin_tone", "Type iv", "4"),
         ("skin_tone", "FST 4", "4"), ("skin_tone", "MST 9", "9"), ("skin_tone", "56", "56"),
-        ("id", "999", "999"), ("id", " 007 ", "007"), ("id", "0", "0"),
+        ("skin_tone", "III-IV", "34"), ("skin_tone", "V/VI", "56"), ("skin_tone", "1 to 2", "12"),
+        ("id", "999", "999"), ("id", " 007 ", "007"),
         ("split", "TRAIN ", "train"), ("split", "Valid", "val"), ("split", "validierung", "val"),
         ("split", "dev", "val"), ("split", "Testing", "test"), ("split", "hold-out", "test"),
         ("split", "test_images", "test"), ("split", "entraînement", "train"),
@@ -137,7 +138,7 @@ def test_cells_are_understood(kind, cell, value):
         )
     ]
     + [("size_mm", c) for c in ("-3", "501", "wide", "12 kg")]
-    + [("skin_tone", c) for c in ("7.5", "45", "11")]
+    + [("skin_tone", c) for c in ("7.5", "45", "11", "II-III", "2-3")]
     + [("split", c) for c in ("fold1", "3", "training and test", "trial")],
 )
 def test_what_is_neither_right_nor_unknown_is_refused_in_a_sentence(kind, cell):
@@ -149,6 +150,30 @@ def test_what_is_neither_right_nor_unknown_is_refused_in_a_sentence(kind, cell):
 def test_zero_is_an_age_and_no_size_or_skin_tone():
     for kind, known in (("age", True), ("size_mm", False), ("skin_tone", False)):
         assert understand(pd.Series(["0", "0.0"]), kind).notna().all() == known
+
+
+@pytest.mark.parametrize(
+    ("ids", "known"),
+    [("0 1 2 3", True), ("0 57 58", True), ("00 01 02", True), ("0 0 0", False),
+     ("0 P1 P2", False), ("0 00 xxx n.n.", False), ("0 8812345 8812346", False)],
+)  # fmt: skip
+def test_zero_is_an_id_where_ids_are_counted(ids, known):
+    column = pd.Series(ids.split())
+    assert understand(column, "id").notna().iloc[0] == known
+
+
+def test_codes_and_phrases_for_unknown():
+    for kind, cells in (
+        ("sex", ["0", "9", "9.0", "Sex unknown"]),
+        ("site", ["0", "Unknown site", "location not specified"]),
+        ("age", ["age unknown"]),
+        ("id", ["n.n.", "unknown patient"]),
+    ):
+        assert understand(pd.Series(cells), kind).isna().all(), kind
+    assert understand(pd.Series(["1", "2", "0"]), "sex").tolist()[:2] == ["1", "2"]
+    assert understand(pd.Series(["site", "type b"]), "site").notna().all()
+    text = sentence(understand, pd.Series(["0", "1", "1"]), "sex")
+    assert "write male and female" in text
 
 
 def test_h_and_m_are_not_taken_for_male_twice():
@@ -247,6 +272,7 @@ def test_columns_can_be_left_out_by_name(tmp_path):
     assert "split 'fold 1' is not train, val or test" in sentence(
         load_dataset, "csv", folder
     )
+    assert "'columns: {split: }' in" in sentence(load_dataset, "csv", folder)
     put(folder / "dataset.yaml", "columns: {split: }\n")
     dataset = load_dataset("csv", folder)
     assert dataset.manifest.split.isna().all() and "split of t.csv" in told(
@@ -311,6 +337,51 @@ def test_one_column_a_class_is_read_by_every_reader(tmp_path):
     both = load_dataset("ham10000", tmp_path).manifest
     assert both.split.tolist() == ["train"] * 3 + ["val"]
     assert both.lesion_id.fillna("").tolist() == ["L1", "L1", "", ""]
+
+
+def test_marks_may_be_words(tmp_path):
+    folder = table(tmp_path, "image,MEL,NV", "a,True,False", "b,false,TRUE")
+    assert load_dataset("csv", folder).manifest.label.tolist() == ["MEL", "NV"]
+
+
+def test_columns_named_for_the_same_are_told(tmp_path):
+    folder = table(tmp_path, "image_id,dx,label", "a,melanoma,0", "b,nevus,1")
+    assert "dx of t.csv (label is read from label)" in told(
+        load_dataset("csv", folder), "columns"
+    )
+
+
+def test_tables_with_tabs_are_read_and_sheets_are_named(tmp_path):
+    table(tmp_path, "image_id,label", "a,nv", "b,mel")
+    (tmp_path / "t.csv").unlink()
+    put(tmp_path / "labels.xlsx", "x")
+    text = sentence(load_dataset, "csv", tmp_path)
+    assert "none, but labels.xlsx: save as CSV" in text
+    put(tmp_path / "labels.tsv", "image_id\tlabel\na\tnv\nb\tmel\n")
+    assert load_dataset("csv", tmp_path).classes == ("mel", "nv")
+
+
+def test_known_sources_in_another_case_or_of_another_year(tmp_path):
+    head = "LESION_ID,image_id,DX\nL,I0,nv\n"
+    put(tmp_path / "ham/ham10000_METADATA.csv", head)
+    put(tmp_path / "ham/I0.jpg", jpeg())
+    ham = load_dataset("ham10000", tmp_path / "ham")
+    assert ham.manifest[["lesion_id", "label"]].iloc[0].tolist() == ["L", "nv"]
+    put(
+        tmp_path / "arc/metadata.csv",
+        "isic_id,diagnosis,benign_malignant\nA,melanoma,malignant\nB,,benign\n",
+    )
+    archive = load_dataset("isic_archive", tmp_path / "arc", "binary")
+    assert archive.manifest.label.tolist() == ["malignant", "benign"]
+    put(
+        tmp_path / "isic/ISIC_2019_Training_GroundTruth.csv",
+        "image,MEL,NV\nA,1,0\nB,0,1\n",
+    )
+    for name in "AB":
+        put(tmp_path / f"isic/{name}.jpg", jpeg(ord(name)))
+    isic = load_dataset("isic2019", tmp_path / "isic")
+    assert isic.manifest.label.tolist() == ["MEL", "NV"]
+    assert "there is no ISIC_2019_Training_Metadata.csv" in told(isic, "table")
 
 
 def test_a_mark_for_something_else_is_no_class(tmp_path):
@@ -446,6 +517,62 @@ def test_layouts_that_are_not_clear_are_shown(tmp_path, places):
         assert f"{top}/ (" in text
 
 
+@pytest.mark.parametrize(
+    "places",
+    [
+        ["fold1/mel", "fold1/nv", "fold2/mel", "fold2/nv"],
+        ["clinic_a/mel", "clinic_a/nv", "clinic_b/nv"],
+        ["a/x", "a/y", "b/x", "b/y"],
+        ["patient1/lesion1", "patient1/lesion2", "patient2/lesion1"],
+        ["fold_1", "fold_2"],
+    ],
+)
+def test_folders_that_may_be_no_classes_are_refused(tmp_path, places):
+    text = sentence(load_dataset, "folders", trees(tmp_path, *places))
+    for top in {place.split("/")[0] for place in places}:
+        assert f"{top}/ (" in text
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        ["patient0/mel", "patient0/nv", "patient1/nv"],
+        ["mel/Pat-0", "nv/Pat-0", "nv/Pat-1"],
+        ["train/subject 1/mel", "train/subject 2/nv", "test/subject 3/nv"],
+        ["train/mel/p/patient_1", "test/nv/p/patient_2"],
+    ],
+)
+def test_folders_named_like_patients_are_the_patients(tmp_path, places):
+    dataset = load_dataset("folders", trees(tmp_path, *places, images=3))
+    assert dataset.classes == ("mel", "nv")
+    names = {p for place in places for p in place.split("/") if p[-1].isdigit()}
+    assert set(dataset.manifest.patient_id) == names
+    assert f"patient_id from {len(names)} folder names" in told(dataset, "folders")
+
+
+def test_folders_of_the_same_classes_again_are_not_used(tmp_path):
+    places = "mel", "nv", "augmented/mel", "augmented/nv", "nv/blue"
+    dataset = load_dataset("folders", trees(tmp_path, *places))
+    assert dataset.manifest.label.value_counts().to_dict() == {"nv": 4, "mel": 2}
+    text = told(dataset, "folders")
+    assert "augmented/ (4): the same classes again" in text
+    assert "blue/ (2) below the classes: no class of their own" in text
+
+
+def test_what_is_in_no_class_folder_is_told(tmp_path):
+    folder = trees(tmp_path, "train/mel", "train/nv", "test")
+    (folder / "train/bcc").mkdir()
+    put(folder / "notes/readme.txt", "x")
+    (folder / "train/mel/gone.jpg").symlink_to("/nowhere")
+    dataset = load_dataset("folders", folder, on_problem="exclude")
+    assert "train/ is the split" in told(dataset, "folders")
+    assert "test/ (2): in no class folder, so they have no label" in told(
+        dataset, "images"
+    )
+    assert "notes/ and train/bcc/: without any image" in told(dataset, "folders")
+    assert dataset.problems.detail.tolist() == ["a link that leads nowhere"]
+
+
 def test_archives_are_splits_or_classes_by_their_names(tmp_path):
     for name in ("train", "test"):
         with zipfile.ZipFile(put(tmp_path / f"a/{name}.zip", b""), "w") as archive:
@@ -528,6 +655,16 @@ def test_names_in_archives_without_the_flag(tmp_path):
     assert [read_image_bytes(p) for p in dataset.manifest.path] == [jpeg(0), jpeg(1)]
 
 
+def test_backslashes_in_archives_are_folders(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for i, name in enumerate(("nv", "mel")):
+            member = zipfile.ZipInfo("x")
+            member.filename = f"data\\{name}\\0.jpg"
+            archive.writestr(member, jpeg(i))
+    dataset = load_dataset("folders", tmp_path, verify=True)
+    assert dataset.manifest.label.tolist() == ["nv", "mel"]
+
+
 def test_file_names_that_are_no_utf8(tmp_path):
     trees(tmp_path, "nv", "mel")
     odd = os.fsencode(tmp_path / "nv") + b"/caf\xe9.jpg"
@@ -586,10 +723,9 @@ def test_a_table_beside_class_folders_is_named(tmp_path):
         "image,PatientID\nnv/0,P1\n",
     )
     dataset = load_dataset("folders", tmp_path)
-    assert "people.csv (to have its columns read, call it metadata.csv)" in told(
-        dataset, "tables"
-    )
-    (tmp_path / "people.csv").rename(tmp_path / "metadata.csv")
+    text = "people.csv with patient_id (to have it read, call it metadata.csv)"
+    assert text in told(dataset, "tables")
+    (tmp_path / "people.csv").rename(tmp_path / "MetaData.CSV")
     assert load_dataset("folders", tmp_path).manifest.patient_id.notna().sum() == 1
 
 
@@ -603,11 +739,38 @@ def test_lists_are_cut(tmp_path):
     )
 
 
-def test_a_class_called_unknown_is_shown(tmp_path):
-    dataset = load_dataset(
-        "csv", table(tmp_path, "image_id,label", "a,nv", "b,mel", "c,unknown")
-    )
-    assert "'unknown' is a class" in told(dataset, "classes")
+@pytest.mark.parametrize("reader", ["csv", "folders"])
+def test_a_placeholder_is_no_label_unless_a_taxonomy_names_it(tmp_path, reader):
+    words = ("nv", "mel", "Unknown", "unlabelled")
+    if reader == "csv":
+        table(tmp_path, "image_id,label", *(f"i{i},{w}" for i, w in enumerate(words)))
+    else:
+        trees(tmp_path, *words, images=1)
+    dataset = load_dataset(reader, tmp_path, on_problem="exclude")
+    assert dataset.classes == ("mel", "nv")
+    assert problem_counts(dataset.problems) == {"unknown label": 2}
+    assert "no label ('Unknown')" in set(dataset.problems.detail)
+    own = "classes: {mel: [], nv: [], other: [unknown]}\nignore: [unlabelled]\n"
+    named = load_dataset(reader, tmp_path, put(tmp_path / "own.yaml", own))
+    assert sorted(named.manifest.label) == ["mel", "nv", "other"]
+
+
+def test_a_class_without_an_image_is_no_output(tmp_path):
+    rows = ("a,nv", "b,mel", "c,bcc")
+    folder = table(tmp_path, "image_id,label", *rows)
+    (folder / "im/c.jpg").unlink()
+    dataset = load_dataset("csv", folder, on_problem="exclude")
+    assert dataset.classes == ("mel", "nv")
+    assert told(dataset, "classes").endswith("bcc: without any image")
+
+
+def test_a_class_without_an_image_for_training_is_a_problem(tmp_path):
+    places = "train/Melanoma", "train/Nevus", "test/melanomas", "test/Nevus"
+    dataset = load_dataset("folders", trees(tmp_path, *places))
+    assert problem_counts(dataset.problems) == {"not trained": 1}
+    detail = "class 'melanomas' has 2 images, none for training; is it 'Melanoma'?"
+    assert dataset.problems.detail.tolist() == [detail]
+    assert detail in dataset.description
 
 
 def test_files_are_listed_once(tmp_path):
