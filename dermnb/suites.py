@@ -632,7 +632,7 @@ def _execute_all(todo, total, reports, workers, scheduler, say):
             n_workers=workers,
             threads_per_worker=1,
             processes=False,  # a run computes in its kernel, which is a process of its own
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # any port: other suites may run
         )
     client = Client(scheduler or cluster)
     try:
