@@ -769,10 +769,6 @@ def _known_labels() -> frozenset[str]:
     return frozenset(label for name in names for label in load_taxonomy(name)._lookup)
 
 
-def _is_known(label: str) -> bool:
-    return normalise_label(label) in _known_labels()
-
-
 _MARKS = {"true": "1", "yes": "1", "false": "0", "no": "0"}
 
 
@@ -789,7 +785,7 @@ def _one_hot_columns(raw: pd.DataFrame, free: Iterable[str]) -> list[str]:
         cells = _marks(raw[name]).dropna()
         if len(cells) == raw[name].notna().sum() > 0 and set(cells) <= {0, 1}:
             marks[name] = (_marks(raw[name]) == 1).to_numpy()
-    known = [name for name in marks if _is_known(name)]
+    known = [name for name in marks if normalise_label(name) in _known_labels()]
     for names in (list(marks), known):
         marked = np.sum([marks[n] for n in names], axis=0)
         if len(names) >= 2 and (marked <= 1).all() and marked.mean() > 0.5:
@@ -1063,12 +1059,15 @@ def read_isic_archive(
     return Source(table, list_files(folder), account=account)
 
 # %% ../nbs/02_datasets.ipynb #05dcdcdb
+_TAXONOMY_FILES = "taxonomy.yaml", "taxonomy.yml"
+
+
 def _is_no_label(label: str) -> bool:
     return is_unknown(label, value_kind("label").unknown)
 
 
 def _own_taxonomy(folder: Path, labels: Sequence[str]) -> Taxonomy:
-    if path := _named(folder, "taxonomy.yaml", "taxonomy.yml"):
+    if path := _named(folder, *_TAXONOMY_FILES):
         return load_taxonomy(path)
     # One class for all spellings, written as the first of them; in one Unicode form, so
     # that a tree copied from macOS has the same classes elsewhere.
@@ -1118,7 +1117,10 @@ def _layout(parts: list[list[str]], folder: Path, account: Account) -> _Layout:
     def one_folder() -> bool:
         return len(set(at(start))) == 1 and bool(at(start + 1))
 
-    while one_folder() and not split_word(at(start)[0]):
+    def named_alone() -> bool:
+        return bool(split_word(at(start)[0])) or is_patient_name(at(start)[0])
+
+    while one_folder() and not named_alone():
         start += 1
     wrapper = "".join(f"{name}/" for name in inside[0][:start]) if inside else ""
     if wrapper:
@@ -1150,15 +1152,18 @@ def _layout(parts: list[list[str]], folder: Path, account: Account) -> _Layout:
         ]
         inside = [p for p in parts if p]
         level, start = start, start + 1
-    patients = _patient_level(inside, start, level)
+    known = _known_labels()
+    if own := _named(folder, *_TAXONOMY_FILES):
+        known |= load_taxonomy(own)._lookup.keys()
+    patients = _patient_level(inside, start, level, known)
     if patients == start:
         start += 1
-    again = [] if splits else _repeated(inside, start)
+    again = _repeated(inside, start, known, folder)
     if again:
         told = f"{_counted(n for n in at(start) if n in again)}: the same classes again"
         account.not_used.append(("folders", told))
         inside = [p for p in inside if len(p) <= start or p[start] not in again]
-    _refuse_crossed(inside, start, {level, patients}, folder)
+    _refuse_crossed(inside, start, {level, patients}, known, folder)
     classes = at(start)
     odd = [
         name
@@ -1169,9 +1174,11 @@ def _layout(parts: list[list[str]], folder: Path, account: Account) -> _Layout:
         or is_patient_name(name)
     ]
     if odd:
+        odd = list(dict.fromkeys(odd))
+        are = "is no name of a class" if len(odd) == 1 else "are no names of classes"
         raise ConfigError(
-            f"{folder} has the folders {_counted(classes)}, and {listing(dict.fromkeys(odd), 4)} "
-            "is no name of a class: give the folder whose subfolders are the classes, or "
+            f"{folder} has the folders {_counted(classes)}, and {listing(odd, 4)} "
+            f"{are}: give the folder whose subfolders are the classes, or "
             "train, val and test; or move the others away."
         )
     labels, words, persons, flat, below = [], [], [], [], []
@@ -1207,30 +1214,45 @@ def _layout(parts: list[list[str]], folder: Path, account: Account) -> _Layout:
     return _Layout(labels, words, persons, wrapper)
 
 
-def _patient_level(inside: list, start: int, level: int | None) -> int | None:
+def _patient_level(
+    inside: list, start: int, level: int | None, known: frozenset
+) -> int | None:
     # Where folders are named like patients: above the classes, or below them.
     for here in range(start, start + 3):
         names = [p[here] for p in inside if len(p) > here]
         if here == level or not names or not all(map(is_patient_name, names)):
             continue
-        below = [p[here + 1] if len(p) > here + 1 else "" for p in inside]
-        if here > start or all(map(_is_known, below)):
+        below = {normalise_label("/".join(p[here + 1 : here + 2])) for p in inside}
+        if here > start or below <= known:
             return here
     return None
 
 
-def _repeated(inside: list, start: int) -> set[str]:
+def _repeated(inside: list, start: int, known: frozenset, folder: Path) -> set[str]:
     # Folders beside the classes that hold nothing but the same classes again.
-    direct = {normalise_label(p[start]) for p in inside if len(p) == start + 1}
     below: dict[str, set] = {}
     for p in inside:
         if len(p) > start:
             name = normalise_label(p[start + 1]) if len(p) > start + 1 else ""
             below.setdefault(p[start], set()).add(name)
-    return {top for top, names in below.items() if len(names) > 1 and names <= direct}
+    spelt, again = {normalise_label(top): top for top in below}, set()
+    for top, names in below.items():
+        same = names & (spelt.keys() - {normalise_label(top)})
+        if normalise_label(top) in known or not same:
+            continue  # benign/nevus beside nevus: a diagnosis, with others below
+        if same != names:
+            raise ConfigError(
+                f"{folder} has {_counted(p[start] for p in inside if len(p) > start)}, and "
+                f"{top}/ holds {listing([f'{spelt[n]}/' for n in sorted(same)], 4)} once "
+                "more, and other images: move it away, or its folders to the classes."
+            )
+        again.add(top)
+    return again
 
 
-def _refuse_crossed(inside: list, start: int, others: set, folder: Path) -> None:
+def _refuse_crossed(
+    inside: list, start: int, others: set, known: frozenset, folder: Path
+) -> None:
     # fold1/mel, fold2/mel: each folder of the one level holds all of the other, and
     # which of them are the classes cannot be told, unless they are known diagnoses.
     below: dict[str, set] = {}
@@ -1240,15 +1262,16 @@ def _refuse_crossed(inside: list, start: int, others: set, folder: Path) -> None
             below.setdefault(p[start], set()).update(rest[:1])
     held, names = list(below.values()), set().union(*below.values())
     same = len(names) > 1 and all(h == names for h in held)
-    shared = sum(map(len, held)) > len(names) and all(map(_is_known, names))
-    if len(held) < 2 or not (same or shared) or all(map(_is_known, below)):
+    words, tops = ({normalise_label(n) for n in some} for some in (names, below))
+    shared = sum(map(len, held)) > len(names) and words <= known
+    if len(held) < 2 or not (same or shared) or tops <= known:
         return
     tops = [p[start] for p in inside if len(p) > start]
     raise ConfigError(
         f"{folder} has {_counted(tops)}, and each of them holds folders of the same "
         f"names ({listing([f'{n}/' for n in sorted(names)], 6)}), so either may be the "
-        "classes: put one folder a class at the top, or list the images in a CSV with "
-        "image_id, label and, where the folders say so, patient_id or split."
+        "classes: put one folder a class at the top and name them in a taxonomy.yaml, or "
+        "list the images in a CSV with image_id, label and perhaps patient_id or split."
     )
 
 

@@ -167,7 +167,9 @@ _PATIENT = re.compile(
     "(?:patient|patienten|patiente|paciente|paziente|hasta|pat|pt|subject|subj"
     f"|participant|person){_NUMBERED}"
 )
-_FOLD = re.compile(f"(?:fold|kfold|cv|part|split|batch|group){_NUMBERED}")
+_FOLD = re.compile(
+    rf"(?:(?:{_FILE_WORDS})\W*)*(?:{_FILE_WORDS}|fold|kfold|cv|batch)\W*(?:no|nr)?\W*\d+"
+)
 
 
 def is_patient_name(name: str) -> bool:
@@ -177,12 +179,12 @@ def is_patient_name(name: str) -> bool:
 
 def is_fold_name(name: str) -> bool:
     "Whether a folder is named like one part of many: fold1, batch 2."
-    return bool(_FOLD.fullmatch(_plain(name)))
+    return bool(_FOLD.fullmatch(_plain(name)[:80]))
 
 
 def is_folder_word(name: str) -> bool:
     "Whether a folder's name says only that it holds files, such as data or images."
-    word = re.sub(r"[\W_]+", "", _plain(name))
+    word = re.sub(r"[\W_]+", "", _plain(name))[:80]
     return bool(
         re.fullmatch(
             f"(?:{_FILE_WORDS}|archives?|downloads?|newfolder|jpe?g|png)+", word

@@ -525,6 +525,8 @@ def test_layouts_that_are_not_clear_are_shown(tmp_path, places):
         ["a/x", "a/y", "b/x", "b/y"],
         ["patient1/lesion1", "patient1/lesion2", "patient2/lesion1"],
         ["fold_1", "fold_2"],
+        ["HAM10000_images_part_1/nv", "HAM10000_images_part_2/mel"],
+        ["mel", "nv", "extra/mel", "extra/bcc"],
     ],
 )
 def test_folders_that_may_be_no_classes_are_refused(tmp_path, places):
@@ -538,6 +540,7 @@ def test_folders_that_may_be_no_classes_are_refused(tmp_path, places):
     [
         ["patient0/mel", "patient0/nv", "patient1/nv"],
         ["mel/Pat-0", "nv/Pat-0", "nv/Pat-1"],
+        ["patient7/mel", "patient7/nv"],
         ["train/subject 1/mel", "train/subject 2/nv", "test/subject 3/nv"],
         ["train/mel/p/patient_1", "test/nv/p/patient_2"],
     ],
@@ -547,12 +550,22 @@ def test_folders_named_like_patients_are_the_patients(tmp_path, places):
     assert dataset.classes == ("mel", "nv")
     names = {p for place in places for p in place.split("/") if p[-1].isdigit()}
     assert set(dataset.manifest.patient_id) == names
-    assert f"patient_id from {len(names)} folder names" in told(dataset, "folders")
+    assert f"patient_id from {len(names)} folder name" in told(dataset, "folders")
+
+
+def test_a_taxonomy_beside_the_folders_tells_which_are_the_classes(tmp_path):
+    folder = trees(tmp_path, "benli/a", "benli/b", "kanserli/a", "kanserli/b")
+    assert "name them in a taxonomy.yaml" in sentence(load_dataset, "folders", folder)
+    put(folder / "taxonomy.yaml", "classes: {benli: [], kanserli: []}\n")
+    assert load_dataset("folders", folder).classes == ("benli", "kanserli")
 
 
 def test_folders_of_the_same_classes_again_are_not_used(tmp_path):
     places = "mel", "nv", "augmented/mel", "augmented/nv", "nv/blue"
-    dataset = load_dataset("folders", trees(tmp_path, *places))
+    both = (f"{split}/{place}" for split in ("train", "test") for place in places)
+    split = load_dataset("folders", trees(tmp_path / "split", *both))
+    assert split.manifest.label.value_counts().to_dict() == {"nv": 8, "mel": 4}
+    dataset = load_dataset("folders", trees(tmp_path / "flat", *places))
     assert dataset.manifest.label.value_counts().to_dict() == {"nv": 4, "mel": 2}
     text = told(dataset, "folders")
     assert "augmented/ (4): the same classes again" in text
