@@ -143,6 +143,16 @@ def test_data_check_shows_what_it_found_and_which_images_are_the_same(tmp_path):
     assert "1 unreadable" in bad.stdout and "nv0: zero bytes" in bad.stdout
 
 
+def test_data_check_shows_what_stops_no_run(tmp_path):
+    for i, place in enumerate(("train/Mel", "train/nv", "test/Melano", "test/nv")):
+        put(tmp_path / place / f"{i}.jpg", jpeg(i))
+    args = ["data", "check", "folders", "--quick", "--data-dir", str(tmp_path)]
+    done = CliRunner().invoke(app, args)
+    detail = "class 'Melano' has 1 image, none for training; is it 'Mel'?"
+    assert done.exit_code == 0
+    assert done.stdout.endswith(f"Problems\n  1 not trained\n    {detail}\n")
+
+
 def test_data_check_loads_no_framework(tmp_path):
     args = ["data", "check", "folders", "--data-dir", str(_two_classes(tmp_path))]
     runner = "from typer.testing import CliRunner; from dermnb.cli import app"
