@@ -141,8 +141,8 @@ def _open_store(folder: str | Path):
             yield store
     except (sqlite3.Error, OSError) as error:
         raise ConfigError(
-            f"the fingerprints cannot be kept in {path} ({error}): choose a folder on a "
-            "local disk that can be written, or delete the file."
+            f"the fingerprints cannot be kept in {path} ({error}): let DERMNB_CACHE "
+            "name a folder on a local disk that can be written, or delete the file."
         ) from error
 
 

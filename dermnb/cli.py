@@ -147,9 +147,12 @@ def _print_problems(problems) -> int:
 def _same_images(manifest) -> list[str]:
     "What the hash audit finds, in sentences."
     from dermnb.audit import audit_images
-    from dermnb.core import cache_dir
+    from dermnb.core import ConfigError, cache_dir
 
-    audit = audit_images(manifest, cache_dir(), "hashes")
+    try:
+        audit = audit_images(manifest, cache_dir(), "hashes")
+    except ConfigError as error:  # such as a cache that cannot be written to
+        return [f"not looked for: {error}"]
     label = manifest.set_index("image_id")["label"]
     told = []
     for title, kinds in (
@@ -217,10 +220,14 @@ def audit(
 
 
 def _audit_data(targets: list[str], method: str, out: str) -> int:
+    from pathlib import Path
+
     from dermnb.audit import audit_datasets
     from dermnb.core import cache_dir
     from dermnb.datasets import load_dataset
 
+    if out:  # before the work, not after it
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
     manifests = {}
     for target in targets:
         name, _, folder = target.partition("=")
@@ -440,10 +447,12 @@ def main():
             stream.reconfigure(errors="backslashreplace")
     try:
         app()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         from dermnb.core import ConfigError  # only now: it takes half a second
 
-        if not isinstance(error, ConfigError):
+        about_file = isinstance(error, OSError) and error.filename and error.strerror
+        if not isinstance(error, ConfigError) and not about_file:
             raise
-        print(f"dermnb: {error}", file=sys.stderr)
+        said = f"{error.filename}: {error.strerror}." if about_file else error
+        print(f"dermnb: {said}", file=sys.stderr)
         sys.exit(2)

@@ -67,7 +67,8 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 # What no folder can be called on one system or another: hidden, with a character that parts
 # paths or is kept for something else, or by the name of a device of Windows.
 NO_FOLDER = re.compile(
-    r'\.|.*[/\\:*?"<>|\0-\x1f]|.*[. ]$|(con|prn|aux|nul|(com|lpt)\d)(\.|$)',
+    r'\.|.*[/\\:*?"<>|\0-\x1f]|.*[. ]$|(con|prn|aux|nul|(com|lpt)\d)(\.|$)'
+    r'|(index\.html|suite\.json|plotly\.min\.js)$',  # what stands beside runs
     re.IGNORECASE | re.DOTALL,
 )
 
@@ -76,7 +77,9 @@ class ExperimentConfig(BaseModel):
     "Everything that decides the outcome of one run."
 
     # Classes may be called 0 and 1, which YAML reads as numbers.
-    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False
+    )
 
     suite: str = Field("adhoc", min_length=1)  # the folder of runs it belongs to
     run: str = Field("run", min_length=1)  # its own name, and the name of its folder

@@ -157,6 +157,9 @@ def load_suite(
                 "folder where case does not tell names apart, as on Windows and macOS."
             )
     claims = load_claims(suite.claims, list(suite.runs), str(file))
+    for one, other in suite.compare:
+        if one == other:
+            raise ConfigError(f"{file}: compare: {one!r} with itself shows nothing.")
     for name in [n for pair in suite.compare for n in pair]:
         if name not in suite.runs:
             raise ConfigError(f"{file}: compare: {unknown_name('run', name, suite.runs)}")
@@ -198,6 +201,8 @@ def resolve_suite(
 ) -> list[PlannedRun]:
     "Every run with its checked config, each after the runs it builds on."
     profile = profile or default_profile()
+    for key in {"suite", "run"} & set(overrides or {}):
+        raise ConfigError(f"-p {key}=...: a {key} has the name that the suite file gives it.")
     if suite.profiles and profile not in suite.profiles:
         raise unknown_name(f"profile of suite {suite.name}", profile, suite.profiles)
     common = dict(suite.profiles.get(profile, {}))
@@ -213,7 +218,8 @@ def resolve_suite(
         if data_dir:
             values["data_dir"] = data_dir
         if "members" in run:
-            values = {k: v for k, v in values.items() if k in ENSEMBLE_FIELDS}
+            kept = (*ENSEMBLE_FIELDS, "data_dir")  # where its images are, to explain them
+            values = {k: v for k, v in values.items() if k in kept}
         configs[name] = make_config(values, f"suite {suite.name}, run {name!r}")
     if not configs:
         raise ConfigError(f"suite {suite.name}: profile {profile!r} leaves no run.")
@@ -377,7 +383,7 @@ def execute_run(
     except Exception as problem:  # a run may fail in any way; the others go on
         error = _one_sentence(problem)
         if isinstance(problem, RuntimeError):  # what papermill raises of a dead kernel
-            error += f" ({_last_words(part / 'stderr.log')}; see {failed / 'stderr.log'})"
+            error += _last_words(part / "stderr.log", failed / "stderr.log")
         shutil.rmtree(failed, ignore_errors=True)
         with contextlib.suppress(OSError):
             os.replace(part, failed)
@@ -420,13 +426,16 @@ def _kill_kernels() -> None:
             process.kill()
 
 
-def _last_words(log: Path) -> str:
+def _last_words(log: Path, kept: Path) -> str:
+    "What a dead kernel said at last, and where more of it is."
     try:
         text = GREETINGS.sub("", log.read_text(encoding="utf-8", errors="replace"))
     except OSError:
         text = ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return f"its last words: {lines[-1][:200]}" if lines else "it said nothing"
+    if not lines:
+        return " (it said nothing, as where the system ends what takes too much memory)"
+    return f" (its last words: {lines[-1][:200]}; see {kept})"
 
 
 def _one_sentence(problem: Exception) -> str:
@@ -434,7 +443,8 @@ def _one_sentence(problem: Exception) -> str:
         return f"{problem.filename}: {problem.strerror}"
     name = getattr(problem, "ename", type(problem).__name__)
     lines = str(getattr(problem, "evalue", problem)).strip().splitlines()
-    return f"{name}: {lines[0] if lines else 'no message'}"
+    said = lines[0] if lines else "no message"
+    return said if name == "ConfigError" else f"{name}: {said}"
 
 
 def make_publishable(

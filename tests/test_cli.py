@@ -75,10 +75,18 @@ def test_modules_load_without_what_only_linux_has():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["con", "Nul.csv", "com1", "a.", "a ", "a:b", "a/b", "a\tb", ".a"])
+@pytest.mark.parametrize("name", ["con", "index.html", "Nul.csv", "com1", "a.", "a ", "a:b", "a/b", "a\tb", ".a"])
 def test_a_name_that_no_folder_can_have_on_some_system(name):
     with pytest.raises(ConfigError, match="cannot be the name of a folder"):
         make_config({"run": name})
+
+
+def test_a_folder_that_cannot_be_used_is_one_sentence(tmp_path):
+    (tmp_path / "data").write_text("a file")
+    done = call("data", "check", "demo", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("dermnb: ") and "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_runs_that_differ_in_case_only(tmp_path):
@@ -173,6 +181,8 @@ def test_data_check_loads_no_framework(tmp_path):
         (["run", "backbones", "--data-dir", "/nowhere"], "'/nowhere' does not exist"),
         (["run", "derm_categories", "-p", "base=nobody"], "builds on 'nobody'"),
         (["run", "demo", "--folds", "3", "--seeds", "2"], "seeds or folds"),
+        (["run", "demo", "-p", "run=mine"], "has the name that the suite file gives it"),
+        (["run", "demo", "-p", "learning_rate=inf"], "finite"),
         (["report", "/nowhere"], "/nowhere"),
         (["data", "check", "ham1000"], "did you mean 'ham10000'"),
     ],

@@ -204,3 +204,15 @@ def test_a_run_that_cannot_write_fails_in_a_sentence(notebook, tmp_path):
     Path("reports").mkdir()
     Path("reports/s").touch()
     assert notebook("") == f"reports{os.sep}s{os.sep}.part-a: Not a directory"
+
+
+def test_an_ensemble_knows_where_its_images_are(tmp_path):
+    plan = suites.resolve_suite(suites.load_suite("cnn_ensemble"), "cpu", data_dir=str(tmp_path))
+    assert any(p.config.members and p.config.explain for p in plan)
+    assert {p.config.data_dir for p in plan} == {str(tmp_path)}
+
+
+def test_a_run_compared_with_itself(tmp_path):
+    (tmp_path / "s.yaml").write_text("{title: t, question: q, runs: {a: }, compare: [[a, a]]}")
+    with pytest.raises(ConfigError, match="'a' with itself"):
+        suites.load_suite(tmp_path / "s.yaml")
