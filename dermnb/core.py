@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Rate', 'NO_FOLDER', 'ENSEMBLE_FIELDS', 'PACKAGES', 'GREETINGS', 'ConfigError', 'unknown_name', 'listing',
-           'ExperimentConfig', 'make_config', 'write_json', 'read_json', 'set_seed', 'provenance', 'peak_memory_mb',
-           'now', 'duration', 'table_hash', 'progress', 'greeting_filter', 'project_root', 'cache_dir', 'EnergyMeter']
+           'ExperimentConfig', 'make_config', 'write_json', 'read_json', 'set_seed', 'keep_graphs', 'provenance',
+           'peak_memory_mb', 'now', 'duration', 'table_hash', 'progress', 'greeting_filter', 'project_root',
+           'cache_dir', 'EnergyMeter']
 
 # %% ../nbs/00_core.ipynb #344c01c0
 import ctypes
@@ -285,6 +286,21 @@ def set_seed(
         import tensorflow as tf
 
         tf.config.experimental.enable_op_determinism()
+
+
+def keep_graphs() -> None:
+    """Have TensorFlow run graphs on processors as Keras made them. Loads Keras.
+
+    To optimize the training graph of a deep network first takes a fifth of the first step,
+    10 s and more, and steps are none the faster for it. On a GPU layouts depend on it.
+    """
+    import keras
+
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        if not tf.config.list_physical_devices("GPU"):
+            tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 
 # %% ../nbs/00_core.ipynb #34d3fdad
 def _first_line(path: str, key: str) -> str:

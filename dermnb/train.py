@@ -37,6 +37,7 @@ from dermnb.core import (
     EnergyMeter,
     ExperimentConfig,
     cache_dir,
+    keep_graphs,
     now,
     peak_memory_mb,
     project_root,
@@ -357,6 +358,7 @@ def build_model(
 ) -> keras.Model:
     "The network of `config` for the classes of `data`, with seeded initial weights."
     progress("building network")
+    keep_graphs()
     set_seed(config.seed, config.deterministic)
     keras.config.set_dtype_policy(config.precision)
     model = build_classifier(
