@@ -466,6 +466,8 @@ def fit_stages(
             # On CPU, XLA makes TensorFlow's training several times slower.
             jit_compile=False if keras.backend.backend() == "tensorflow" else "auto",
         )
+        # Variables made within the first step would have TensorFlow trace the step twice.
+        model.optimizer.build(model.trainable_variables)
         begin = watch.begin(stage, model)
         with _frozen_dropout_off(model, spec, stage.train):
             model.fit(
