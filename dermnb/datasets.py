@@ -504,7 +504,8 @@ def read_image_bytes(
         EOFError,
         RuntimeError,
     ) as error:
-        raise ConfigError(f"the image {path} cannot be read: {error}.") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"the image {path} cannot be read: {reason}.") from None
 
 # %% ../nbs/02_datasets.ipynb #f189a14a
 def read_table(
