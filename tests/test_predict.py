@@ -308,7 +308,7 @@ def test_what_cannot_be_read_is_one_sentence_and_the_rest_goes_on(runs, images, 
 @pytest.mark.parametrize(
     ("make", "name", "said"),
     [
-        (lambda i: encoded(i.convert("L")), "a.png", "grey"),
+        (lambda i: encoded(i.convert("L")), "a.png", "gray"),
         (lambda i: encoded(i.convert("CMYK"), "JPEG"), "a.jpg", "CMYK"),
         (lambda i: encoded(i.convert("RGBA")), "a.png", "transparent"),
         (lambda i: encoded(Image.fromarray(np.asarray(i.convert("L"), "uint16") * 257)), "a.png", "more than 8 bits"),
@@ -425,6 +425,8 @@ def test_what_is_no_run_is_named(runs, tmp_path):
         "b.weights.h5": "HDF5 form",
         "c.keras": "as Keras saves it",
         "d.pth": "PyTorch",
+        "junk.keras": "does not hold what its ending .keras says",
+        "packed.zip": "is an archive, which has to be unpacked first: give the `model` folder",
         "foreign/model.keras": "as Keras saves it",
         "foreign": "but not labels.json and decision.json beside it",
         "saved": "holds a SavedModel",
@@ -438,9 +440,11 @@ def test_what_is_no_run_is_named(runs, tmp_path):
         "nowhere": "is not there",
     }.items():
         path = tmp_path / name
-        if path.suffix in (".h5", ".keras", ".pth"):
+        if name in ("junk.keras", "packed.zip"):
+            path.write_bytes(b"junk")
+        elif path.suffix in (".h5", ".keras", ".pth"):
             path.parent.mkdir(exist_ok=True)
-            path.write_bytes(b"PK")
+            path.write_bytes({".h5": b"\x89HDF", ".keras": b"PK\3\4"}.get(path.suffix, b"x"))
         elif name in ("saved", "onnx", "empty", "suite", "published"):
             path.mkdir()
             inside = {"saved": "saved_model.pb", "onnx": "model.onnx"}.get(name)
