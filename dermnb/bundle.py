@@ -8,6 +8,7 @@ __all__ = ['NEIGHBOURS', 'LOOKS', 'KNOWN_SHARE', 'LICENSES', 'COMBINE', 'looks',
            'BundleMember', 'Bundle', 'bundle_folder', 'load_bundle', 'is_complete']
 
 # %% ../nbs/13_bundle.ipynb #7fcc65b7
+import contextlib
 import html
 import json
 import os
@@ -718,6 +719,7 @@ def _texts(values, path: Path, what: str) -> tuple[str, ...]:
 
 
 _NETWORKS = ("model.keras", "ensemble.json")
+_PACKED = (".zip", ".tar", ".tgz", ".gz")
 _FOREIGN = {  # endings of what other programs keep networks in
     (".keras",): "a network as Keras saves it",
     (".h5", ".hdf5"): "a network, or its weights, in Keras' older HDF5 form",
@@ -726,20 +728,27 @@ _FOREIGN = {  # endings of what other programs keep networks in
     (".tflite",): "a LiteRT file, which is for other programs",
     (".pt", ".pth", ".ckpt", ".bin", ".safetensors"): "a file of PyTorch",
     (".pkl", ".pickle", ".joblib"): "a pickled object, which could run code",
-    (".zip", ".tar", ".tgz", ".gz"): "an archive, which has to be unpacked first",
+    _PACKED: "an archive, which has to be unpacked first",
 }
+_BEGINS = {".keras": b"PK\3\4", ".h5": b"\x89HDF", ".hdf5": b"\x89HDF"}
 
 
 def _foreign(path: Path) -> str:
     "What a file is, by its ending, that is not of a bundle; or empty."
-    endings = (what for known, what in _FOREIGN.items() if path.suffix.lower() in known)
+    ending = path.suffix.lower()
+    with contextlib.suppress(OSError), path.open("rb") as file:  # else the name has to do
+        if not file.read(8).startswith(_BEGINS.get(ending, b"")):
+            return f"a file that does not hold what its ending {ending} says"
+    endings = (what for known, what in _FOREIGN.items() if ending in known)
     return next(endings, "")
 
 
 def _no_bundle(path: Path) -> str:
     "Why a path is not the folder of a bundle, as the rest of a sentence."
     if path.is_file():
-        return f"is {_foreign(path) or 'a file'}, without the classes and decisions of a run"
+        what = _foreign(path) or "a file"
+        packed = what == _FOREIGN[_PACKED]  # and may have them
+        return f"is {what}" + ("" if packed else ", without the classes and decisions of a run")
     if not path.is_dir():
         unfinished = (path.parent / f".part-{path.name}").is_dir()
         return "is not there" + (", since its run is not finished" if unfinished else "")

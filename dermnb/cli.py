@@ -320,7 +320,9 @@ def predict(
     from dermnb.core import unknown_name
 
     paths = ask.find_images(images, _say)
-    targets = iter(ask.cam_paths(cam, paths) if cam else ())
+    if target and not cam:
+        raise ask.ConfigError(f"target {target!r} is of a map: say with --cam where that goes.")
+    targets, names = iter(ask.cam_paths(cam, paths) if cam else ()), iter(ask.short_names(paths))
     table = ask.read_metadata(metadata, paths, _say) if metadata else None
     ask.check_method(method)
     ask.check_table(out)
@@ -344,7 +346,7 @@ def predict(
         def tell(answer):
             nonlocal refused
             refused += bool(answer.error)
-            target = next(targets, None)
+            target, name = next(targets, None), next(names)
             if cam and not answer.error:
                 try:
                     ask.save_cam(answer, target)
@@ -353,7 +355,7 @@ def predict(
             if json:
                 print(jsonlib.dumps(answer.to_dict()), flush=True)  # ASCII fits every console
             elif not out:
-                print(ask.sentence(answer, predictor.bundle), flush=True)
+                print(ask.sentence(answer, predictor.bundle, name), flush=True)
             bar.update(1)
 
         if out:
@@ -362,7 +364,7 @@ def predict(
             for answer in answers:
                 tell(answer)
     if refused:
-        print(f"dermnb: {refused} of {len(paths)} images could not be read.", file=sys.stderr)
+        print(f"dermnb: {refused} of {len(paths)} images were refused.", file=sys.stderr)
         raise typer.Exit(1)
 
 

@@ -225,7 +225,7 @@ def load_taxonomy(
 
 # %% ../nbs/02_datasets.ipynb #b673c8a2
 _MASK_SUFFIX = re.compile(r"_(segmentation|mask|superpixels)$", re.IGNORECASE)
-_LOST = -1  # bytes of a link that leads nowhere
+_LOST = -1  # bytes of a link that leads nowhere, or of a folder that cannot be read
 _PASSED_OVER = ("__macosx", "thumbs.db", "desktop.ini")  # of operating systems
 
 
@@ -284,29 +284,37 @@ def _walk(
         return
     seen = seen | {(stat.st_dev, stat.st_ino)}
     with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda e: e.name):
-            if entry.name.startswith(".") or entry.name.lower() in _PASSED_OVER:
-                continue
-            name = f"{rel}{shown(entry.name)}"
+        found = sorted(entries, key=lambda e: e.name)
+    for entry in found:
+        if entry.name.startswith(".") or entry.name.lower() in _PASSED_OVER:
+            continue
+        name = f"{rel}{shown(entry.name)}"
+        lost = ImageFile(name, shown(entry.path), _LOST)
+        try:
             if entry.is_dir():
                 yield from _walk(Path(entry.path), f"{name}/", seen)
             elif entry.is_file():
-                yield ImageFile(name, shown(entry.path), entry.stat().st_size)
+                yield lost._replace(size=entry.stat().st_size)
             elif entry.is_symlink():
-                yield ImageFile(name, shown(entry.path), _LOST)
+                yield lost
+        except OSError:  # a link to itself, or a folder of somebody else
+            yield lost
 
 
 def _zip_members(path: str, notes: list) -> Iterator[ImageFile]:
-    odd = 0
+    odd, above, twice = 0, [], []
     try:
         with zipfile.ZipFile(on_disk(path)) as archive:
-            members = archive.infolist()
+            members, named = archive.infolist(), archive.NameToInfo
     except (zipfile.BadZipFile, OSError, EOFError) as error:
         raise ConfigError(
             f"{path} is not a whole zip archive ({error}): fetch or copy it again."
         ) from None
     for member in members:
         name = member.filename
+        if named[name] is not member:
+            twice.append(name)
+            continue
         if not member.flag_bits & 0x800 and not name.isascii():
             # Read as code page 437 for lack of the flag; many programs write UTF-8.
             try:
@@ -314,13 +322,23 @@ def _zip_members(path: str, notes: list) -> Iterator[ImageFile]:
             except UnicodeError:
                 odd += 1
         rel = name.replace("\\", "/")  # as some programs on Windows write
-        parts = rel.lower().split("/")
-        hidden = any(p.startswith(".") or p in _PASSED_OVER for p in parts)
-        if not rel.endswith("/") and not hidden:
-            yield ImageFile(rel, f"{path}::{name}", member.file_size)
+        parts = [p for p in rel.split("/") if p not in ("", ".")]
+        if rel.endswith("/"):
+            continue
+        if ".." in parts:
+            above.append(name)
+        elif not any(p.startswith(".") or p.lower() in _PASSED_OVER for p in parts):
+            yield ImageFile("/".join(parts), f"{path}::{name}", member.file_size)
+    archive = os.path.basename(path)
     if odd:
-        told = f"{odd:,} names in {os.path.basename(path)} are not in UTF-8 and are misread"
+        told = f"{odd:,} names in {archive} are not in UTF-8 and are misread"
         notes.append(("names", f"{told}: pack the archive with UTF-8 names"))
+    if above:
+        told = f"{listing(above, 4)} of {archive} would lie outside its folder"
+        notes.append(("names", f"{told}, and is not used"))
+    if twice:
+        told = f"{archive} has more than one file named {listing(twice, 4)}"
+        notes.append(("names", f"{told}, and the last of each is used"))
 
 
 def is_mask(
@@ -366,7 +384,7 @@ def list_files(
         ) from None
     plain, packed, notes = [], [], []
     for found in found_files:
-        if not found.rel.lower().endswith(".zip"):
+        if found.size == _LOST or not found.rel.lower().endswith(".zip"):
             plain.append(("", found))
             continue
         try:
@@ -486,14 +504,16 @@ def read_image_bytes(
         EOFError,
         RuntimeError,
     ) as error:
-        raise ConfigError(f"the image {path} cannot be read: {error}.") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"the image {path} cannot be read: {reason}.") from None
 
 # %% ../nbs/02_datasets.ipynb #f189a14a
 def read_table(
     path: str | Path,  # a CSV or tab-separated file
     required: Iterable[str] = (),  # columns that it must have
-    separator: str = "",  # empty: comma, or tab where the header has tabs only
+    separator: str = "",  # empty: comma, or the tab or semicolon of a header without one
     encoding: str = "utf-8",
+    remedy: str = "save it as UTF-8, or name its encoding in dataset.yaml",
 ) -> pd.DataFrame:
     "A table of text cells, empty ones missing; whatever is wrong is a `ConfigError`."
     path = Path(path)
@@ -510,8 +530,7 @@ def read_table(
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path} is not {encoding} text (byte {error.object[error.start]:#04x} at "
-            f"position {error.start}): save it as UTF-8, or name its encoding in "
-            "dataset.yaml."
+            f"position {error.start}): {remedy}."
         ) from None
     separator = {"tab": "\t", "\\t": "\t"}.get(separator, separator)
     if len(separator) > 1:
@@ -523,12 +542,7 @@ def read_table(
     if not header:
         raise ConfigError(f"{path} is empty.")
     if not separator:
-        separator = "\t" if "\t" in header and "," not in header else ","
-        if separator not in header and ";" in header:
-            raise ConfigError(
-                f"{path} is separated by semicolons: save it with commas, or write "
-                "'separator: \";\"' into dataset.yaml."
-            )
+        separator = next((c for c in ",\t;" if c in header), ",")
     try:
         table = pd.read_csv(
             io.StringIO(text),
@@ -1939,9 +1953,11 @@ def _values_found(manifest: pd.DataFrame) -> list[tuple[str, str]]:
 
 def _files_not_used(others: list[ImageFile], account: Account) -> list[tuple[str, str]]:
     rest, told = {"images": [], "files": []}, []
-    archives, tables = [], []
+    archives, tables, lost = [], [], []
     for file in others:
-        if file.suffix in _ARCHIVES:
+        if file.size == _LOST:
+            lost.append(file.rel)
+        elif file.suffix in _ARCHIVES:
             archives.append(
                 f"{file.rel} in {file.archive}.zip" if file.archive else file.rel
             )
@@ -1960,6 +1976,8 @@ def _files_not_used(others: list[ImageFile], account: Account) -> list[tuple[str
             some = listing([f"{n:,} {suffix}" for suffix, n in counts.items()], 8)
             why = " (such files are not read: save them as JPEG or PNG)"
             told.append((what, some + (why if what == "images" else "")))
+    if lost:
+        told.append(("not read", f"{listing(lost, 4)} (cannot be opened)"))
     if archives:
         told.append(("archives", f"{listing(archives, 4)} (unpack what is in there)"))
     if tables:

@@ -104,7 +104,7 @@ def _brightness(
     values: np.ndarray,  # (H, W) whole numbers
     stated: int = 0,  # bits in use, as the file says; 0: it says nothing
 ) -> np.ndarray:
-    "Grey values of 16 bits as uint8; ValueError if their range is not known."
+    "Gray values of 16 bits as uint8; ValueError if their range is not known."
     low, top = int(values.min()), int(values.max())
     if low < 0 or top > 65535:
         raise ValueError(
@@ -128,7 +128,7 @@ def _refuse_dark(top: int) -> None:
 
 def to_rgb(
     image: Image.Image,  # as Pillow opened it
-    stated: int = 0,  # bits in use of 16-bit grey, as the file says; 0: nothing said
+    stated: int = 0,  # bits in use of 16-bit gray, as the file says; 0: nothing said
 ) -> Image.Image:
     "The image upright and in mode RGB, 8 bits a channel; ValueError for an unknown range."
     deep = _is_deep(image)
@@ -159,7 +159,7 @@ def _is_deep(image: Image.Image) -> bool:
 
 
 def _stated_bits(image: Image.Image, data: bytes) -> int:
-    "How many bits of grey the file itself says that it uses; 0: it says nothing."
+    "How many bits of gray the file itself says that it uses; 0: it says nothing."
     if image.format == "TIFF":
         return max(image.tag_v2.get(258, (0,)))
     if image.format != "PNG":
@@ -257,7 +257,7 @@ class Picture:
     data: bytes | Image.Image
     size: tuple[int, int]  # width and height as stored, pixels
     notes: tuple[str, ...] = ()  # what is converted, in plain words
-    stated: int = 0  # bits in use of 16-bit grey, as the file says
+    stated: int = 0  # bits in use of 16-bit gray, as the file says
 
     def rgb(
         self,
@@ -332,7 +332,7 @@ def _looked_at(image: Image.Image, name: str, source, data: bytes) -> Picture:
     notes = []
     if image.mode == "CMYK":
         notes.append(
-            "It is in the colours of print (CMYK), which were converted and may differ "
+            "It is in the colors of print (CMYK), which were converted and may differ "
             "from the skin's."
         )
     elif image.mode in ("1", "L", "LA") or image.mode.startswith("I"):
@@ -345,7 +345,7 @@ def _looked_at(image: Image.Image, name: str, source, data: bytes) -> Picture:
     return Picture(name, source, image.size, tuple(notes), _stated_bits(image, data))
 
 
-_GREY = "It is grey, and the networks learnt from images in colour."
+_GREY = "It is gray, and the networks learned from images in color."
 
 
 def _pictures_in(image: Image.Image) -> int:
@@ -370,7 +370,7 @@ def _dicom_looked_at(found, name: str, data: bytes) -> Picture:
     if found.PhotometricInterpretation.startswith("MONOCHROME"):
         notes.append(_GREY)
         notes.append(
-            f"Its grey values were scaled by the {found.BitsStored} bits that it states, and "
+            f"Its gray values were scaled by the {found.BitsStored} bits that it states, and "
             "no window was applied."
         )
     return Picture(name, data, size, (*notes, *_wrong_suffix(name, "DICOM")))

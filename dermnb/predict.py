@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['CAM_SIZE', 'METHODS', 'FORMS', 'TABLES', 'read_image', 'Answer', 'check_method', 'Predictor', 'read_metadata',
            'find_images', 'answers_table', 'isic_table', 'check_table', 'write_answers', 'cam_picture', 'cam_paths',
-           'save_cam', 'sentence']
+           'save_cam', 'short_names', 'sentence']
 
 # %% ../nbs/18_predict.ipynb #0ea5c92e
 import collections
 import contextlib
 import glob
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ from dermnb.pictures import (
     shown,
     unread_kind,
 )
-from .values import find_columns, understand
+from .values import find_columns, read_cells, value_kind
 
 # %% ../nbs/18_predict.ipynb #8453003e
 def read_image(
@@ -246,8 +247,9 @@ class Predictor:
                 f"{len(metadata)} rows of metadata for {len(images)} images: give one"
                 " each."
             )
+        faults, told = [], []
         if metadata is not None:
-            metadata = _understood(metadata)
+            metadata, faults, told = _understood(metadata)
         check_method(method)
         if target is not None and target not in self.bundle.classes:
             raise unknown_name("class", target, self.bundle.classes)
@@ -259,6 +261,10 @@ class Predictor:
                 )
             )
         answers = [answer for answer, _ in opened]
+        if self.bundle.wants_metadata:
+            for answer, fault, notes in zip(answers, faults, told):
+                answer.error = answer.error or fault
+                answer.notes += notes
         good = [i for i, answer in enumerate(answers) if not answer.error]
         if metadata is not None:
             for i in good:
@@ -486,19 +492,39 @@ def _image(given) -> np.ndarray | None:
 _METADATA = ("age", "sex", "site")
 
 
-def _understood(table: pd.DataFrame, where: str = "") -> pd.DataFrame:
-    "Age, sex and site, as far as a table has them, read as those of training images."
-    columns = find_columns(map(str, table), _METADATA)
-    return pd.DataFrame({c: understand(table[name], c, where) for c, name in columns.items()})
+def _understood(
+    table: pd.DataFrame, where: str = ""
+) -> tuple[pd.DataFrame, list[str], list[list[str]]]:
+    """Age, sex and site, as far as a table has them, read as those of training images.
+
+    Also of each row why it cannot be understood, or an empty text, and notes on its cells.
+    """
+    values, faults, notes = {}, [""] * len(table), [[] for _ in range(len(table))]
+    for column, name in find_columns(map(str, table), _METADATA).items():
+        texts, wrong = table[name].astype("string"), {}
+        for text in texts.dropna().unique():
+            try:
+                read_cells(pd.Series([text]), column, where, name)
+            except ConfigError as error:
+                wrong[text] = str(error)
+        right = texts.mask(texts.isin(list(wrong)))
+        cells = read_cells(right, column, where, name)
+        values[column] = cells.values
+        for row, text in enumerate(texts):
+            if text in wrong:
+                faults[row] = faults[row] or wrong[text]
+            elif text in cells.changed and value_kind(column).number:
+                notes[row].append(f"The {column} {text!r} was read as {cells.changed[text]}.")
+    return pd.DataFrame(values, index=table.index), faults, notes
 
 
 def read_metadata(
     path: str | Path,  # a CSV with the names of images and any of age (years), sex and site
     images: Sequence[str | Path],  # paths; the table has them, or their names or stems
     tell: Callable[[str], None] = lambda line: None,  # called with what was not used
-) -> pd.DataFrame:  # a row an image; unknown where the table has none
+) -> pd.DataFrame:  # a row an image, as the table has it; empty where it has none
     "Age, sex and site of images; ConfigError where it is not clear whose they are."
-    table = read_table(Path(path)).drop_duplicates(ignore_index=True)
+    table = read_table(Path(path), remedy="save it as UTF-8").drop_duplicates(ignore_index=True)
     columns = find_columns(table, ("path", "image_id", *_METADATA))
     key = columns.pop("path", None) or columns.get("image_id")
     columns.pop("image_id", None)
@@ -527,8 +553,10 @@ def read_metadata(
         raise ConfigError(f"{path} names none of the {len(images)} images.")
     if absent := len({str(p) for p in images} - set(row_of)):
         tell(f"{absent} of {len(images)} images have no row in {path}.")
-    rows = _understood(table, str(path)).reindex([row_of.get(str(p), -1) for p in images])
-    return rows.reset_index(drop=True)
+    rows = table[list(columns.values())].reindex([row_of.get(str(p), -1) for p in images])
+    rows = rows.reset_index(drop=True)
+    _understood(rows, str(path))  # whether all of them together leave a doubt
+    return rows
 
 # %% ../nbs/18_predict.ipynb #c071bdb1
 def find_images(
@@ -536,28 +564,41 @@ def find_images(
     tell: Callable[[str], None] = lambda line: None,  # called with what was left out
 ) -> list[str]:
     "Paths of all images, each once, in order; ConfigError where a source has none."
-    found, left = [], collections.Counter()
+    found, beside = {}, collections.Counter()
     for source in map(str, sources):
         archive, _, inside = source.rpartition("::")
+        left = collections.Counter()
         if _has_files(source):
-            paths = _below(source, left)
+            paths = _below(source, left, tell)
         elif _has_files(archive):
-            start = f"{os.path.abspath(archive)}::{inside.rstrip('/')}/"
-            beside = collections.Counter()  # what else there is was not asked for
-            paths = [p for p in _below(archive, beside) if p.startswith(start)] or [source]
-        elif os.path.isfile(source):
+            paths = _below(archive, left, tell, inside.rstrip("/") + "/") or [source]
+            left.clear()  # what else there is was not asked for
+        elif os.path.isfile(source) or os.path.islink(source):
             paths = [source]
         elif glob.has_magic(source):
-            paths = _matching(source, left)
+            matches = _matches(source)
+            if not matches:
+                raise ConfigError(f"no file matches {source!r}.")
+            paths = [p for match in matches for p in _of_match(match, left, tell)]
         else:
             raise ConfigError(f"there is no file or folder {source!r}.")
         if not paths:
             said = f": it holds {_counted(left)}" if left else ""
             raise ConfigError(f"{source!r} has no image in it{said}.")
-        found += paths
-    if left:
-        tell(f"not asked about: {_counted(left)}.")
-    return list(dict.fromkeys(found))
+        for path in paths:
+            found.setdefault(_place(path), path)
+        beside += left
+    if beside:
+        tell(f"not asked about: {_counted(beside)}.")
+    return list(found.values())
+
+
+def _place(path: str) -> str:
+    "Where a file lies, the same by whatever folders and links to them it is reached."
+    file, inside, member = path.rpartition("::")
+    file, member = (file, member) if inside else (path, "")
+    folder, name = os.path.split(os.path.abspath(on_disk(file)))
+    return shown(os.path.join(os.path.realpath(folder), name)) + inside + member
 
 
 def _has_files(path: str) -> bool:
@@ -565,18 +606,22 @@ def _has_files(path: str) -> bool:
     return os.path.isdir(path) or (path.lower().endswith(".zip") and os.path.isfile(path))
 
 
-def _below(source: str, left: collections.Counter) -> list[str]:
+def _below(
+    source: str, left: collections.Counter, tell: Callable[[str], None], inside: str = ""
+) -> list[str]:
     "Images in a folder or archive, also those that will be refused; counts all else."
     files, more = list_files(source, whole=False), []
     for file in files.others:
-        if _is_image(file):
+        if file.size < 0 or _is_image(file):  # below 0 where it cannot be read
             more.append(file)
         else:
             left[file.suffix or "file(s) without an ending"] += 1
+    for _, note in files.notes:
+        tell(f"{note}.")
     images = files.images + more
-    if images:
+    if images and files.masks:
         left["lesion mask(s), by their names"] += len(files.masks)
-    return sorted(file.path for file in images or files.masks)
+    return sorted(f.path for f in images or files.masks if f.rel.startswith(inside))
 
 
 def _is_image(file: ImageFile) -> bool:
@@ -595,19 +640,19 @@ def _is_image(file: ImageFile) -> bool:
     return kind in FORMATS or (kind in UNREAD_FORMATS and kind != "archive")
 
 
-def _matching(pattern: str, left: collections.Counter) -> list[str]:
+def _matches(pattern: str) -> list[str]:
     "What a pattern names; a folder before it may have brackets in its name."
     head, parts = "", Path(pattern).parts
     while os.path.isdir(os.path.join(head, parts[0])):
         head, parts = os.path.join(head, parts[0]), parts[1:]
     rest = os.path.join(*parts)
-    paths = []
-    for path in sorted(glob.glob(os.path.join(glob.escape(head), rest), recursive=True)):
-        if os.path.isfile(path) and not _has_files(path):
-            paths.append(path)
-        elif "**" not in rest or os.path.isfile(path):
-            paths += _below(path, left)
-    return paths
+    found = sorted(glob.glob(os.path.join(glob.escape(head), rest), recursive=True))
+    # With ** the files of a folder match by themselves.
+    return [p for p in found if "**" not in rest or not os.path.isdir(p)]
+
+
+def _of_match(path: str, left: collections.Counter, tell: Callable[[str], None]) -> list[str]:
+    return _below(path, left, tell) if _has_files(path) else [path]
 
 
 def _counted(left: collections.Counter) -> str:
@@ -793,16 +838,35 @@ def save_cam(
     return path
 
 
-def sentence(answer: Answer, bundle: Bundle) -> str:
+def short_names(paths: Sequence[str | Path]) -> list[str]:
+    "Names of files, with as many of their folders as tell them apart."
+    parts = [re.split(r"::|/", shown(str(path)).replace(os.sep, "/")) for path in paths]
+    names, depth = [p[-1] for p in parts], 1
+    while depth < max(map(len, parts), default=0):
+        count, depth = collections.Counter(names), depth + 1
+        alike = [i for i, name in enumerate(names) if count[name] > 1]
+        if not alike:
+            break
+        for i in alike:
+            names[i] = "/".join(parts[i][-depth:])
+    return names
+
+
+def sentence(
+    answer: Answer,
+    bundle: Bundle,
+    name: str = "",  # to call the image by; empty: its own
+) -> str:
     "An answer in a line or two of plain text."
+    name = name or answer.name
     if answer.error:
-        return f"{answer.name}: refused. {answer.error}"
+        return f"{name}: refused. {answer.error}"
     share = f"{answer.title} ({answer.predicted}) {100 * answer.confidence:.0f} %"
     likely = f"{100 * bundle.decision.coverage:.0f} % set: {', '.join(answer.classes_90)}"
     notes = f" Note: {' '.join(answer.notes)}" if answer.notes else ""
     if answer.abstains:
         return (
-            f"{answer.name}: no answer. {' '.join(answer.reasons)} (Most probable:"
+            f"{name}: no answer. {' '.join(answer.reasons)} (Most probable:"
             f" {share}; {likely}.){notes}"
         )
-    return f"{answer.name}: {share}; {likely}.{notes}"
+    return f"{name}: {share}; {likely}.{notes}"

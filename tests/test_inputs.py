@@ -359,6 +359,8 @@ def test_tables_with_tabs_are_read_and_sheets_are_named(tmp_path):
     assert "none, but labels.xlsx: save as CSV" in text
     put(tmp_path / "labels.tsv", "image_id\tlabel\na\tnv\nb\tmel\n")
     assert load_dataset("csv", tmp_path).classes == ("mel", "nv")
+    put(tmp_path / "labels.csv", "image_id;label;age\na;nv;45,5\nb;mel;\n")
+    assert load_dataset("csv", tmp_path).manifest.age[0] == 45.5
 
 
 def test_known_sources_in_another_case_or_of_another_year(tmp_path):
@@ -676,6 +678,37 @@ def test_backslashes_in_archives_are_folders(tmp_path):
             archive.writestr(member, jpeg(i))
     dataset = load_dataset("folders", tmp_path, verify=True)
     assert dataset.manifest.label.tolist() == ["nv", "mel"]
+
+
+def test_members_of_odd_names_are_read_or_named(tmp_path):
+    with pytest.warns(UserWarning), zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        names = "./nv/0.jpg ./mel/1.jpg ../2.jpg nv/.3.jpg mel/4.jpg mel/4.jpg"
+        for i, name in enumerate(names.split()):
+            archive.writestr(name, jpeg(i))
+    dataset = load_dataset("folders", tmp_path, verify=True)
+    rels = [image.rel for image in list_files(tmp_path).images]
+    assert rels == ["nv/0.jpg", "mel/1.jpg", "mel/4.jpg"]
+    assert read_image_bytes(dataset.manifest.path[2]) == jpeg(5)
+    assert "../2.jpg of a.zip" in dataset.description
+    assert "more than one file named mel/4.jpg" in dataset.description
+
+
+def test_what_cannot_be_opened_stops_nothing(tmp_path, monkeypatch):
+    folder = trees(tmp_path, "nv", "mel", "nv/closed")
+    (folder / "mel" / "loop").symlink_to(folder / "mel" / "loop")
+    (folder / "mel" / "gone.zip").symlink_to("/nowhere")
+    scan = os.scandir
+
+    def refusing(path):  # as for a folder of somebody else
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    dataset = load_dataset("folders", folder)
+    assert len(dataset.manifest) == 4
+    lost = "mel/gone.zip, mel/loop and nv/closed (cannot be opened)"
+    assert told(dataset, "not read") == lost
 
 
 def test_file_names_that_are_no_utf8(tmp_path):

@@ -33,6 +33,7 @@ from dermnb.predict import (
     read_image,
     read_metadata,
     save_cam,
+    short_names,
     write_answers,
 )
 
@@ -117,13 +118,15 @@ def test_metadata_changes_the_answer_and_may_be_unknown(images, tmp_path):
         ("image,weight\na.png,70\n", "any of age, sex and site"),
         ("image,age\na.png,20\na.png,30\n", "twice"),
         ("image,age\na.png,20\na,30\n", "two rows"),
-        ("image,age\na.png,old\n", "not a number of years"),
-        ("image,age\na.png,-5\n", "not a number of years from 0 to 120"),
+        ("image,sex\na.png,H\nb.png,M\n", "may be male, or mujer"),
         ("image,age\nz.png,20\n", "names none of the 2"),
     ):
         table.write_text(text)
         with pytest.raises(ConfigError, match=said):
             read_metadata(table, paths)
+    table.write_bytes(b"image,site\na.png,R\xfccken\n")
+    with pytest.raises(ConfigError, match="save it as UTF-8.$"):
+        read_metadata(table, paths)
     table.write_text("image,age\na.png,20\n")
     with pytest.raises(ConfigError, match="give their paths"):
         read_metadata(table, ["one/a.png", "two/a.png"])
@@ -158,8 +161,18 @@ def test_metadata_is_read_as_the_training_table_is(images, tmp_path):
     assert "site 'moon' is not one of the training images' (back)" in odd[0].notes[0]
     frame = pd.DataFrame({"Age": ["45", "unknown"], "Gender": ["M", None], "site": ["Back", ""]})
     assert np.array_equal(table_of(predictor(paths, metadata=frame)), table_of(plain))
-    with pytest.raises(ConfigError, match="from 0 to 120"):
-        predictor(paths, metadata=pd.DataFrame({"age": [-5, 45]}))
+    # A wrong cell refuses its own image, and is nothing to those of other rows.
+    wrong, _ = answers("image;Alter;sex\na.png;150;M\nb.png;45;M\nz.png;old;M\n")
+    assert "Alter '150' is not a number of years from 0 to 120" in wrong[0].error
+    right, _ = answers("image,age,sex\na.png,45,male\nb.png,45,male\n")
+    assert np.array_equal(table_of(wrong[1:]), table_of(right[1:]))
+    read, _ = answers('image,age\na.png,18 months\nb.png,">90"\n')
+    assert [a.notes for a in read] == [
+        ["The age '18 months' was read as 1.5."],
+        ["The age '>90' was read as 90."],
+    ]
+    wrong = predictor(paths, metadata=pd.DataFrame({"age": [-5, 45]}))
+    assert "age '-5' is not" in wrong[0].error and not wrong[1].error
 
 
 def test_one_image_that_fails_ends_no_other(runs, images, tmp_path, monkeypatch):
@@ -295,7 +308,7 @@ def test_what_cannot_be_read_is_one_sentence_and_the_rest_goes_on(runs, images, 
 @pytest.mark.parametrize(
     ("make", "name", "said"),
     [
-        (lambda i: encoded(i.convert("L")), "a.png", "grey"),
+        (lambda i: encoded(i.convert("L")), "a.png", "gray"),
         (lambda i: encoded(i.convert("CMYK"), "JPEG"), "a.jpg", "CMYK"),
         (lambda i: encoded(i.convert("RGBA")), "a.png", "transparent"),
         (lambda i: encoded(Image.fromarray(np.asarray(i.convert("L"), "uint16") * 257)), "a.png", "more than 8 bits"),
@@ -412,6 +425,8 @@ def test_what_is_no_run_is_named(runs, tmp_path):
         "b.weights.h5": "HDF5 form",
         "c.keras": "as Keras saves it",
         "d.pth": "PyTorch",
+        "junk.keras": "does not hold what its ending .keras says",
+        "packed.zip": "is an archive, which has to be unpacked first: give the `model` folder",
         "foreign/model.keras": "as Keras saves it",
         "foreign": "but not labels.json and decision.json beside it",
         "saved": "holds a SavedModel",
@@ -425,9 +440,11 @@ def test_what_is_no_run_is_named(runs, tmp_path):
         "nowhere": "is not there",
     }.items():
         path = tmp_path / name
-        if path.suffix in (".h5", ".keras", ".pth"):
+        if name in ("junk.keras", "packed.zip"):
+            path.write_bytes(b"junk")
+        elif path.suffix in (".h5", ".keras", ".pth"):
             path.parent.mkdir(exist_ok=True)
-            path.write_bytes(b"PK")
+            path.write_bytes({".h5": b"\x89HDF", ".keras": b"PK\3\4"}.get(path.suffix, b"x"))
         elif name in ("saved", "onnx", "empty", "suite", "published"):
             path.mkdir()
             inside = {"saved": "saved_model.pb", "onnx": "model.onnx"}.get(name)
@@ -520,8 +537,47 @@ def test_finds_images_in_folders_archives_and_patterns(images, tmp_path):
     inside = f"{odd / 'more.zip'}::in"
     assert find_images([inside + "/e.png"]) == [inside + "/e.png"]
     assert len(find_images([inside])) == 2
-    with pytest.raises(ConfigError, match="has no image"):
-        find_images([odd / "*.jpg"])
+    with pytest.raises(ConfigError, match="no file matches"):
+        find_images([odd, odd / "*.jpg"])
+
+
+def test_one_bad_entry_is_refused_and_the_others_are_answered(runs, images, tmp_path, monkeypatch):
+    photo, said = encoded(Image.fromarray(images[0])), []
+    for name in ("a.png", "in/a.png", "closed/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(photo)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "in/segmentation_masks").mkdir()
+    scan = os.scandir
+
+    def refusing(path):  # as for a folder of somebody else
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    paths = find_images([tmp_path], said.append)
+    assert not said and short_names(paths) == [
+        f"{tmp_path.name}/a.png", "closed", "in/a.png", "loop",
+    ]  # fmt: skip
+    answers = Predictor(runs[0][0])(paths)
+    assert [bool(a.error) for a in answers] == [False, True, False, True]
+    assert "Too many levels of symbolic links." in answers[3].error
+
+
+def test_an_image_is_asked_about_once_by_whatever_route(images, tmp_path, monkeypatch):
+    (tmp_path / "br[1]").mkdir()
+    (tmp_path / "br[1]/a.png").write_bytes(encoded(Image.fromarray(images[0])))
+    (tmp_path / "link").symlink_to("br[1]")
+    monkeypatch.chdir(tmp_path)
+    assert find_images(["br[1]/*.png", "br[1]", "link", "link/a.png"]) == ["br[1]/a.png"]
+    with zipfile.ZipFile("x.zip", "w") as archive:
+        for name in ("./one/a.png", "two/a.png", "../a.png"):
+            archive.writestr(name, encoded(Image.fromarray(images[0])))
+    said = []
+    assert short_names(find_images(["x.zip"], said.append)) == ["one/a.png", "two/a.png"]
+    assert said == ["../a.png of x.zip would lie outside its folder, and is not used."]
+    assert len(find_images(["x.zip::one", "x.zip"])) == 2
 
 
 def test_maps_replace_no_image_and_no_other_map(tmp_path):
@@ -578,9 +634,11 @@ def test_the_command_line(runs, images, tmp_path):
     assert lines[0]["image"] == "a.png" and lines[0]["path"] == str(tmp_path / "a.png")
     assert set(lines[0]["probabilities"]) == set(CLASSES)
     assert "not an image" in lines[1]["error"]
-    assert "1 of 2 images could not be read" in done.stderr
+    assert "1 of 2 images were refused" in done.stderr
     assert Image.open(tmp_path / "maps" / "a_map.png").size == (904, 448)
     assert list(pd.read_csv(tmp_path / "out.csv")["image"]) == ["a.png", "broken.jpg"]
+    wrong = dermnb("predict", tmp_path / "a.png", "--model", runs[0][0], "--target", "NV")
+    assert wrong.returncode == 2 and "say with --cam" in wrong.stderr
     wrong = dermnb("predict", tmp_path / "a.png", "--model", tmp_path)
     assert wrong.returncode == 2 and wrong.stderr.startswith("dermnb: ")
     assert wrong.stdout == "" and len(wrong.stderr.splitlines()) == 1
