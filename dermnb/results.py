@@ -408,7 +408,7 @@ def _suite_run(suite_dir: Path, state: Mapping) -> RunResult:
         except ConfigError as problem:
             status, error = "failed", str(problem)
     else:
-        error = str(state.get("error") or "It has not been run, or not to its end.")
+        error = str(state.get("error") or "It has no results yet: it is still to run, or did not run to its end.")
     return RunResult(name, folder, status, forget_paths(error), **place)
 
 
