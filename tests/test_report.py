@@ -98,7 +98,7 @@ def test_suite_page_is_complete(suite):
     assert "These figures come from generated images" in page.prose
     assert "4 of 6 runs finished" in page.prose
     assert "densenet121 failed: ConfigError: densenet121.weights.h5 is no" in page.prose
-    assert "resnet50 missing: It has not been run" in page.prose
+    assert "resnet50 missing: It has no results yet" in page.prose
     for name in ("cnn", "xception", "efficientnetb5", "efficientnetb7"):
         assert f"{name}/report.html" in page.links
     best = read_json(suite / "efficientnetb5" / "metrics.json")["splits"]["test"][
