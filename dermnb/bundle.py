@@ -747,8 +747,9 @@ def _no_bundle(path: Path) -> str:
     "Why a path is not the folder of a bundle, as the rest of a sentence."
     if path.is_file():
         what = _foreign(path) or "a file"
-        packed = what == _FOREIGN[_PACKED]  # and may have them
-        return f"is {what}" + ("" if packed else ", without the classes and decisions of a run")
+        network = what in _FOREIGN.values() and what != _FOREIGN[_PACKED]
+        alone = ", without the classes and decisions of a run" if network else ""
+        return f"is {what}{alone}"
     if not path.is_dir():
         unfinished = (path.parent / f".part-{path.name}").is_dir()
         return "is not there" + (", since its run is not finished" if unfinished else "")

@@ -681,10 +681,12 @@ def test_backslashes_in_archives_are_folders(tmp_path):
 
 
 def test_members_of_odd_names_are_read_or_named(tmp_path):
-    with pytest.warns(UserWarning), zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        names = "./nv/0.jpg ./mel/1.jpg ../2.jpg nv/.3.jpg mel/4.jpg mel/4.jpg"
-        for i, name in enumerate(names.split()):
+    names = "./nv/0.jpg ./mel/1.jpg ../2.jpg nv/.3.jpg mel/4.jpg".split()
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for i, name in enumerate(names):
             archive.writestr(name, jpeg(i))
+        with pytest.warns(UserWarning, match="Duplicate"):
+            archive.writestr("mel/4.jpg", jpeg(5))
     dataset = load_dataset("folders", tmp_path, verify=True)
     rels = [image.rel for image in list_files(tmp_path).images]
     assert rels == ["nv/0.jpg", "mel/1.jpg", "mel/4.jpg"]

@@ -425,7 +425,7 @@ def test_what_is_no_run_is_named(runs, tmp_path):
         "b.weights.h5": "HDF5 form",
         "c.keras": "as Keras saves it",
         "d.pth": "PyTorch",
-        "junk.keras": "does not hold what its ending .keras says",
+        "junk.keras": "does not hold what its ending .keras says: give",
         "packed.zip": "is an archive, which has to be unpacked first: give the `model` folder",
         "foreign/model.keras": "as Keras saves it",
         "foreign": "but not labels.json and decision.json beside it",
