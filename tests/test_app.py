@@ -462,7 +462,7 @@ def test_serve_is_private_unless_told_otherwise(models, monkeypatch):
     commands = []
 
     class Process:
-        def __init__(self, command, env):
+        def __init__(self, command, env, stderr):
             commands.append(command)
 
         def wait(self):
@@ -471,6 +471,7 @@ def test_serve_is_private_unless_told_otherwise(models, monkeypatch):
         poll = wait
 
     monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setenv("DERMNB_VERBOSE", "1")  # without the filter of what it says
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
