@@ -199,7 +199,7 @@ def test_one_of_a_kind_is_written_as_one(tmp_path):
     states = [{"run": "a", "status": "done"}, {"run": "b", "status": "missing"}]
     write_json(folder / "suite.json", {"runs": states})
     text = Page(build_report(folder)).prose
-    assert "1 of 2 runs finished, measured on 1 image of 1 lesion." in text
+    assert "1 of 2 runs finished (b has no results yet), measured on 1 image of 1 lesion." in text
     assert "one class alone says nothing" in text and "balanced accuracy of 1.000." not in text
     assert not re.search(r"\b1 (images|lesions|pairs|groups|runs)\b", text)
 
