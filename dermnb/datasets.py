@@ -609,17 +609,8 @@ class Source:
     account: Account = field(default_factory=Account)
 
 
-_EXTRA_COLUMNS = (
-    "lesion_id",
-    "patient_id",
-    "age",
-    "sex",
-    "site",
-    "source",
-    "license",
-    "split",
-    "size_mm",
-    "skin_tone",
+_EXTRA_COLUMNS = tuple(
+    c for c in MANIFEST_COLUMNS if c not in ("image_id", "path", "label", "mask")
 )
 _MAPPED_COLUMNS = ("image_id", "label", "path", *_EXTRA_COLUMNS)
 _TELLS = "how a diagnosis was made tells what it is"
