@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from dermnb.core import write_json
-from dermnb.evaluate import evaluate, probability_columns
+from dermnb.metrics.scores import evaluate, probability_columns
 
 CLASSES = ["MEL", "NV", "BCC"]
 TITLES = {"MEL": "Melanoma", "NV": "Melanocytic naevus", "BCC": "Basal cell carcinoma"}
@@ -14,7 +14,7 @@ TITLES = {"MEL": "Melanoma", "NV": "Melanocytic naevus", "BCC": "Basal cell carc
 
 def photographs(n=24, size=(96, 72)):
     "Generated lesions, uint8 arrays (H, W, 3)."
-    from dermnb.synthetic import draw_lesion, render_view
+    from dermnb.data.synthetic import draw_lesion, render_view
 
     lesions = [draw_lesion(3, i, CLASSES[i % 3]) for i in range(n)]
     return [render_view(lesion, size=size)[0] for lesion in lesions]
@@ -59,10 +59,10 @@ def make_bundle(folder, name="tiny", size=32, seed=0, fusion="none", backbone="c
     "The folder of a run whose `model` is a whole bundle; and what was put into it."
     from PIL import Image
 
-    from dermnb.bundle import fit_novelty, write_bundle
-    from dermnb.gradcam import CamNetwork
-    from dermnb.images import resize_image
-    from dermnb.models import MetadataEncoder, build_classifier, save_classifier
+    from dermnb.runs.bundle import fit_novelty, write_bundle
+    from dermnb.nets.gradcam import CamNetwork
+    from dermnb.data.images import resize_image
+    from dermnb.nets.models import MetadataEncoder, build_classifier, save_classifier
 
     encoder = MetadataEncoder(50.0, 15.0, ("female", "male"), ("back",))
     columns = len(encoder.columns) if fusion != "none" else 0
@@ -94,8 +94,8 @@ def make_bundle(folder, name="tiny", size=32, seed=0, fusion="none", backbone="c
 
 def make_ensemble(folder, runs, weights, combine="mean", name="both"):
     "The folder of an ensemble of runs that `make_bundle` gave; and its mixed predictions."
-    from dermnb.bundle import take_members, write_bundle
-    from dermnb.ensemble import mix_probabilities
+    from dermnb.runs.bundle import take_members, write_bundle
+    from dermnb.runs.ensemble import mix_probabilities
 
     columns = probability_columns(CLASSES)
     tables = [table for _, table in runs]

@@ -17,6 +17,6 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def demo_dir(tmp_path_factory):
     "About 200 generated images in ISIC 2019's format."
-    from dermnb.synthetic import generate_demo
+    from dermnb.data.synthetic import generate_demo
 
     return generate_demo(tmp_path_factory.mktemp("demo") / "demo", lesions=100, seed=7)

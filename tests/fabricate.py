@@ -11,7 +11,7 @@ import pandas as pd
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from dermnb.core import ExperimentConfig, read_json, write_json
-from dermnb.evaluate import evaluate
+from dermnb.metrics.scores import evaluate
 
 ISIC8 = {
     "MEL": "Melanoma",

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = [*ROOT.glob("nbs/*.ipynb"), *ROOT.glob("nbs/*/*.ipynb")]
+NOTEBOOKS = sorted(ROOT.glob("nbs/**/*.ipynb"))
 
 
 def differences(copy: Path) -> list[str]:
@@ -24,13 +24,14 @@ def differences(copy: Path) -> list[str]:
             found.append(f"{name} is not clean: run `make export`")
         if any(cell.get("outputs") for cell in json.loads(path.read_text())["cells"]):
             found.append(f"{name} holds outputs: clear them before committing")
-    for path in (copy / "dermnb").glob("*.py"):
-        here = ROOT / "dermnb" / path.name
-        if not here.exists() or not filecmp.cmp(path, here, shallow=False):
-            found.append(f"dermnb/{path.name} is not what nbs/ exports: run `make export`")
-    for path in (ROOT / "dermnb").glob("*.py"):
-        if not (copy / "dermnb" / path.name).exists():
-            found.append(f"dermnb/{path.name} belongs to no notebook: remove it")
+    for path in (copy / "dermnb").rglob("*.py"):
+        name = path.relative_to(copy)
+        if not (ROOT / name).exists() or not filecmp.cmp(path, ROOT / name, shallow=False):
+            found.append(f"{name} is not what nbs/ exports: run `make export`")
+    for path in (ROOT / "dermnb").rglob("*.py"):
+        name = path.relative_to(ROOT)
+        if not (copy / name).exists():
+            found.append(f"{name} belongs to no notebook: remove it")
     return found
 
 

@@ -7,8 +7,8 @@ import pytest
 from fabricate import make_explanation, make_run
 
 from dermnb.core import write_json
-from dermnb.pages import build_notebook_page
-from dermnb.report import build_report
+from dermnb.report.pages import build_notebook_page
+from dermnb.report.build import build_report
 
 api = pytest.importorskip("playwright.sync_api")
 BROWSER = (

@@ -16,8 +16,8 @@ import pytest
 from warm_kernel import warm_kernels
 
 from dermnb.core import read_json
-from dermnb.runs import validate_run
-from dermnb.suites import load_suite, resolve_suite
+from dermnb.runs.folders import validate_run
+from dermnb.runs.suites import load_suite, resolve_suite
 
 ROOT = Path(__file__).resolve().parent.parent
 DERMNB = Path(sys.executable).parent / "dermnb"
@@ -82,7 +82,7 @@ def test_derm_categories(reports, demo_dir, warm):
 
 def test_cnn_ensemble_on_turkish_folders(reports, demo_dir, warm, tmp_path):
     "Six folders with Turkish names, read by a taxonomy file alone."
-    from dermnb.datasets import load_dataset
+    from dermnb.data.datasets import load_dataset
 
     names = ["Enfeksiyonel", "Ekzama", "Akne", "Pigment bozuklukları"]
     names += ["Benign pigmentli lezyonlar", "Malign"]

@@ -20,9 +20,9 @@ import streamlit as st
 from starlette.formparsers import MultiPartParser
 from streamlit.testing.v1 import AppTest
 
-from dermnb import app
+from dermnb.serve import app
 from dermnb.core import ConfigError, read_json, write_json
-from dermnb.predict import Predictor
+from dermnb.serve.predict import Predictor
 
 HOSTILE = "<img src=x onerror=alert(1)> **b** $\\frac{1}{0}$ [a](http://x.example) :red[c]\u202e.jpg"
 
@@ -52,7 +52,7 @@ def models(tmp_path_factory):
 
 
 def opened(model):
-    script = f"from dermnb.app import page\npage({str(model)!r})"
+    script = f"from dermnb.serve.app import page\npage({str(model)!r})"
     page = AppTest.from_string(script, default_timeout=60).run()
     assert not page.exception
     return page
@@ -405,7 +405,7 @@ def test_a_network_that_sees_no_image_has_no_map(tmp_path, photos):
 
 def test_a_broken_model_is_a_sentence_on_the_page(models, tmp_path):
     page = AppTest.from_string(
-        f"from dermnb.app import page\npage({str(tmp_path)!r})", default_timeout=30
+        f"from dermnb.serve.app import page\npage({str(tmp_path)!r})", default_timeout=30
     ).run()
     assert not page.exception and "holds neither" in page.error[0].value
     assert not page.file_uploader
@@ -435,7 +435,7 @@ def test_memory_stays_flat_from_file_to_file(models):
 
 
 def test_importing_it_loads_neither_streamlit_nor_keras():
-    code = "import sys, dermnb.app; print({'streamlit', 'keras', 'tensorflow'} & set(sys.modules))"
+    code = "import sys, dermnb.serve.app; print({'streamlit', 'keras', 'tensorflow'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
 

@@ -50,7 +50,7 @@ def address(tmp_path_factory):
     write_json(path, read_json(path) | {"min_confidence": 0.0})
     (run / "model" / "novelty.npz").unlink()
     port = free_port()
-    code = f"import sys; from dermnb.app import serve; sys.exit(serve({str(run)!r}, port={port}))"
+    code = f"import sys; from dermnb.serve.app import serve; sys.exit(serve({str(run)!r}, port={port}))"
     home = tmp_path_factory.mktemp("home")  # with no settings of Streamlit's in it
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=home, env=os.environ | {"HOME": str(home)}

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 from tolerances import FLOAT32
 
-from dermnb import audit
+from dermnb.audit import duplicates as audit
 from dermnb.core import ConfigError
-from dermnb.synthetic import draw_lesion, render_view
+from dermnb.data.synthetic import draw_lesion, render_view
 
 
 def lesion(k, view=0):
@@ -331,6 +331,6 @@ def test_network_finds_what_hashes_miss(collection):
 
 
 def test_auditing_loads_no_framework():
-    code = "import sys, dermnb.audit; print({'keras', 'tensorflow', 'jax'} & set(sys.modules))"
+    code = "import sys, dermnb.audit.duplicates; print({'keras', 'tensorflow', 'jax'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr

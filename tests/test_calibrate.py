@@ -12,7 +12,7 @@ from fabricate import make_predictions
 from scipy.special import softmax
 from sklearn.metrics import brier_score_loss, log_loss
 
-from dermnb.calibrate import (
+from dermnb.metrics.calibration import (
     COLDEST,
     HOTTEST,
     Decision,
@@ -26,7 +26,7 @@ from dermnb.calibrate import (
     temper,
 )
 from dermnb.core import ConfigError
-from dermnb.evaluate import evaluate
+from dermnb.metrics.scores import evaluate
 
 CLASSES = ["a", "b", "c"]
 
@@ -325,7 +325,7 @@ def test_is_fast_and_loads_little():
     calibration_summary(table, list("abcdefgh"), decision)
     assert time.process_time() - start < 3  # about 0.2 s
     code = (
-        "import sys, dermnb.calibrate;"
+        "import sys, dermnb.metrics.calibration;"
         "heavy = {'tensorflow', 'keras', 'jax', 'torch', 'scipy'} & set(sys.modules);"
         "sys.exit(str(heavy) if heavy else 0)"
     )

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from dermnb.cli import app
 from dermnb.core import GREETINGS, ConfigError, ExperimentConfig, make_config
-from dermnb.runs import RUN_FILES
+from dermnb.runs.folders import RUN_FILES
 
 ROOT = Path(__file__).resolve().parent.parent
 DERMNB = Path(sys.executable).parent / "dermnb"
@@ -90,7 +90,7 @@ def test_a_folder_that_cannot_be_used_is_one_sentence(tmp_path):
 
 
 def test_runs_that_differ_in_case_only(tmp_path):
-    from dermnb.suites import load_suite, parse_overrides
+    from dermnb.runs.suites import load_suite, parse_overrides
 
     (tmp_path / "s.yaml").write_text("title: t\nquestion: q\nruns: {Cnn: , cnn: }\n")
     with pytest.raises(ConfigError, match="'Cnn' and 'cnn' would share one folder"):
@@ -210,7 +210,7 @@ def test_parameters_cell_is_the_config():
 @pytest.mark.parametrize("path", sorted((ROOT / "nbs/suites").glob("*.yaml")), ids=lambda p: p.stem)
 @pytest.mark.parametrize("profile", ["smoke", "cpu", "gpu"])
 def test_every_suite_resolves(path, profile):
-    from dermnb.suites import load_suite, resolve_suite
+    from dermnb.runs.suites import load_suite, resolve_suite
 
     plan = resolve_suite(load_suite(path), profile)
     content = yaml.safe_load(path.read_text())
@@ -334,7 +334,7 @@ def test_audit_of_datasets_and_of_finished_runs(demo_dir, tmp_path):
 
 
 def test_the_smallest_run_is_first_and_the_largest_next():
-    from dermnb.suites import _in_turn, load_suite, resolve_suite
+    from dermnb.runs.suites import _in_turn, load_suite, resolve_suite
 
     plan = resolve_suite(load_suite("demo"), "cpu")
     order = [p.config.run for p in _in_turn({p.config.run: p for p in plan})]

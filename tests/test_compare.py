@@ -13,7 +13,7 @@ from sklearn import metrics as sk
 from statsmodels.stats.contingency_tables import mcnemar as sm_mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from dermnb.compare import (
+from dermnb.metrics.comparison import (
     auc_components,
     check_claims,
     claim_faults,
@@ -32,7 +32,7 @@ from dermnb.compare import (
     summarise_repeats,
 )
 from dermnb.core import ConfigError
-from dermnb.evaluate import CLASS_METRICS, METRICS, evaluate
+from dermnb.metrics.scores import CLASS_METRICS, METRICS, evaluate
 
 CLASSES = ["a", "b", "c", "d"]
 PUBLISHED = [
@@ -713,7 +713,7 @@ def test_summarise_repeats():
 
 def test_loads_no_deep_learning_framework():
     code = (
-        "import sys, dermnb.compare;"
+        "import sys, dermnb.metrics.comparison;"
         "heavy = {'tensorflow', 'keras', 'keras_cv', 'jax', 'torch'} & set(sys.modules);"
         "sys.exit(str(heavy) if heavy else 0)"
     )

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from dermnb.core import ConfigError
-from dermnb.datasets import (
+from dermnb.data.datasets import (
     DATASETS,
     ResumingDownloader,
     check_dataset,
@@ -33,7 +33,7 @@ from dermnb.datasets import (
     read_table,
     taxonomy_names,
 )
-from dermnb.synthetic import generate_demo
+from dermnb.data.synthetic import generate_demo
 
 HERE = Path(__file__).resolve().parents[1]
 REAL = Path(os.environ.get("DERMNB_REAL_DATA", HERE / ".." / "shared" / "data"))
@@ -497,11 +497,11 @@ def test_demo_is_generated_once_and_only_where_it_may_be(tmp_path, monkeypatch):
     def small(folder, workers=1):
         return generate_demo(folder, lesions=16, size=(32, 32))
 
-    monkeypatch.setattr("dermnb.synthetic.generate_demo", small)
+    monkeypatch.setattr("dermnb.data.synthetic.generate_demo", small)
     dataset = load_dataset("demo", tmp_path / "demo")
     assert dataset.synthetic and len(dataset.problems) == 0
     assert dataset.manifest["mask"].notna().all()
-    monkeypatch.delattr("dermnb.synthetic.generate_demo")
+    monkeypatch.delattr("dermnb.data.synthetic.generate_demo")
     again = load_dataset("demo", tmp_path / "demo")
     pd.testing.assert_frame_equal(dataset.manifest, again.manifest)
     assert load_dataset("isic2019", tmp_path / "demo").synthetic
@@ -692,7 +692,7 @@ def test_server_and_network_errors_are_sentences(line, tmp_path):
 
 def test_a_full_disk_is_told_before(line, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr("dermnb.datasets.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("dermnb.data.datasets.shutil.disk_usage", lambda path: usage)
     assert "GB free" in sentence(fetch, line, tmp_path)
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dermnb.bundle import COMBINE
+from dermnb.runs.bundle import COMBINE
 from dermnb.core import ENSEMBLE_FIELDS, ConfigError, ExperimentConfig, make_config, read_json, write_json
-from dermnb.ensemble import (
+from dermnb.runs.ensemble import (
     agreement,
     combine,
     find_members,
@@ -25,9 +25,9 @@ from dermnb.ensemble import (
     run_ensemble,
     score_table,
 )
-from dermnb.evaluate import evaluate, probability_columns, recorded_positive
-from dermnb.results import load_run, name_positive
-from dermnb.runs import file_hash, is_done, validate_run
+from dermnb.metrics.scores import evaluate, probability_columns, recorded_positive
+from dermnb.runs.results import load_run, name_positive
+from dermnb.runs.folders import file_hash, is_done, validate_run
 from fabricate import make_predictions, make_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -447,7 +447,7 @@ def test_two_classes_with_a_positive_one(tmp_path):
 
 def test_import_loads_no_framework():
     code = (
-        "import sys, dermnb.ensemble;"
+        "import sys, dermnb.runs.ensemble;"
         "sys.exit(any(m in sys.modules for m in ('keras', 'tensorflow', 'jax')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -15,7 +15,7 @@ from sklearn import metrics as sk
 from statsmodels.stats.inter_rater import cohens_kappa
 
 from dermnb.core import ConfigError
-from dermnb.evaluate import (
+from dermnb.metrics.scores import (
     BINARY_METRICS,
     CLASS_METRICS,
     METRICS,
@@ -515,7 +515,7 @@ def test_is_quick_and_loads_little():
     bootstrap_scores(y, p, np.arange(10_000), 2000, rng)
     assert time.process_time() - start < 3  # about 0.7 s
     code = (
-        "import sys, dermnb.evaluate;"
+        "import sys, dermnb.metrics.scores;"
         "heavy = {'tensorflow', 'keras', 'jax', 'torch', 'scipy', 'sklearn'} & set(sys.modules);"
         "sys.exit(str(heavy) if heavy else 0)"
     )

@@ -14,8 +14,8 @@ from scipy import stats
 from tolerances import FLOAT32
 
 from dermnb.core import ConfigError, make_config, read_json
-from dermnb.ensemble import run_ensemble
-from dermnb.explain import (
+from dermnb.runs.ensemble import run_ensemble
+from dermnb.serve.saliency import (
     _random_field,
     border_only,
     central_masks,
@@ -27,11 +27,11 @@ from dermnb.explain import (
     rank_correlation,
     redrawn_weights,
 )
-from dermnb.gradcam import CamNetwork
-from dermnb.models import build_classifier, load_classifier, save_classifier
-from dermnb.predict import Predictor
-from dermnb.runs import runs_of
-from dermnb.train import run_experiment
+from dermnb.nets.gradcam import CamNetwork
+from dermnb.nets.models import build_classifier, load_classifier, save_classifier
+from dermnb.serve.predict import Predictor
+from dermnb.runs.folders import runs_of
+from dermnb.runs.train import run_experiment
 
 REPO = Path(__file__).parents[1]
 
@@ -47,7 +47,7 @@ def pictures(rng, n=3, side=16) -> np.ndarray:
 
 def test_loads_no_framework():
     code = (
-        "import sys, dermnb.explain;"
+        "import sys, dermnb.serve.saliency;"
         "sys.exit(any(m in sys.modules for m in ('keras', 'tensorflow', 'jax')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO)
@@ -304,7 +304,7 @@ def test_a_bundle_of_an_earlier_version_is_completed(suite, demo_dir, tmp_path):
 
 
 def test_what_cannot_be_looked_into(suite, demo_dir, tmp_path):
-    from dermnb.synthetic import generate_demo
+    from dermnb.data.synthetic import generate_demo
 
     with pytest.raises(ConfigError, match="neither a finished run"):
         runs_of(tmp_path)

@@ -11,21 +11,21 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from dermnb import export
-from dermnb.bundle import Bundle, BundleMember
-from dermnb.calibrate import Decision, temper
+from dermnb.serve import export
+from dermnb.runs.bundle import Bundle, BundleMember
+from dermnb.metrics.calibration import Decision, temper
 from dermnb.core import ConfigError, read_json
-from dermnb.ensemble import mix_probabilities
-from dermnb.export import FORMS, TOLERANCE, export_bundle
-from dermnb.images import resize_image
-from dermnb.models import (
+from dermnb.runs.ensemble import mix_probabilities
+from dermnb.serve.export import FORMS, TOLERANCE, export_bundle
+from dermnb.data.images import resize_image
+from dermnb.nets.models import (
     Classifier,
     build_classifier,
     load_classifier,
     save_classifier,
     set_batch_norm_momentum,
 )
-from dermnb.synthetic import draw_lesion, render_view
+from dermnb.data.synthetic import draw_lesion, render_view
 
 CLASSES = ("mel", "nv", "bcc", "df")
 METADATA = {

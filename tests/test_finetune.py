@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from tolerances import FLOAT32
 
-from dermnb.backbones import BACKBONES, build_backbone
+from dermnb.nets.backbones import BACKBONES, build_backbone
 from dermnb.core import ConfigError, ExperimentConfig
-from dermnb.finetune import (
+from dermnb.nets.finetune import (
     HISTORY,
     Stage,
     TrainingError,

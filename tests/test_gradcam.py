@@ -12,8 +12,8 @@ import pytest
 from tolerances import BFLOAT16, FLOAT32
 
 from dermnb.core import ConfigError
-from dermnb.gradcam import METHODS, CamNetwork, cam_network, class_maps, combine_maps, resize_maps
-from dermnb.models import (
+from dermnb.nets.gradcam import METHODS, CamNetwork, cam_network, class_maps, combine_maps, resize_maps
+from dermnb.nets.models import (
     build_classifier,
     load_classifier,
     probabilities,
@@ -217,8 +217,8 @@ def test_combined_and_resized():
 OTHER = "jax" if BACKEND == "tensorflow" else "tensorflow"
 CODE = """
 import sys, numpy as np
-from dermnb.gradcam import CamNetwork
-from dermnb.models import load_classifier
+from dermnb.nets.gradcam import CamNetwork
+from dermnb.nets.models import load_classifier
 folder = sys.argv[1]
 given = dict(np.load(f"{folder}/given.npz"))
 network = CamNetwork(load_classifier(folder).model, "cnn")

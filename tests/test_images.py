@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from tolerances import FLOAT32
 
-from dermnb import images
+from dermnb.data import images
 from dermnb.core import ConfigError
 
 
@@ -42,7 +42,7 @@ def refuse_reading(path):
 BUILD = """
 import sys, time
 import pandas as pd
-from dermnb import images
+from dermnb.data import images
 manifest, stores, delay, commit = sys.argv[1:5]
 images._COMMIT = int(commit)
 plain = images.read_image_bytes
@@ -317,7 +317,7 @@ def test_batches_repeat(store, augment, mix):
 def test_dermoscopy_under_mixed_precision_and_determinism():
     code = (
         "import keras, numpy as np, tensorflow as tf\n"
-        "from dermnb.images import augment_images, batch_generator\n"
+        "from dermnb.data.images import augment_images, batch_generator\n"
         "keras.utils.set_random_seed(1)\n"
         "tf.config.experimental.enable_op_determinism()\n"
         "keras.mixed_precision.set_global_policy('mixed_bfloat16')\n"
@@ -349,7 +349,7 @@ def test_fit_takes_batches(store):
 
 def test_import_loads_no_framework():
     code = (
-        "import sys, dermnb.images\n"
+        "import sys, dermnb.data.images\n"
         "found = {'keras', 'tensorflow', 'keras_cv', 'jax'} & set(sys.modules)\n"
         "assert not found, found\n"
     )

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from test_datasets import jpeg, put, sentence
 
-from dermnb.datasets import (
+from dermnb.data.datasets import (
     check_dataset,
     inspect_dataset,
     list_files,
@@ -20,7 +20,7 @@ from dermnb.datasets import (
     problem_counts,
     read_image_bytes,
 )
-from dermnb.values import (
+from dermnb.data.values import (
     find_columns,
     likely_column,
     read_cells,

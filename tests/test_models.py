@@ -26,7 +26,7 @@ from keras.src.applications import (
 from keras.src.utils import file_utils
 from tolerances import FLOAT32
 
-from dermnb.backbones import (
+from dermnb.nets.backbones import (
     BACKBONES,
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -34,9 +34,9 @@ from dermnb.backbones import (
     find_weights,
 )
 from dermnb.core import ConfigError
-from dermnb.gradcam import CamNetwork, class_maps
-from dermnb.losses import FocalLoss, WeightedCrossEntropy, focal_cross_entropy
-from dermnb.models import (
+from dermnb.nets.gradcam import CamNetwork, class_maps
+from dermnb.nets.losses import FocalLoss, WeightedCrossEntropy, focal_cross_entropy
+from dermnb.nets.models import (
     build_classifier,
     count_flops,
     fit_metadata,
@@ -184,7 +184,7 @@ def test_names_do_not_depend_on_what_was_built_before():
 
 def test_table_loads_no_framework():
     code = (
-        "import sys, dermnb.backbones as b; b.find_weights('resnet50', 'imagenet');"
+        "import sys, dermnb.nets.backbones as b; b.find_weights('resnet50', 'imagenet');"
         "assert not {'keras', 'tensorflow', 'jax'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO)

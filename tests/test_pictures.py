@@ -11,12 +11,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from dermnb.audit import fingerprint
+from dermnb.audit.duplicates import fingerprint
 from dermnb.core import ConfigError
-from dermnb.datasets import image_fault, list_images
-from dermnb.images import build_store, read_pixels, resize_image
-from dermnb.pictures import IMAGE_SUFFIXES, file_name, open_picture, shown, unread_kind
-from dermnb.predict import find_images, read_image
+from dermnb.data.datasets import image_fault, list_images
+from dermnb.data.images import build_store, read_pixels, resize_image
+from dermnb.data.decoding import IMAGE_SUFFIXES, file_name, open_picture, shown, unread_kind
+from dermnb.serve.predict import find_images, read_image
 
 
 def photo(side=40):

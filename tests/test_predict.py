@@ -19,13 +19,13 @@ from bundles import CLASSES, make_bundle, make_ensemble, photographs
 from PIL import Image
 from tolerances import FLOAT32
 
-from dermnb.bundle import bundle_folder, load_bundle
-from dermnb.calibrate import temper
+from dermnb.runs.bundle import bundle_folder, load_bundle
+from dermnb.metrics.calibration import temper
 from dermnb.core import ConfigError, read_json, write_json
-from dermnb.evaluate import probability_columns
-from dermnb.images import resize_image
-from dermnb.pictures import shown
-from dermnb.predict import (
+from dermnb.metrics.scores import probability_columns
+from dermnb.data.images import resize_image
+from dermnb.data.decoding import shown
+from dermnb.serve.predict import (
     Predictor,
     cam_paths,
     find_images,
@@ -176,7 +176,7 @@ def test_metadata_is_read_as_the_training_table_is(images, tmp_path):
 
 
 def test_one_image_that_fails_ends_no_other(runs, images, tmp_path, monkeypatch):
-    from dermnb import predict
+    from dermnb.serve import predict
 
     predictor, decode, answer = Predictor(runs[0][0]), predict.resize_image, Predictor._answer
     plain = table_of(predictor(images[:3]))
@@ -655,7 +655,7 @@ ARCHIVE = REAL / "ham10000" / "HAM10000_images_part_1.zip"
 def test_photographs_and_their_export(runs, tmp_path):
     "An ensemble on photographs, and the ONNX file of it run by onnxruntime."
     runtime = pytest.importorskip("onnxruntime")
-    from dermnb.export import TOLERANCE, export_bundle
+    from dermnb.serve.export import TOLERANCE, export_bundle
 
     folder, _ = make_ensemble(tmp_path, runs, [0.3, 0.7])
     predictor = Predictor(folder)

@@ -21,13 +21,13 @@ from fabricate import (
 )
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
-from dermnb.calibrate import calibration_summary, fit_decision
+from dermnb.metrics.calibration import calibration_summary, fit_decision
 from dermnb.core import ConfigError, make_config, read_json, write_json
-from dermnb.evaluate import evaluate
-from dermnb.pages import clean_html, notebook_html
-from dermnb.report import build_report, build_run_page, build_suite_page
-from dermnb.results import forget_paths, load_run, load_suite_runs, name_positive
-from dermnb.trust import may_be_shown
+from dermnb.metrics.scores import evaluate
+from dermnb.report.pages import clean_html, notebook_html
+from dermnb.report.build import build_report, build_run_page, build_suite_page
+from dermnb.runs.results import forget_paths, load_run, load_suite_runs, name_positive
+from dermnb.report.trust import may_be_shown
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "col"}
 
@@ -285,7 +285,8 @@ def test_hostile_names_are_text(tmp_path):
 
 def test_the_page_grows_as_runs_end(tmp_path, monkeypatch):
     "It is there after the first run, says what is to come, and a fault in it stops no run."
-    from dermnb import report, suites
+    from dermnb.report import build as report
+    from dermnb.runs import suites
 
     page, said, seen = tmp_path / "r/two/index.html", [], []
 
@@ -375,7 +376,7 @@ def test_summary_does_not_name_a_winner_the_data_cannot_tell(tmp_path):
 
 def test_loads_no_deep_learning_framework():
     code = (
-        "import sys, dermnb.report;"
+        "import sys, dermnb.report.build;"
         "heavy = {'tensorflow', 'keras', 'keras_cv', 'jax', 'torch'} & set(sys.modules);"
         "sys.exit(str(heavy) if heavy else 0)"
     )
@@ -580,7 +581,7 @@ def test_two_classes(tmp_path):
 
 
 def test_pages_forget_paths_of_every_system(monkeypatch):
-    from dermnb import pages
+    from dermnb.report import pages
 
     for text, left in (
         ("OSError: /home/me/x/w.h5 is gone", "OSError: w.h5 is gone"),

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from fabricate import make_predictions
 
-from dermnb import review
+from dermnb.metrics import subgroups as review
 from dermnb.core import ConfigError
-from dermnb.evaluate import evaluate
-from dermnb.review import (
+from dermnb.metrics.scores import evaluate
+from dermnb.metrics.subgroups import (
     FACT_KINDS,
     STATUSES,
     checklist,
@@ -413,13 +413,13 @@ def test_the_checklist_bears_records_of_any_kind():
 
 def test_review_loads_no_framework():
     code = (
-        "import sys, dermnb.review as r; r.checklist([{}]);"
+        "import sys, dermnb.metrics.subgroups as r; r.checklist([{}]);"
         "assert not {'keras', 'tensorflow', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_kind_of_fact_is_a_column_of_runs():
-    from dermnb.datasets import MANIFEST_COLUMNS
+    from dermnb.data.datasets import MANIFEST_COLUMNS
 
     assert {k.column for k in FACT_KINDS} <= {*MANIFEST_COLUMNS}

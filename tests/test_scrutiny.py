@@ -8,14 +8,14 @@ import pytest
 from fabricate import AUDIT, COUNTED, ISIC8, make_predictions, make_run
 from test_report import Page, section
 
-from dermnb.compare import compare_all
+from dermnb.metrics.comparison import compare_all
 from dermnb.core import ConfigError, read_json, write_json
-from dermnb.pages import leak_head, leak_text, p_cell, signed_cell
-from dermnb.report import build_report, build_run_page, limit_sentences, summary_sentences
-from dermnb.results import best_of, load_run, load_suite_runs, ranked
-from dermnb.review import subgroups
-from dermnb.scrutiny import audit_blocks
-from dermnb.sections import compared_pairs, pairs_block
+from dermnb.report.pages import leak_head, leak_text, p_cell, signed_cell
+from dermnb.report.build import build_report, build_run_page, limit_sentences, summary_sentences
+from dermnb.runs.results import best_of, load_run, load_suite_runs, ranked
+from dermnb.metrics.subgroups import subgroups
+from dermnb.report.scrutiny import audit_blocks
+from dermnb.report.sections import compared_pairs, pairs_block
 
 QUICK = {"resamples": 50, "notebook": False}
 
@@ -345,7 +345,7 @@ def test_metrics_of_an_older_run_are_computed_anew(tmp_path):
 
 
 def test_what_takes_long_is_kept_until_its_tables_change(tmp_path, monkeypatch):
-    from dermnb import results
+    from dermnb.runs import results
 
     run = make_run(tmp_path / "s" / "a", 1.5, facts=True, **QUICK)
     first = load_run(run)

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dermnb import splits
+from dermnb.data import splits
 from dermnb.core import ConfigError, ExperimentConfig
-from dermnb.splits import (
+from dermnb.data.splits import (
     PARTS,
     balance_training,
     balance_validation,
@@ -432,7 +432,7 @@ def test_inheriting_a_part_that_has_no_test_images_is_an_error():
 
 def test_import_loads_no_framework():
     code = (
-        "import sys, dermnb.splits;"
+        "import sys, dermnb.data.splits;"
         "sys.exit(any(m in sys.modules for m in ('keras', 'tensorflow', 'jax')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

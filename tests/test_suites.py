@@ -14,9 +14,10 @@ import yaml
 from fabricate import make_run
 from nbformat.v4 import new_code_cell, new_notebook
 
-from dermnb import cli, suites
+from dermnb import cli
+from dermnb.runs import suites
 from dermnb.core import ConfigError, make_config, read_json
-from dermnb.suites import execute_run, experiment_notebook, run_suite
+from dermnb.runs.suites import execute_run, experiment_notebook, run_suite
 
 
 def text_of(page: Path) -> str:
@@ -60,7 +61,7 @@ def suite(tmp_path, monkeypatch):
         suites, "validate_run", lambda folder: read_json(folder / "run.json")
     )
     monkeypatch.setattr(
-        "dermnb.runs.validate_run", lambda folder: read_json(folder / "run.json")
+        "dermnb.runs.folders.validate_run", lambda folder: read_json(folder / "run.json")
     )
 
     def run(**options):

@@ -10,15 +10,15 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from dermnb import synthetic
-from dermnb.synthetic import CLASSES, draw_lesion, generate_demo, render_view
+from dermnb.data import synthetic
+from dermnb.data.synthetic import CLASSES, draw_lesion, generate_demo, render_view
 
 SIZE = (64, 48)
 
 
 def test_module_loads_no_framework():
     code = (
-        "import sys, dermnb.synthetic; "
+        "import sys, dermnb.data.synthetic; "
         "sys.exit(any(m in sys.modules for m in ('tensorflow', 'keras', 'matplotlib')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -27,7 +27,7 @@ def test_module_loads_no_framework():
 def test_another_process_makes_the_same_files(tmp_path):
     here = generate_demo(tmp_path / "here", lesions=4, size=SIZE, workers=2)
     code = (
-        "import sys; from dermnb.synthetic import generate_demo; "
+        "import sys; from dermnb.data.synthetic import generate_demo; "
         f"generate_demo(sys.argv[1], lesions=4, size={SIZE})"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "there")], check=True)
@@ -106,7 +106,7 @@ def test_any_class_at_any_size(label, size):
 def test_runs_that_start_together_make_one_set(tmp_path):
     "Several processes ask for the same set at once; all get it, and nothing is left beside it."
     code = (
-        "import sys; from dermnb.synthetic import generate_demo; "
+        "import sys; from dermnb.data.synthetic import generate_demo; "
         "print(generate_demo(sys.argv[1], lesions=30, seed=5))"
     )
     folder = tmp_path / "demo"

@@ -11,10 +11,10 @@ import pytest
 
 from PIL import Image, ImageOps
 
-from dermnb import train
+from dermnb.runs import train
 from dermnb.core import ConfigError, make_config, read_json, write_json
-from dermnb.runs import file_hash, is_done
-from dermnb.train import (
+from dermnb.runs.folders import file_hash, is_done
+from dermnb.runs.train import (
     FACTS,
     audit_run,
     build_model,
@@ -46,7 +46,7 @@ def as_csv(folder, manifest, prefix=""):
 
 
 def test_a_positive_class_is_looked_up_before_the_images_are_decoded(demo_dir, monkeypatch):
-    monkeypatch.setattr("dermnb.train.build_store", lambda *args, **more: pytest.fail("decoded"))
+    monkeypatch.setattr("dermnb.runs.train.build_store", lambda *args, **more: pytest.fail("decoded"))
     for taxonomy, sentence in (("isic8", "is for two classes; here are 8"), ("dx7:mel,nv", "'mel'")):
         with pytest.raises(ConfigError, match=sentence):
             prepare_data(config_of(demo_dir, taxonomy=taxonomy, positive="melanom", on_problem="exclude"))

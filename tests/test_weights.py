@@ -21,11 +21,13 @@ import pandas as pd
 import pytest
 from keras.src.legacy.saving.legacy_h5_format import save_weights_to_hdf5_group
 
-from dermnb import audit, cli, suites
-from dermnb.backbones import BACKBONES, build_backbone, fetch_weights, find_weights
+from dermnb.audit import duplicates as audit
+from dermnb import cli
+from dermnb.runs import suites
+from dermnb.nets.backbones import BACKBONES, build_backbone, fetch_weights, find_weights
 from dermnb.core import ConfigError, write_json
-from dermnb.suites import gather_weights, load_suite, parse_overrides, resolve_suite
-from dermnb.train import prepare_data
+from dermnb.runs.suites import gather_weights, load_suite, parse_overrides, resolve_suite
+from dermnb.runs.train import prepare_data
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = sorted((ROOT / "nbs/suites").glob("*.yaml"))
