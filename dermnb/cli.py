@@ -93,7 +93,7 @@ def report(
         bool, typer.Option(help="One self-contained page with everything inside.")
     ] = False,
     photographs: Annotated[
-        bool, typer.Option(help="Show photographs, where their licence allows.")
+        bool, typer.Option(help="Show photographs, where their license allows.")
     ] = False,
 ):
     "Rebuild a suite's report from its results, without training anything."

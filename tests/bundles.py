@@ -9,7 +9,7 @@ from dermnb.core import write_json
 from dermnb.metrics.scores import evaluate, probability_columns
 
 CLASSES = ["MEL", "NV", "BCC"]
-TITLES = {"MEL": "Melanoma", "NV": "Melanocytic naevus", "BCC": "Basal cell carcinoma"}
+TITLES = {"MEL": "Melanoma", "NV": "Melanocytic nevus", "BCC": "Basal cell carcinoma"}
 
 
 def photographs(n=24, size=(96, 72)):

@@ -15,7 +15,7 @@ from dermnb.metrics.scores import evaluate
 
 ISIC8 = {
     "MEL": "Melanoma",
-    "NV": "Melanocytic naevus",
+    "NV": "Melanocytic nevus",
     "BCC": "Basal cell carcinoma",
     "AK": "Actinic keratosis",
     "BKL": "Benign keratosis",
@@ -440,7 +440,7 @@ def make_explanation(
             "synthetic": synthetic,
             "license": license,
             "masks": masks,
-            "randomisation": {
+            "randomization": {
                 "head": est(0.31),
                 "all": est(0.24),
                 "head_chance": est(0.23),
@@ -458,7 +458,7 @@ def make_explanation(
             "mean_map": mean.round(4).tolist(),
             "foreign": [
                 {"kind": "uniform noise", "n": 20, "refused": 18},
-                {"kind": "one colour", "n": 20, "refused": 20},
+                {"kind": "one color", "n": 20, "refused": 20},
                 {"kind": "text on paper", "n": 20, "refused": 11},
             ],
             "refused_test": est(0.05, 0.03),
@@ -496,9 +496,9 @@ def make_suite(folder, synthetic=True):
                 else {"learning_rate": 3e-3 if i else 1e-3}
             ),
         )
-    licence = "MIT" if synthetic else "CC BY-NC 4.0"
+    license = "MIT" if synthetic else "CC BY-NC 4.0"
     for i, name in enumerate(("cnn", "xception")):
-        make_explanation(folder / name, i, synthetic, licence, covered=0.66 + 0.14 * i)
+        make_explanation(folder / name, i, synthetic, license, covered=0.66 + 0.14 * i)
     states = [{"run": name, "status": "done", "error": ""} for name, *_ in rows]
     states += [
         {

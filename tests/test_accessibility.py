@@ -158,22 +158,22 @@ def test_contents_lead_to_headings(page):
         assert target.locator("h2").inner_text().strip() == link.inner_text()
 
 
-COLOURED = """colour => [...document.querySelectorAll("[data-figure=leaderboard-plot] path.point")]
-  .some(e => [getComputedStyle(e).fill, getComputedStyle(e).stroke].includes(colour))"""
+COLORED = """color => [...document.querySelectorAll("[data-figure=leaderboard-plot] path.point")]
+  .some(e => [getComputedStyle(e).fill, getComputedStyle(e).stroke].includes(color))"""
 WIDTHS = "[...document.querySelectorAll('.main-svg')].map(e => e.getBoundingClientRect().width)"
 
 
 def test_figures_follow_the_scheme_and_paper_is_light(page):
     light, dark = "rgb(0, 90, 143)", "rgb(61, 143, 209)"
-    for scheme, media, colour, other in (
+    for scheme, media, color, other in (
         ("light", "screen", light, dark),
         ("dark", "screen", dark, light),
         ("dark", "print", light, dark),
         ("dark", "screen", dark, light),
     ):
         page.emulate_media(color_scheme=scheme, media=media)
-        page.wait_for_function(COLOURED, arg=colour, timeout=20_000)
-        assert not page.evaluate(COLOURED, other)
+        page.wait_for_function(COLORED, arg=color, timeout=20_000)
+        assert not page.evaluate(COLORED, other)
         if media == "print":
             white = page.evaluate("getComputedStyle(document.body).backgroundColor")
             assert white == "rgb(255, 255, 255)"

@@ -180,7 +180,7 @@ def bad_files(photos):
         "twelve.png": (encoded(dark, "PNG"), "seems to hold 12 bits"),
     }
     read = {
-        "grey.jpg": (encoded(image.convert("L")), "gray"),
+        "gray.jpg": (encoded(image.convert("L")), "gray"),
         "print.jpg": (encoded(image.convert("CMYK")), "CMYK"),
         "deep.png": (encoded(deep, "PNG"), "more than 8 bits"),
         "web.webp": (encoded(image, "WEBP"), ""),

@@ -46,7 +46,7 @@ def collection(tmp_path_factory):
     images["mirrored"] = ImageOps.mirror(lesion(2))
     images["turned"] = lesion(3).transpose(Image.Transpose.ROTATE_90)
     images["dark"] = ImageEnhance.Brightness(lesion(4)).enhance(0.6)
-    images["grey"] = lesion(5).convert("L").convert("RGB")
+    images["gray"] = lesion(5).convert("L").convert("RGB")
     manifest = written(folder, images)
     return manifest, audit.fingerprints(manifest, folder / "cache"), folder / "cache"
 
@@ -56,7 +56,7 @@ def test_hashes_find_every_copy_that_keeps_the_frame_and_nothing_else(collection
     pairs = audit.find_pairs(prints)
     found = dict(zip(pairs["b"], zip(pairs["a"], pairs["kind"], strict=True), strict=True))
     assert found.pop("copy") == ("lesion0", "same bytes")
-    near = {"half": 1, "mirrored": 2, "turned": 3, "dark": 4, "grey": 5}
+    near = {"half": 1, "mirrored": 2, "turned": 3, "dark": 4, "gray": 5}
     assert found == {b: (f"lesion{k}", "near duplicate") for b, k in near.items()}
     again = audit.find_pairs(prints)
     pd.testing.assert_frame_equal(pairs, again)
@@ -65,7 +65,7 @@ def test_hashes_find_every_copy_that_keeps_the_frame_and_nothing_else(collection
     assert set(zip(across["a"], across["b"])) == set(zip(pairs["a"], pairs["b"]))
     joined, _ = audit.merge_found(manifest, pairs)
     assert joined["lesion_id"].nunique() == 6 and joined["lesion_id"].isna().sum() == 24
-    assert joined["lesion_id"].iloc[-1] == joined["lesion_id"].iloc[5] == "found:grey"
+    assert joined["lesion_id"].iloc[-1] == joined["lesion_id"].iloc[5] == "found:gray"
 
 
 def test_agreement_knows_crops_and_tilts_from_other_lesions():
@@ -255,7 +255,7 @@ def test_one_datasets_test_in_anothers_training(collection):
         audit.audit_datasets({}, cache)
 
 
-def test_unreadable_empty_and_single_colour_files(tmp_path):
+def test_unreadable_empty_and_single_color_files(tmp_path):
     names = ["<script>", "../up", "x" * 300, "\u202eabc", "", "sixth", "seventh"]
     manifest = written(tmp_path, dict.fromkeys(names, lesion(1)))
     (tmp_path / "000.png").write_bytes(b"")

@@ -29,7 +29,7 @@ from dermnb.metrics.comparison import (
     rank_ranges,
     resolve_metric,
     scores_from_confusion,
-    summarise_repeats,
+    summarize_repeats,
 )
 from dermnb.core import ConfigError
 from dermnb.metrics.scores import CLASS_METRICS, METRICS, evaluate
@@ -703,11 +703,11 @@ def test_twenty_runs_are_compared_in_a_second():
     assert len(rows) == 190 and rows[0]["n"] > 1500
 
 
-def test_summarise_repeats():
-    assert summarise_repeats([]) == dict.fromkeys(("mean", "sd", "min", "max")) | {"n": 0}
-    one = summarise_repeats([0.5, None, float("nan")])
+def test_summarize_repeats():
+    assert summarize_repeats([]) == dict.fromkeys(("mean", "sd", "min", "max")) | {"n": 0}
+    one = summarize_repeats([0.5, None, float("nan")])
     assert one == {"mean": 0.5, "sd": None, "min": 0.5, "max": 0.5, "n": 1}
-    many = summarise_repeats([0.1, 0.2, 0.6])
+    many = summarize_repeats([0.1, 0.2, 0.6])
     assert many["sd"] == pytest.approx(np.std([0.1, 0.2, 0.6], ddof=1))
 
 

@@ -27,7 +27,7 @@ from dermnb.data.datasets import (
     list_images,
     load_dataset,
     load_taxonomy,
-    normalise_label,
+    normalize_label,
     problem_counts,
     read_image_bytes,
     read_table,
@@ -227,10 +227,10 @@ def test_turkish_class_folders_match_in_any_spelling(tmp_path, form):
 
 def test_the_four_letters_i_are_one():
     words = ["SIĞIL", "Sığıl", "SİĞİL", "siğil", unicodedata.normalize("NFD", "SİĞİL")]
-    assert {normalise_label(word) for word in words} == {"siğil"}
+    assert {normalize_label(word) for word in words} == {"siğil"}
     for word in [*words, "Bowen's_disease", "ｍｅｌ", "Straße"]:
-        once = normalise_label(word)
-        assert normalise_label(once) == once
+        once = normalize_label(word)
+        assert normalize_label(once) == once
 
 
 def test_class_folders_from_macos_have_the_same_classes(tmp_path):
@@ -800,13 +800,13 @@ def test_size_and_skin_tone_of_an_archive_export_and_of_any_table(tmp_path):
     own = tmp_path / "own"
     own.mkdir()
     put(own / "t.csv", "image_id,label,size_mm\na,x,3\nb,y,wide\n")
-    assert "size_mm 'wide' is not a number of millimetres" in sentence(
+    assert "size_mm 'wide' is not a number of millimeters" in sentence(
         load_dataset, "csv", own
     )
 
 
 @needs_real
-def test_isic_archive_agrees_with_ham10000_and_states_licences():
+def test_isic_archive_agrees_with_ham10000_and_states_licenses():
     archive = load_dataset("isic_archive", REAL / "isic_archive")
     assert problem_counts(archive.problems) == {"no images": 1}
     assert archive.manifest.license.eq("CC-BY-NC").all()

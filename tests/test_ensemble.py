@@ -31,7 +31,7 @@ from dermnb.runs.folders import file_hash, is_done, validate_run
 from fabricate import make_predictions, make_run
 
 ROOT = Path(__file__).resolve().parent.parent
-CLASSES = {"bkl": "Benign keratosis", "mel": "Melanoma", "nv": "Naevus"}
+CLASSES = {"bkl": "Benign keratosis", "mel": "Melanoma", "nv": "Nevus"}
 
 
 def finished(folder, predictions=None, **more):

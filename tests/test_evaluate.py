@@ -210,7 +210,7 @@ def test_weighted_forms_equal_repeated_images(seed):
 
 
 def test_bootstrap_draws_whole_lesions():
-    "The vectorised bootstrap has the spread of one that repeats rows one resample at a time."
+    "The vectorized bootstrap has the spread of one that repeats rows one resample at a time."
     table = make_predictions(CLASSES, 120, 1.0, 5)
     y = table["y_true"].map(CLASSES.index).to_numpy()
     p = table[[f"p_{c}" for c in CLASSES]].to_numpy()

@@ -23,7 +23,7 @@ from dermnb.serve.saliency import (
     deletion_insertion,
     explain_run,
     inside_share,
-    randomisation,
+    randomization,
     rank_correlation,
     redrawn_weights,
 )
@@ -140,7 +140,7 @@ def changed(a, b) -> set[str]:
 
 @pytest.mark.parametrize("fusion", ["concat", "metablock"])
 def test_redrawn_of_a_saved_network(fusion, tmp_path, rng):
-    "With metadata, batch normalisation and half precision, and the softmax of a saved one."
+    "With metadata, batch normalization and half precision, and the softmax of a saved one."
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
         model = build_classifier(
@@ -148,7 +148,7 @@ def test_redrawn_of_a_saved_network(fusion, tmp_path, rng):
         )
     finally:
         keras.config.set_dtype_policy("float32")
-    for layer in model.layers:  # as if trained: no value is that of an initialiser
+    for layer in model.layers:  # as if trained: no value is that of an initializer
         layer.set_weights([w + rng.uniform(0.1, 0.2, w.shape) for w in layer.get_weights()])
     save_classifier(model, tmp_path, "abc")
     model = load_classifier(tmp_path).model
@@ -169,15 +169,15 @@ def test_redrawn_of_a_saved_network(fusion, tmp_path, rng):
         return np.mean([n.explain(given, [0, 1, 2])[2] for n in networks], 0)
 
     before = maps_of()
-    found = randomisation([model, other], maps_of, draws=1)
+    found = randomization([model, other], maps_of, draws=1)
     assert list(found) == ["head", "head_chance", "all", "all_chance"]
     for v in found.values():  # NaN where an untrained network's map is even
         assert v.shape == (3,) and not ((v < 0) | (v > 1)).any()
     assert not changed(trained, values(model))  # left as it was
-    same = randomisation([model], lambda: before, draws=2)
+    same = randomization([model], lambda: before, draws=2)
     np.testing.assert_allclose([same["head"], same["all"]], 1)
     # Not 1 - before: in float32 that makes one of two values that differ by less than 6e-8.
-    inverted = randomisation(
+    inverted = randomization(
         [model], lambda: -before if changed(trained, values(model)) else before
     )
     np.testing.assert_allclose(inverted["all"], 1)
@@ -187,10 +187,10 @@ def test_preprocessing_is_not_redrawn(rng):
     model = build_classifier("efficientnetb0", 3, 32)
     norm = next(x for x in model.layers if isinstance(x, keras.layers.Normalization))
     given = pictures(rng, side=32).astype("float32")
-    normalised = keras.Model(model.input, norm.output)
-    before = keras.ops.convert_to_numpy(normalised(given))
+    normalized = keras.Model(model.input, norm.output)
+    before = keras.ops.convert_to_numpy(normalized(given))
     with redrawn_weights(model, "all"):
-        np.testing.assert_array_equal(normalised(given), before)
+        np.testing.assert_array_equal(normalized(given), before)
     assert norm.name not in changed(values(model), redrawn(model, "all"))
     assert "stem_conv" in changed(values(model), redrawn(model, "all"))
 
@@ -273,11 +273,11 @@ def test_a_run_is_looked_into(suite, demo_dir, name):
         assert len(found["curve"]) == len(found["random"]) == len(found["share"]) == 11
         area = np.trapezoid(found["curve"], found["share"])
         assert found["area"]["value"] == pytest.approx(area) and found["area"]["n"] == 10
-    assert all(0 <= r["value"] <= 1 for r in report["randomisation"].values())
+    assert all(0 <= r["value"] <= 1 for r in report["randomization"].values())
     plain = report["shortcuts"]["plain"]["accuracy"]
     shown = tested.loc[tested["split"] == "test"]
     assert 0 <= plain["value"] <= 1 and report["shortcuts"]["majority"] >= 1 / len(shown)
-    assert {f["kind"] for f in report["foreign"]} >= {"uniform noise", "one colour"}
+    assert {f["kind"] for f in report["foreign"]} >= {"uniform noise", "one color"}
     assert sum(f["refused"] for f in report["foreign"]) >= 40
     assert list(report["fields"].values()) == [16] * (2 if name == "both" else 1)
 

@@ -221,7 +221,7 @@ def test_pixel_formats(method):
     red = Image.new("RGB", (64, 48), (200, 30, 30))
     ramp = np.linspace(0, 65535, 48 * 64).reshape(48, 64).astype(np.uint16)
     files = {
-        "grey": encoded(red.convert("L"), "PNG"),
+        "gray": encoded(red.convert("L"), "PNG"),
         "palette": encoded(red.convert("P"), "PNG"),
         "cmyk": encoded(red.convert("CMYK"), "JPEG", quality=95),
         "rgba": encoded(Image.new("RGBA", (64, 48), (200, 30, 30, 255)), "PNG"),
@@ -232,12 +232,12 @@ def test_pixel_formats(method):
     made = {name: images.resize_image(data, 32, method) for name, data in files.items()}
     for pixels in made.values():
         assert (pixels.shape, pixels.dtype) == ((32, 32, 3), np.uint8)
-    centre = {name: pixels[16, 16].astype(int) for name, pixels in made.items()}
+    center = {name: pixels[16, 16].astype(int) for name, pixels in made.items()}
     for name in ("palette", "cmyk", "rgba"):
-        assert np.abs(centre[name] - (200, 30, 30)).max() <= 6, name
-    assert len(set(centre["grey"])) == 1
-    assert list(centre["bilevel"]) == [255] * 3
-    assert abs(centre["png16"][0] - 130) < 5
+        assert np.abs(center[name] - (200, 30, 30)).max() <= 6, name
+    assert len(set(center["gray"])) == 1
+    assert list(center["bilevel"]) == [255] * 3
+    assert abs(center["png16"][0] - 130) < 5
     np.testing.assert_array_equal(made["png16"], made["tiff16"])
 
 
@@ -253,7 +253,7 @@ def test_exif_orientation():
 
 def test_geometry_of_methods():
     wide = Image.new("RGB", (90, 30), "white")
-    wide.paste("red", (30, 0, 60, 30))  # the centre square
+    wide.paste("red", (30, 0, 60, 30))  # the center square
     crop = images.resize_image(wide, 30, "crop")
     assert (crop == (255, 0, 0)).all()
     pad = images.resize_image(wide, 30, "pad")

@@ -194,7 +194,7 @@ def test_table_loads_no_framework():
 def test_saved_model_predicts_the_same(name, tmp_path):
     size = size_for(BACKBONES[name])
     model = build_classifier(name, 3, size, head=[8], dropout=0.3, batch_norm=True)
-    randomise(model)
+    randomize(model)
     before = softmax(model(images(size)))
     save_classifier(model, tmp_path, ["a", "ö", "c"], {"resize": "pad"})
     loaded = load_classifier(tmp_path)
@@ -221,7 +221,7 @@ def test_metadata_survive_saving(fusion, tmp_path):
     pixels = images(32, 4)
     made = {"fusion": fusion, "metadata_columns": len(encoder.columns)}
     model = build_classifier("cnn", 3, 32, **made)
-    randomise(model)
+    randomize(model)
     whole = {"image": pixels, "metadata": encoder.encode(PATIENTS)}
     before = softmax(model({x.name: whole[x.name] for x in model.inputs}))
     meta = {"metadata": asdict(encoder), "image_size": 32}
@@ -257,7 +257,7 @@ def test_metablock_is_the_published_equation():
     x = keras.Input((3, 3, 5))
     m = keras.Input((4,))
     model = keras.Model([x, m], metablock(x, m))
-    randomise(model)
+    randomize(model)
     rng = np.random.default_rng(0)
     maps = rng.normal(size=(2, 3, 3, 5)).astype("float32")
     metadata = rng.normal(size=(2, 4)).astype("float32")
@@ -304,8 +304,8 @@ def test_seed_and_momentum():
 # Weights
 
 
-def randomise(model) -> None:
-    "Values that no initialiser gives, positive where a variance is meant."
+def randomize(model) -> None:
+    "Values that no initializer gives, positive where a variance is meant."
     rng = np.random.default_rng(1)
     for layer in model.layers:
         layer.set_weights(
@@ -354,7 +354,7 @@ def keras_cache(tmp_path, monkeypatch):
 def test_every_source_gives_the_network_of_a_download(keras_cache):
     spec = BACKBONES["efficientnetb0"]
     source = build_backbone(spec, keras.Input((32, 32, 3)))
-    randomise(source)
+    randomize(source)
     published = keras_cache / "keras/models" / spec.weights_file
     save_as_published(source, published)
     theirs = keras.applications.EfficientNetB0(
@@ -366,7 +366,7 @@ def test_every_source_gives_the_network_of_a_download(keras_cache):
     def check(weights):
         trunk = build_backbone(spec, keras.Input((32, 32, 3)), weights)
         output = np.array(trunk(images(32)))
-        # Two ways to normalise an image, and 237 layers: ten times FLOAT32.
+        # Two ways to normalize an image, and 237 layers: ten times FLOAT32.
         np.testing.assert_allclose(output, expected, rtol=10 * FLOAT32, atol=FLOAT32)
 
     check("imagenet")  # what Keras would have downloaded
@@ -397,7 +397,7 @@ def test_the_name_of_a_file_tells_no_format(tmp_path):
             np.testing.assert_array_equal(a, b)
 
 
-def test_efficientnet_from_scratch_sees_normalised_images():
+def test_efficientnet_from_scratch_sees_normalized_images():
     trunk = build_backbone("efficientnetb0", keras.Input((32, 32, 3)))
     seen = keras.Model(trunk.input, trunk.get_layer("rescaling_1").output)(images(32))
     expected = (images(32) / 255 - IMAGENET_MEAN) / IMAGENET_STD
@@ -457,8 +457,8 @@ def test_real_weights(tmp_path, monkeypatch):
     expected = np.array(theirs(mobilenet_v2.preprocess_input(images(96))))
     for weights in (str(file), "imagenet"):
         trunk = build_backbone("mobilenetv2", keras.Input((96, 96, 3)), weights)
-        # Values up to 6, of images normalised in another way 52 convolutions before: 5e-5 are
-        # seen. Without the normalisation they differ by more than 1.
+        # Values up to 6, of images normalized in another way 52 convolutions before: 5e-5 are
+        # seen. Without the normalization they differ by more than 1.
         np.testing.assert_allclose(np.array(trunk(images(96))), expected, atol=100 * FLOAT32)
 
 

@@ -30,8 +30,8 @@ def encoded(image, form="PNG", **options):
     return file.getvalue()
 
 
-def grey(bits=16, low=False):
-    "A grey ramp to the top of so many bits, left in the lowest of 16 or not."
+def gray(bits=16, low=False):
+    "A gray ramp to the top of so many bits, left in the lowest of 16 or not."
     ramp = np.linspace(0, 2**bits - 1, 1600).astype(np.uint16).reshape(40, 40)
     return Image.fromarray(ramp if low else ramp << (16 - bits))
 
@@ -70,10 +70,10 @@ READ = {
     "cmyk.jpg": encoded(photo().convert("CMYK"), "JPEG"),
     "palette.png": encoded(photo().convert("P")),
     "alpha.png": encoded(photo().convert("RGBA")),
-    "sixteen.png": encoded(grey()),
-    "sixteen.tif": encoded(grey(), "TIFF"),
-    "twelve_stated.png": with_depth(encoded(grey(12, low=True)), 12),
-    "twelve_filled.png": with_depth(encoded(grey(12)), 12),
+    "sixteen.png": encoded(gray()),
+    "sixteen.tif": encoded(gray(), "TIFF"),
+    "twelve_stated.png": with_depth(encoded(gray(12, low=True)), 12),
+    "twelve_filled.png": with_depth(encoded(gray(12)), 12),
     "color16.png": color16(65535),
 }
 REFUSED = {
@@ -91,13 +91,13 @@ REFUSED = {
     "cut.png": (encoded(photo())[:-300], "cannot be decoded"),
     "small.png": (encoded(photo().resize((15, 40))), "has 15 x 40 pixels"),
     "film.png": (encoded(photo(), save_all=True, append_images=[photo()]), "holds 2"),
-    "film.webp": (encoded(photo(), "WEBP", save_all=True, append_images=[grey()]), "holds 2"),
+    "film.webp": (encoded(photo(), "WEBP", save_all=True, append_images=[gray()]), "holds 2"),
     "pages.tif": (encoded(photo(), "TIFF", save_all=True, append_images=[photo()]), "holds 2"),
-    "ten.png": (encoded(grey(10, low=True)), "seems to hold 10 bits"),
-    "twelve.tif": (encoded(grey(12, low=True), "TIFF"), "seems to hold 12 bits"),
-    "fourteen.png": (encoded(grey(14, low=True)), "seems to hold 14 bits"),
+    "ten.png": (encoded(gray(10, low=True)), "seems to hold 10 bits"),
+    "twelve.tif": (encoded(gray(12, low=True), "TIFF"), "seems to hold 12 bits"),
+    "fourteen.png": (encoded(gray(14, low=True)), "seems to hold 14 bits"),
     "color12.png": (color16(4095), "would be all but black"),
-    "float.tif": (encoded(grey().convert("F"), "TIFF"), "floating-point"),
+    "float.tif": (encoded(gray().convert("F"), "TIFF"), "floating-point"),
     "int.tif": (encoded(Image.fromarray(np.full((40, 40), 70_000, np.int32)), "TIFF"), "70,000"),
 }  # fmt: skip
 
@@ -140,7 +140,7 @@ def test_depth_is_the_files_own():
         assert np.abs(values - ramp).max() <= 1, name
     assert np.asarray(open_picture(READ["color16.png"]).rgb()).max() == 255
     # A dark photograph that fills its 16 bits is none of 12.
-    half = Image.fromarray((np.asarray(grey()) // 3).astype(np.uint16))
+    half = Image.fromarray((np.asarray(gray()) // 3).astype(np.uint16))
     assert np.asarray(open_picture(encoded(half)).rgb()).max() == 85
 
 
@@ -171,7 +171,7 @@ def test_names_that_are_no_text_can_be_shown():
     str(error.value).encode("utf-8")
 
 
-def dicom(pixels, colours, bits=8, frames=1, jpeg=None):
+def dicom(pixels, colors, bits=8, frames=1, jpeg=None):
     "A DICOM file as a dermoscope writes it, by pydicom itself."
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.encaps import encapsulate
@@ -181,7 +181,7 @@ def dicom(pixels, colours, bits=8, frames=1, jpeg=None):
     meta.TransferSyntaxUID = JPEGBaseline8Bit if jpeg else ExplicitVRLittleEndian
     meta.MediaStorageSOPClassUID = data.SOPClassUID = "1.2.840.10008.5.1.4.1.1.7"
     meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = generate_uid()
-    data.file_meta, data.PhotometricInterpretation = meta, colours
+    data.file_meta, data.PhotometricInterpretation = meta, colors
     data.Rows, data.Columns = pixels.shape[:2]
     data.SamplesPerPixel, data.PixelRepresentation = 1 if pixels.ndim == 2 else 3, 0
     data.BitsStored, data.HighBit = bits, bits - 1

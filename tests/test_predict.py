@@ -263,7 +263,7 @@ def test_a_map_of_nothing_is_said(runs, images, monkeypatch):
     zero = np.zeros((1, 448, 448), "float32")
     monkeypatch.setattr(Predictor, "_maps", lambda *_: zero)
     answer = predictor(images[:1], cam=True, target="NV")[0]
-    assert "zero everywhere" in answer.notes[-1] and "Melanocytic naevus" in answer.notes[-1]
+    assert "zero everywhere" in answer.notes[-1] and "Melanocytic nevus" in answer.notes[-1]
     assert not predictor(images[:1])[0].notes
 
 
@@ -323,7 +323,7 @@ def test_what_is_converted_is_said(images, make, name, said):
     assert said in " ".join(picture.notes) and bool(said) == bool(picture.notes)
 
 
-def test_orientation_is_honoured(runs, images, tmp_path):
+def test_orientation_is_honored(runs, images, tmp_path):
     upright = Image.fromarray(images[0])
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -744,9 +744,9 @@ def alike(same, chance):
         ({"covered": 0.72, "majority": 0.9}, "a balanced accuracy of 0.220"),
         ({"masks": "central"}, "no lesion masks: an ellipse in the middle"),
         ({"shortcuts": {}, "gallery": [], "deletion": None, "foreign": []}, "Showing first"),
-        ({"randomisation": alike(0.9, 0.2)}, "hardly depend on what was learned"),
-        ({"randomisation": alike(0.4, 0.2)}, "in part they show the picture"),
-        ({"randomisation": alike(0.3, 0.25)}, "they depend on what was learned"),
+        ({"randomization": alike(0.9, 0.2)}, "hardly depend on what was learned"),
+        ({"randomization": alike(0.4, 0.2)}, "in part they show the picture"),
+        ({"randomization": alike(0.3, 0.25)}, "they depend on what was learned"),
     ],
 )  # fmt: skip
 def test_what_a_map_is_said_to_show(tmp_path, numbers, said):
@@ -799,14 +799,14 @@ def test_photographs_are_shown_only_where_asked_and_allowed(tmp_path):
     # Both records must allow it, and both must say that images are generated.
     for license, synthetic in (("all rights reserved", False), ("unknown", True)):
         make_explanation(run, synthetic=synthetic, license=license)
-        with pytest.raises(ConfigError, match="a: photographs under the licence"):
+        with pytest.raises(ConfigError, match="a: photographs under the license"):
             build_report(folder, photographs=True)
         build_report(folder)
         assert not pictures()
 
 
 @pytest.mark.parametrize(
-    ("licence", "allowed"),
+    ("license", "allowed"),
     [
         ("CC0 1.0", True),
         ("CC-0", True),
@@ -820,8 +820,8 @@ def test_photographs_are_shown_only_where_asked_and_allowed(tmp_path):
         ("", False),
     ],
 )
-def test_licences(licence, allowed):
-    assert may_be_shown(licence) is allowed
+def test_licenses(license, allowed):
+    assert may_be_shown(license) is allowed
 
 
 def test_a_gallery_cannot_reach_beyond_its_run_or_write_html(tmp_path):

@@ -196,7 +196,7 @@ def test_hostile_values_stay_text_and_many_values_share_a_row():
         (lambda f: pd.concat([f, f]), "occurs more than once"),
         (lambda f: f.assign(age="old"), "'old' is not a number of years"),
         (lambda f: f.assign(age=-5.0), "not a number of years from 0"),
-        (lambda f: f.assign(size_mm=np.inf), "not a number of millimetres"),
+        (lambda f: f.assign(size_mm=np.inf), "not a number of millimeters"),
     ],
 )
 def test_facts_that_are_not_sound(change, says):

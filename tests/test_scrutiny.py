@@ -1,4 +1,4 @@
-"""What a sceptical reader asks of the pages: ranks, audit, subgroups, errors, costs, old records."""
+"""What a skeptical reader asks of the pages: ranks, audit, subgroups, errors, costs, old records."""
 
 import re
 from dataclasses import replace
@@ -146,7 +146,7 @@ def test_an_unsound_table_removes_its_run_alone_and_is_named(tmp_path):
     assert "cannot be checked" in summary_sentences([r for r in runs if r.unsound])[0]
 
 
-def test_the_order_is_said_to_be_found_only_where_the_pairs_favour_the_first(folder):
+def test_the_order_is_said_to_be_found_only_where_the_pairs_favor_the_first(folder):
     runs = [load_run(folder / n) for n in "cab"]
     pairs = compared_pairs(runs)
     assert "paired tests find it better than all others" in " ".join(summary_sentences(runs, pairs))

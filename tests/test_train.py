@@ -209,7 +209,7 @@ def test_a_base_that_was_trained_on_test_images_of_another_dataset(base, demo_di
     own = held.assign(split=held["image_id"].map(split.set_index("image_id")["split"]))
     found, note = trained_before(own, base, "network")
     assert found.empty and note == ""  # the same images in the same parts
-    # Two datasets that number their images alike: each picture has its neighbour's id.
+    # Two datasets that number their images alike: each picture has its neighbor's id.
     shifted = own.assign(path=np.roll(own["path"], 1))
     pictures = np.roll(own["image_id"], 1)[(own["split"] != "train").to_numpy()]
     found, _ = trained_before(shifted, base)

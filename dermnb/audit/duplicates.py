@@ -35,7 +35,7 @@ from ..data.decoding import file_name, open_picture
 from ..nets.backbones import build_backbone, fetch_weights
 
 # %% ../../nbs/audit/03_duplicates.ipynb #e5327053
-SIDE = 64  # pixels, both sides of the grey miniature
+SIDE = 64  # pixels, both sides of the gray miniature
 WAVES = 16  # of each direction, whose signs are the hash
 BITS = WAVES * WAVES
 
@@ -43,7 +43,7 @@ BITS = WAVES * WAVES
 def miniature(
     image: Image.Image,  # upright, in mode RGB
 ) -> np.ndarray:  # uint8 (SIDE, SIDE)
-    "The image in grey and small, stretched to a square."
+    "The image in gray and small, stretched to a square."
     small = image.convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     return np.asarray(small)
 
@@ -88,11 +88,11 @@ def fingerprint(
     data: bytes,  # content of an image file
     name: str = "",  # of the file
 ) -> dict[str, str | bytes | float | None]:  # by FINGERPRINTS; None where it has none
-    """What one image is recognised by.
+    """What one image is recognized by.
 
     `bytes` and `pixels` are SHA-256 in hex, `hash` the hex of `hash_bits`, `look` the
     miniature, row by row, `aspect` width / height. A file that is no image has `bytes` only; an image of one
-    colour has no hash, since there is nothing in it to compare.
+    color has no hash, since there is nothing in it to compare.
     """
     known = dict.fromkeys(FINGERPRINTS)
     known["bytes"] = hashlib.sha256(data).hexdigest()
@@ -280,11 +280,11 @@ _BLUR = 2.0  # pixels of the miniature: what is finer is detail
 class Looks:
     "Miniatures made ready for `agreement`; `looks[rows]` takes some of them."
 
-    grey: np.ndarray  # float32 (n, SIDE, SIDE), a little smoothed
+    gray: np.ndarray  # float32 (n, SIDE, SIDE), a little smoothed
     known: np.ndarray  # float32 (n, SIDE, SIDE), 0 outside a round lens, else 1
     detail: np.ndarray  # float32 (n, SIDE, SIDE), fine structure at equal contrast
     extent: np.ndarray  # (n, 2) width and height where the area is 1
-    centre: np.ndarray  # (n, frames, 2) of the rings
+    center: np.ndarray  # (n, frames, 2) of the rings
     radius: np.ndarray  # (n, frames)
     rings: np.ndarray  # complex (n, frames, rings, angles / 2 + 1)
 
@@ -292,7 +292,7 @@ class Looks:
         return Looks(*(v[rows] for v in vars(self).values()))
 
     def __len__(self) -> int:
-        return len(self.grey)
+        return len(self.gray)
 
 
 def _blurred(images, known, width):
@@ -301,11 +301,11 @@ def _blurred(images, known, width):
     return some / (gaussian_filter(known, (0, width, width), truncate=3) + 1e-3)
 
 
-def _inside_lens(grey):
+def _inside_lens(gray):
     "0 for the dark corners that a round lens leaves, and a little around them; else 1."
     middle = SIDE // 4
-    usual = np.median(grey[:, middle:-middle, middle:-middle], axis=(1, 2))
-    dark = grey < np.minimum(0.5 * usual, 70)[:, None, None]
+    usual = np.median(gray[:, middle:-middle, middle:-middle], axis=(1, 2))
+    dark = gray < np.minimum(0.5 * usual, 70)[:, None, None]
     each = np.zeros((3, 3, 3), bool)
     each[1] = True  # images do not touch each other
     parts, count = label(dark, each)
@@ -319,7 +319,7 @@ def _inside_lens(grey):
 
 
 def _grid(extent, side):
-    "Centres of side x side pixels, (n, 2, side * side), where the area is 1."
+    "Centers of side x side pixels, (n, 2, side * side), where the area is 1."
     line = (np.arange(side, dtype="float32") + 0.5) / side - 0.5
     y, x = np.meshgrid(line, line, indexing="ij")
     both = np.stack([x.ravel(), y.ravel()])
@@ -355,10 +355,10 @@ def _small(images, side):
     return images.reshape(len(images), -1)
 
 
-def _spot(grey, known, extent):
-    "Centre and radius of what is darker than the rest."
+def _spot(gray, known, extent):
+    "Center and radius of what is darker than the rest."
     side = SIDE // 2
-    grid, values = _grid(extent, side), _small(grey, side)
+    grid, values = _grid(extent, side), _small(gray, side)
     away = np.sqrt(((2 * grid / extent[:, :, None]) ** 2).sum(1))
     usual = np.median(values, axis=1, keepdims=True)
     spread = values.std(axis=1, keepdims=True) + 1e-6
@@ -366,21 +366,21 @@ def _spot(grey, known, extent):
     weight = weight * np.clip((1.15 - away) / 0.3, 0, 1) * _small(known, side) + 1e-4
     for _ in range(2):  # the second time without what lies far from the first
         total = weight.sum(1)
-        centre = (weight[:, None] * grid).sum(2) / total[:, None]
-        square = ((grid - centre[:, :, None]) ** 2).sum(1)
+        center = (weight[:, None] * grid).sum(2) / total[:, None]
+        square = ((grid - center[:, :, None]) ** 2).sum(1)
         radius = np.sqrt((weight * square).sum(1) / total)
         weight = weight * (square < (2.2 * radius[:, None]) ** 2)
-    return centre, np.clip(2 * radius, 0.12, 0.6)
+    return center, np.clip(2 * radius, 0.12, 0.6)
 
 
-def _on_rings(grey, known, extent, centre, radius):
-    "Fourier transform along each ring around the centre."
-    n, turn = len(grey), np.arange(_ANGLES) * 2 * np.pi / _ANGLES
+def _on_rings(gray, known, extent, center, radius):
+    "Fourier transform along each ring around the center."
+    n, turn = len(gray), np.arange(_ANGLES) * 2 * np.pi / _ANGLES
     ring = np.stack([np.outer(_RADII, f(turn)).ravel() for f in (np.cos, np.sin)])
-    points = centre[:, :, None] + radius[:, None, None] * ring
+    points = center[:, :, None] + radius[:, None, None] * ring
     x, y, inside = _pixels(points, extent)
     weight = np.repeat(np.sqrt(_RADII), _ANGLES) * inside * _read(known, x, y)
-    values = _read(grey, x, y)
+    values = _read(gray, x, y)
     mean = (values * weight).sum(1) / (weight.sum(1) + 1e-6)
     values = (values - mean[:, None]) * weight
     values /= np.linalg.norm(values, axis=1, keepdims=True) + 1e-9
@@ -392,35 +392,35 @@ def prepare_looks(
     aspects: np.ndarray,  # (n,) width / height of the images
 ) -> Looks:
     "What `agreement` needs of each image."
-    grey = np.asarray(miniatures, "float32")
-    n = len(grey)
+    gray = np.asarray(miniatures, "float32")
+    n = len(gray)
     extent = np.stack([np.sqrt(aspects), 1 / np.sqrt(aspects)], 1).astype("float32")
-    known = _inside_lens(grey)
-    grey = gaussian_filter(grey, (0, 0.7, 0.7))
+    known = _inside_lens(gray)
+    gray = gaussian_filter(gray, (0, 0.7, 0.7))
     # the same without a slope of the light, which would draw the spot aside
     plane = _with_ones(_grid(np.ones((1, 2), "float32"), SIDE))
     weight = known.reshape(n, 1, -1)
     inner = (plane * weight) @ plane.transpose(0, 2, 1) + 1e-3 * np.eye(3)
-    slope = np.linalg.solve(inner, (plane * weight) @ grey.reshape(n, -1, 1))
+    slope = np.linalg.solve(inner, (plane * weight) @ gray.reshape(n, -1, 1))
     slope[:, 0] = 0
-    level = grey - (slope.transpose(0, 2, 1) @ plane).reshape(grey.shape)
+    level = gray - (slope.transpose(0, 2, 1) @ plane).reshape(gray.shape)
 
     def fill(images):  # what is not known becomes the mean
         mean = (images * known).sum((1, 2)) / (known.sum((1, 2)) + 1e-6)
         return np.where(known > 0, images, mean[:, None, None]).astype("float32")
 
-    grey, level = fill(grey), fill(level)
+    gray, level = fill(gray), fill(level)
     middle = np.zeros((n, 2)), np.full(n, 0.42)
     frames = [
-        (grey, *_spot(grey, known, extent)),
-        (grey, *middle),
+        (gray, *_spot(gray, known, extent)),
+        (gray, *middle),
         (level, *_spot(level, known, extent)),
     ]
     rings = [_on_rings(g, known, extent, c, r) for g, c, r in frames]
-    fine = (grey - _blurred(grey, known, _BLUR)) * known
+    fine = (gray - _blurred(gray, known, _BLUR)) * known
     detail = fine / np.sqrt(_blurred(fine**2, known, _BLUR) + 4)
     return Looks(
-        grey,
+        gray,
         known,
         detail.astype("float32"),
         extent,
@@ -462,8 +462,8 @@ def _starts(a: Looks, b: Looks) -> np.ndarray:
                 sign = -1 if mirrored else 1
                 linear = np.stack([cos, -sin * sign, sin, cos * sign], 1)
                 linear = linear.reshape(n, 2, 2)
-                moved = (linear @ a.centre[:, frame, :, None])[..., 0]
-                shift = b.centre[:, frame] - moved
+                moved = (linear @ a.center[:, frame, :, None])[..., 0]
+                shift = b.center[:, frame] - moved
                 guesses.append(np.concatenate([linear, shift[:, :, None]], axis=2))
                 for near in range(-6, 7):
                     fits[rows, zoom * _ANGLES + (angle + near) % _ANGLES] = -9
@@ -495,12 +495,12 @@ def _correlation(mine, theirs, weight, points):
 
 def _fit(a: Looks, b: Looks, maps, side: int, steps: int):
     "The map improved by `steps` of least squares, and the correlation it reaches."
-    mine, known = _small(a.grey, side), _small(a.known, side)
-    slopes = np.gradient(b.grey, axis=(2, 1))
+    mine, known = _small(a.gray, side), _small(a.known, side)
+    slopes = np.gradient(b.gray, axis=(2, 1))
     best, best_maps = np.full(len(a), -1.0), maps
     for step in range(steps + 1):
         points, x, y, weight = _laid(a, b, maps, known)
-        theirs = _read(b.grey, x, y)
+        theirs = _read(b.gray, x, y)
         fit = _correlation(mine, theirs, weight, points)
         better = fit > best
         best = np.where(better, fit, best)
@@ -541,14 +541,14 @@ def agreement(
     n, keep = len(a), 3
     starts = _starts(a, b)
     coarse = np.empty(starts.shape[:2])
-    mine, known = _small(a.grey, 16), _small(a.known, 16)
+    mine, known = _small(a.gray, 16), _small(a.known, 16)
     for k in range(starts.shape[1]):
         points, x, y, weight = _laid(a, b, starts[:, k], known)
-        coarse[:, k] = _correlation(mine, _read(b.grey, x, y), weight, points)
+        coarse[:, k] = _correlation(mine, _read(b.gray, x, y), weight, points)
     order = np.argsort(-coarse, axis=1, kind="stable")
     best, maps = np.full(n, -1.0), starts[:, 0]
     soft = [
-        replace(v, grey=gaussian_filter(v.grey, (0, _BLUR, _BLUR))) for v in (a, b)
+        replace(v, gray=gaussian_filter(v.gray, (0, _BLUR, _BLUR))) for v in (a, b)
     ]
     for k in range(keep):
         found, fit = _fit(*soft, starts[np.arange(n), order[:, k]], 16, 8)
@@ -683,12 +683,12 @@ def whiten(
     if not len(seen):
         return tuple(np.zeros(v.shape, "float32") for v in (features, both[len(features) :]))
     seen = seen[:: -(-len(seen) // 20_000)]  # enough for a covariance
-    centre = seen.mean(axis=0)
+    center = seen.mean(axis=0)
     spread, axes = np.linalg.eigh(ledoit_wolf(seen.astype("float64"))[0])
     turn = (axes / np.sqrt(np.maximum(spread, 1e-12))).astype("float32")
 
     def directions(part):
-        moved = (part - centre) @ turn
+        moved = (part - center) @ turn
         length = np.linalg.norm(moved, axis=1, keepdims=True)
         moved = moved / np.where(length > 0, length, 1)
         return np.where(np.isfinite(moved), moved, 0).astype("float32")

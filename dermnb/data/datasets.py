@@ -51,7 +51,7 @@ from dermnb.data.values import (
     is_patient_name,
     is_unknown,
     likely_column,
-    normalise_label,
+    normalize_label,
     read_cells,
     split_word,
     value_kind,
@@ -92,14 +92,14 @@ class Taxonomy:
         entries = [(c, c) for c in self.classes] + list(self.mapping.items())
         entries += [(label, None) for label in self.ignored]
         for label, code in entries:
-            key = normalise_label(label)
+            key = normalize_label(label)
             if lookup.setdefault(key, code) != code:
                 raise ConfigError(
                     f"taxonomy {self.name}: label {label!r} stands for both "
                     f"{lookup[key] or 'ignored'!r} and {code or 'ignored'!r}; keep one."
                 )
         for code, title in self.titles.items():
-            lookup.setdefault(normalise_label(title), code)
+            lookup.setdefault(normalize_label(title), code)
         if self.positive and self.positive not in self.classes:
             error = unknown_name("positive class", self.positive, self.classes)
             raise ConfigError(f"taxonomy {self.name}: {error}")
@@ -111,14 +111,14 @@ class Taxonomy:
     ) -> str | None:
         "The class of the first label that has one; None: left out; KeyError: unknown."
         for label in labels:
-            key = normalise_label(label)
+            key = normalize_label(label)
             if key in self._lookup:
                 return self._lookup[key]
         raise KeyError(labels)
 
     def nearest(self, label: str) -> str:
         "The known label most like an unknown one, or an empty string."
-        close = difflib.get_close_matches(normalise_label(label), self._lookup, 1, 0.7)
+        close = difflib.get_close_matches(normalize_label(label), self._lookup, 1, 0.7)
         return close[0] if close else ""
 
     def select(
@@ -796,7 +796,7 @@ def _one_hot_columns(raw: pd.DataFrame, free: Iterable[str]) -> list[str]:
         cells = _marks(raw[name]).dropna()
         if len(cells) == raw[name].notna().sum() > 0 and set(cells) <= {0, 1}:
             marks[name] = (_marks(raw[name]) == 1).to_numpy()
-    known = [name for name in marks if normalise_label(name) in _known_labels()]
+    known = [name for name in marks if normalize_label(name) in _known_labels()]
     for names in (list(marks), known):
         marked = np.sum([marks[n] for n in names], axis=0)
         if len(names) >= 2 and (marked <= 1).all() and marked.mean() > 0.5:
@@ -1086,7 +1086,7 @@ def _own_taxonomy(folder: Path, labels: Sequence[str]) -> Taxonomy:
     for label in sorted({unicodedata.normalize("NFC", c) for c in labels}):
         if _is_no_label(label):
             continue
-        spelt.setdefault(normalise_label(label), label)
+        spelt.setdefault(normalize_label(label), label)
     classes = tuple(spelt.values())
     return Taxonomy("own", classes, {c: c for c in classes}, {})
 
@@ -1233,7 +1233,7 @@ def _patient_level(
         names = [p[here] for p in inside if len(p) > here]
         if here == level or not names or not all(map(is_patient_name, names)):
             continue
-        below = {normalise_label("/".join(p[here + 1 : here + 2])) for p in inside}
+        below = {normalize_label("/".join(p[here + 1 : here + 2])) for p in inside}
         if here > start or below <= known:
             return here
     return None
@@ -1244,12 +1244,12 @@ def _repeated(inside: list, start: int, known: frozenset, folder: Path) -> set[s
     below: dict[str, set] = {}
     for p in inside:
         if len(p) > start:
-            name = normalise_label(p[start + 1]) if len(p) > start + 1 else ""
+            name = normalize_label(p[start + 1]) if len(p) > start + 1 else ""
             below.setdefault(p[start], set()).add(name)
-    spelt, again = {normalise_label(top): top for top in below}, set()
+    spelt, again = {normalize_label(top): top for top in below}, set()
     for top, names in below.items():
-        same = names & (spelt.keys() - {normalise_label(top)})
-        if normalise_label(top) in known or not same:
+        same = names & (spelt.keys() - {normalize_label(top)})
+        if normalize_label(top) in known or not same:
             continue  # benign/nevus beside nevus: a diagnosis, with others below
         if same != names:
             raise ConfigError(
@@ -1273,7 +1273,7 @@ def _refuse_crossed(
             below.setdefault(p[start], set()).update(rest[:1])
     held, names = list(below.values()), set().union(*below.values())
     same = len(names) > 1 and all(h == names for h in held)
-    words, tops = ({normalise_label(n) for n in some} for some in (names, below))
+    words, tops = ({normalize_label(n) for n in some} for some in (names, below))
     shared = sum(map(len, held)) > len(names) and words <= known
     if len(held) < 2 or not (same or shared) or tops <= known:
         return
@@ -2047,9 +2047,9 @@ def _never_trained(kept: pd.DataFrame) -> list[tuple]:
     trained = kept["label"][kept["split"].fillna("train") == "train"].unique()
     if not len(trained):
         return []
-    keys, problems = {normalise_label(c): c for c in trained}, []
+    keys, problems = {normalize_label(c): c for c in trained}, []
     for name in sorted(set(counts.index) - set(trained)):
-        near = difflib.get_close_matches(normalise_label(name), keys, 1, 0.6)
+        near = difflib.get_close_matches(normalize_label(name), keys, 1, 0.6)
         meant = f"; is it {keys[near[0]]!r}?" if near else ""
         detail = f"class {name!r} has {_many(counts[name], 'image')}, none for training"
         problems.append(("not trained", pd.NA, pd.NA, f"{detail}{meant}"))

@@ -134,8 +134,8 @@ def to_rgb(
     deep = _is_deep(image)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits, or 16 kept in 32
-        grey = _brightness(np.asarray(image), stated)
-        return Image.fromarray(grey).convert("RGB")
+        gray = _brightness(np.asarray(image), stated)
+        return Image.fromarray(gray).convert("RGB")
     if image.mode == "F":
         raise ValueError("pixels are floating-point numbers of unknown range")
     if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
@@ -191,12 +191,12 @@ def _dicom_rgb(data: bytes) -> Image.Image:
     from pydicom.pixels import apply_color_lut, pixel_array
 
     found = _open_dicom(data)
-    pixels, colours = pixel_array(found), found.PhotometricInterpretation
-    if colours == "PALETTE COLOR":
+    pixels, colors = pixel_array(found), found.PhotometricInterpretation
+    if colors == "PALETTE COLOR":
         pixels = apply_color_lut(pixels, found)
     if pixels.ndim == 2:
-        grey = _brightness(pixels, int(found.BitsStored))
-        return Image.fromarray(255 - grey if colours == "MONOCHROME1" else grey).convert("RGB")
+        gray = _brightness(pixels, int(found.BitsStored))
+        return Image.fromarray(255 - gray if colors == "MONOCHROME1" else gray).convert("RGB")
     if pixels.dtype == np.uint16:  # as palettes are
         pixels = np.stack([_brightness(pixels[..., i], 16) for i in range(3)], axis=-1)
     return Image.fromarray(pixels.astype(np.uint8))
@@ -336,7 +336,7 @@ def _looked_at(image: Image.Image, name: str, source, data: bytes) -> Picture:
             "from the skin's."
         )
     elif image.mode in ("1", "L", "LA") or image.mode.startswith("I"):
-        notes.append(_GREY)
+        notes.append(_GRAY)
     if _is_deep(image):
         notes.append("It has more than 8 bits a channel, of which the upper 8 were used.")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -345,7 +345,7 @@ def _looked_at(image: Image.Image, name: str, source, data: bytes) -> Picture:
     return Picture(name, source, image.size, tuple(notes), _stated_bits(image, data))
 
 
-_GREY = "It is gray, and the networks learned from images in color."
+_GRAY = "It is gray, and the networks learned from images in color."
 
 
 def _pictures_in(image: Image.Image) -> int:
@@ -368,7 +368,7 @@ def _dicom_looked_at(found, name: str, data: bytes) -> Picture:
     _check_size(name, *size, int(found.get("NumberOfFrames") or 1))
     notes = []
     if found.PhotometricInterpretation.startswith("MONOCHROME"):
-        notes.append(_GREY)
+        notes.append(_GRAY)
         notes.append(
             f"Its gray values were scaled by the {found.BitsStored} bits that it states, and "
             "no window was applied."

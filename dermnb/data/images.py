@@ -627,7 +627,7 @@ AUGMENTATIONS = {
     for policy in (
         Policy("none", "as stored", False, lambda images, rng: images),
         Policy("light", "mirrored and turned by right angles", False, _light),
-        Policy("dermoscopy", "turned freely, colours, blur, JPEG", True, _dermoscopy),
+        Policy("dermoscopy", "turned freely, colors, blur, JPEG", True, _dermoscopy),
     )
 }
 
@@ -666,9 +666,9 @@ def mix_batch(
     else:
         side = size * np.sqrt(1 - rng.beta(1.0, 1.0, count))
         low, high = [], []  # of the rectangle, for x and for y
-        for centre in rng.uniform(0, size, (2, count)):
-            low.append(np.clip(np.round(centre - side / 2), 0, size).astype(int))
-            high.append(np.clip(np.round(centre + side / 2), 0, size).astype(int))
+        for center in rng.uniform(0, size, (2, count)):
+            low.append(np.clip(np.round(center - side / 2), 0, size).astype(int))
+            high.append(np.clip(np.round(center + side / 2), 0, size).astype(int))
         mixed = images.copy()
         for i, j in enumerate(partner):
             where = slice(low[1][i], high[1][i]), slice(low[0][i], high[0][i])

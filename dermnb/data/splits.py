@@ -159,9 +159,9 @@ def make_split(
 ) -> pd.DataFrame:  # a copy with split in train, val, test; rows in the same order
     "Divide into training, validation and test; a lesion is in two only with allow_leakage."
     manifest = manifest.reset_index(drop=True)
-    unlabelled = int(manifest["label"].isna().sum())
-    if unlabelled:
-        raise ConfigError(f"{unlabelled} images have no label and cannot be split.")
+    unlabeled = int(manifest["label"].isna().sum())
+    if unlabeled:
+        raise ConfigError(f"{unlabeled} images have no label and cannot be split.")
     result = manifest.assign(split=_parts(manifest, config))
     result = result[result["split"] != ""].reset_index(drop=True)
     check_split(result, by_lesion=not config.allow_leakage)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TITLES', 'CLASSES', 'PRIOR', 'LOOKS', 'SITES', 'PEOPLE', 'GAPS', 'RESEMBLES', 'REACH', 'MAPS', 'VERSION', 'Lesion',
-           'lesion_label', 'draw_lesion', 'smooth_noise', 'spots', 'strokes', 'pigment_colour', 'Canvas', 'lesion_maps',
+           'lesion_label', 'draw_lesion', 'smooth_noise', 'spots', 'strokes', 'pigment_color', 'Canvas', 'lesion_maps',
            'canvas_side', 'render_view', 'generate_demo']
 
 # %% ../../nbs/data/02_synthetic.ipynb #a56ac3b6
@@ -27,7 +27,7 @@ from ..core import ConfigError, progress, read_json, unknown_name, write_json
 # %% ../../nbs/data/02_synthetic.ipynb #420e493c
 TITLES = {
     "MEL": "melanoma",
-    "NV": "melanocytic naevus",
+    "NV": "melanocytic nevus",
     "BCC": "basal cell carcinoma",
     "AK": "actinic keratosis",
     "BKL": "benign keratosis",
@@ -57,7 +57,7 @@ LOOKS = {
         "sharpness": (1, 0.10, 0.70), "disorder": (1, 0.0, 0.30),
         "network": (0.72, 0.5, 1.0), "globules": (0.45, 0.5, 1.0),
         "streaks": (0.06, 0.5, 0.9), "blotch": (0.12, 0.3, 0.6),
-        "veil": (0.05, 0.3, 0.6), "centre": (0.5, -0.5, 0.7), "cysts": (0.05, 0.4, 0.7),
+        "veil": (0.05, 0.3, 0.6), "center": (0.5, -0.5, 0.7), "cysts": (0.05, 0.4, 0.7),
         "vessel_dots": (0.08, 0.3, 0.6),
     },
     "BCC": {
@@ -226,7 +226,7 @@ def smooth_noise(
 
 # %% ../../nbs/data/02_synthetic.ipynb #b2a6a850
 def spots(
-    x: np.ndarray,  # centres, lesion units
+    x: np.ndarray,  # centers, lesion units
     y: np.ndarray,
     radius: np.ndarray,  # of each disc, lesion units
     axis: np.ndarray,  # coordinate of each canvas column and row, lesion units
@@ -327,19 +327,19 @@ _ABSORB = (
 )
 
 
-def pigment_colour(
+def pigment_color(
     melanin: np.ndarray,  # density, 0 or more; the other maps have the same shape
     deep: np.ndarray,  # density of melanin deep in the skin
     blood: np.ndarray,  # density
     white: np.ndarray,  # opacity, 0..1
     keratin: np.ndarray,  # opacity, 0..1
 ) -> np.ndarray:
-    "Colour under white light, float32 (height, width, 3), 0..1."
+    "Color under white light, float32 (height, width, 3), 0..1."
     density = np.stack([np.clip(m, 0, None) for m in (melanin, deep, blood)], -1)
     rgb = np.exp(-(density @ _ABSORB)) * np.array([0.97, 0.93, 0.91], np.float32)
-    for opacity, colour in ((keratin, (0.86, 0.72, 0.46)), (white, (0.96, 0.90, 0.89))):
+    for opacity, color in ((keratin, (0.86, 0.72, 0.46)), (white, (0.96, 0.90, 0.89))):
         opacity = np.clip(opacity, 0, 1)[..., None]
-        rgb += (np.array(colour, np.float32) - rgb) * opacity
+        rgb += (np.array(color, np.float32) - rgb) * opacity
     return rgb
 
 # %% ../../nbs/data/02_synthetic.ipynb #9805da2a
@@ -357,9 +357,9 @@ class Canvas:
             patches = 0.75 + 0.45 * looks["patchy"] * self.broad
             self.alpha = self.alpha * np.clip(patches, 0.1, 1)
         mottle = (0.10 + 0.22 * self.disorder) * self.broad + 0.13 * self.fine
-        centre = 1 + looks.get("centre", 0) * np.clip(0.6 - self.r, -0.4, 0.6)
+        center = 1 + looks.get("center", 0) * np.clip(0.6 - self.r, -0.4, 0.6)
         self.melanin = (
-            looks["melanin"] * self.alpha * np.clip(1 + mottle, 0.1, 2) * centre
+            looks["melanin"] * self.alpha * np.clip(1 + mottle, 0.1, 2) * center
         )
         uneven = 1 + 0.25 * smooth_noise(rng, 5, side)
         self.blood = looks["blood"] * self.alpha * uneven
@@ -490,7 +490,7 @@ def _paint_melanocytic(c: Canvas) -> None:
 
 # %% ../../nbs/data/02_synthetic.ipynb #6e3ed7fa
 def _paint_nests(c: Canvas) -> None:
-    "Blue-grey ovoid nests and leaf-like areas."
+    "Blue-gray ovoid nests and leaf-like areas."
     has, rng = c.looks.get, c.rng
     if has("nests"):
         n = int(rng.uniform(4, 11))
@@ -699,8 +699,8 @@ def _add_hairs(rng, rgb, scale):
     line = strokes(paths, widths, (height, width))[..., None]
     line = line * rng.uniform(0.5, 0.95)
     light = rng.random() < 0.15
-    colour = np.array([0.80, 0.70, 0.55] if light else [0.13, 0.09, 0.08], np.float32)
-    return rgb * (1 - line) + colour * line
+    color = np.array([0.80, 0.70, 0.55] if light else [0.13, 0.09, 0.08], np.float32)
+    return rgb * (1 - line) + color * line
 
 
 def _add_ruler(rng, rgb, scale):
@@ -817,9 +817,9 @@ def render_view(
     blood = blood + tone_h + sun * np.clip(look_at(mottle[1], 5.0), -0.7, 2) + grain
 
     rough = 1 + 2 * grain
-    rgb = pigment_colour(melanin, deep, blood, white * rough, keratin * rough)
+    rgb = pigment_color(melanin, deep, blood, white * rough, keratin * rough)
 
-    # light: white balance, brightness, gradient, falloff from the centre
+    # light: white balance, brightness, gradient, falloff from the center
     u, v = (x - width / 2) / height, (y - height / 2) / height
     slope, t = rng.uniform(0, 0.22), rng.uniform(0, 2 * np.pi)
     sx, sy = slope * float(np.cos(t)), slope * float(np.sin(t))

@@ -18,7 +18,7 @@ from dermnb.metrics.scores import (
     BINS,
     LEAST,
     TableScores,
-    centred,
+    centered,
     check_predictions,
     choose_threshold,
     confidence_bins,
@@ -382,11 +382,11 @@ def calibration_summary(
         if len(part):
             scores = _SplitScores(part, y, p, decision)
             rng = np.random.default_rng([seed, *split.encode()])
-            splits[split] = _summarise(scores, y, classes, level, resamples, rng)
+            splits[split] = _summarize(scores, y, classes, level, resamples, rng)
     return {"level": level, "resamples": resamples, "splits": splits}
 
 
-def _summarise(scores, y, classes, level, resamples, rng) -> dict:
+def _summarize(scores, y, classes, level, resamples, rng) -> dict:
     groups, n = scores.sums.shape[1], len(y)
     once = scores(np.ones((groups, 1), dtype=np.int32))
     many = [scores(times) for times in draw_groups(groups, resamples, rng)]
@@ -395,7 +395,7 @@ def _summarise(scores, y, classes, level, resamples, rng) -> dict:
     # Resamples have gaps of their own, so without a shift the interval misses its value.
     for end in (*STAGES, "difference"):
         name = f"calibration_error {end}"
-        many[name] = centred(once[name][0], many[name])
+        many[name] = centered(once[name][0], many[name])
         if end in STAGES:
             many[name] = np.clip(many[name], 0, None)
 

@@ -7,7 +7,7 @@ __all__ = ['ALIASES', 'EPS', 'THRESHOLD_FREE', 'TINY', 'FEW_LESIONS', 'SPREADS',
            'scores_from_confusion', 'check_metric', 'metric_spec', 'Claim', 'load_claims', 'ClaimCheck', 'check_claims',
            'claim_faults', 'claim_verdict', 'resolve_metric', 'paired_differences', 'paired_difference',
            'comparison_verdict', 'mcnemar', 'auc_components', 'holm', 'compare_all', 'rank_ranges', 'leak_effect',
-           'summarise_repeats']
+           'summarize_repeats']
 
 # %% ../../nbs/metrics/03_comparison.ipynb #4647471e
 import itertools
@@ -681,9 +681,9 @@ def mcnemar(
     right_b: np.ndarray,  # (n,) bool
     group: np.ndarray,  # (n,) lesion of each answer, whole numbers from 0
 ) -> dict:
-    """Whether two networks recognise equally many images: b01, b10, test, p.
+    """Whether two networks recognize equally many images: b01, b10, test, p.
 
-    b10 and b01 are images that only a, or only b, recognised. test is "exact, by lesion"
+    b10 and b01 are images that only a, or only b, recognized. test is "exact, by lesion"
     (binomial, two-sided) or "chi-squared, by lesion". Durkalski et al., Stat. Med. 2003.
     """
     from scipy.special import bdtr, chdtrc  # here: it takes a while to load
@@ -978,7 +978,7 @@ def _tested(predictions, classes, split_table, split) -> tuple[pd.DataFrame, np.
     return table, table["lesion_id"].isin(set(trained)).to_numpy()
 
 # %% ../../nbs/metrics/03_comparison.ipynb #40a7968e
-def summarise_repeats(
+def summarize_repeats(
     values: Sequence[float | None],  # one a repeat; None where it has no value
 ) -> dict:
     "Mean, standard deviation (None for one; divisor n - 1), min, max and n."

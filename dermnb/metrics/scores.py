@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA', 'METRICS', 'CLASS_METRICS', 'TARGET_SENSITIVITY', 'TARGET_SPECIFICITY', 'FLOOR_SENSITIVITY',
            'BINARY_METRICS', 'SPLITS', 'ROW_SUM_TOLERANCE', 'BINS', 'LEAST', 'CHUNK', 'MetricSpec',
            'probability_columns', 'check_predictions', 'scores_from_counts', 'RankedScores', 'confidence_bins',
-           'log_losses', 'draw_groups', 'TableScores', 'bootstrap_scores', 'estimate', 'centred', 'lesion_numbers',
+           'log_losses', 'draw_groups', 'TableScores', 'bootstrap_scores', 'estimate', 'centered', 'lesion_numbers',
            'resampling_unit', 'unit_numbers', 'choose_threshold', 'choose_specific_threshold', 'positive_class',
            'recorded_positive', 'evaluate', 'metrics_table', 'class_table']
 
@@ -43,9 +43,9 @@ METRICS = _table(
     MetricSpec(
         "balanced_accuracy",
         "Balanced accuracy",
-        "mean over classes of the share of their images that were recognised",
+        "mean over classes of the share of their images that were recognized",
     ),
-    MetricSpec("accuracy", "Accuracy", "share of all images that were recognised"),
+    MetricSpec("accuracy", "Accuracy", "share of all images that were recognized"),
     MetricSpec("macro_f1", "Macro F1", "mean over classes of F1"),
     MetricSpec("weighted_f1", "Weighted F1", "mean of F1 weighted by class size"),
     MetricSpec("macro_precision", "Macro precision", "mean over classes of precision"),
@@ -118,7 +118,7 @@ CLASS_METRICS = _table(
     MetricSpec(
         "recall",
         "Recall",
-        "share of the class's images that were recognised (sensitivity)",
+        "share of the class's images that were recognized (sensitivity)",
     ),
     MetricSpec(
         "precision",
@@ -147,13 +147,13 @@ CLASS_METRICS = _table(
         "Sensitivity at 95 % specificity, on the curve",
         "largest sensitivity on the ROC curve of the class against the others where "
         "specificity is at least 95 %; read on the curve of these same images, so "
-        "optimistic",
+        "optimiztic",
     ),
     MetricSpec(
         "specificity_on_curve",
         "Specificity at 95 % sensitivity, on the curve",
         "largest specificity on the same curve where sensitivity is at least 95 %; "
-        "optimistic too",
+        "optimiztic too",
     ),
 )
 
@@ -187,26 +187,26 @@ BINARY_METRICS = _table(
         "specificity_at_95_sensitivity",
         "Specificity at 95 % sensitivity",
         "share of the negative images below the highest threshold that finds at "
-        "least 95 % of the positive validation images; optimistic on validation "
+        "least 95 % of the positive validation images; optimiztic on validation "
         "itself, where the threshold was chosen",
     ),
     MetricSpec(
         "sensitivity_at_threshold",
         "Sensitivity at that threshold",
         "share of the positive images at or above the same threshold; on "
-        "validation itself at least 95 % by choice, so optimistic",
+        "validation itself at least 95 % by choice, so optimiztic",
     ),
     MetricSpec(
         "sensitivity_at_95_specificity",
         "Sensitivity at 95 % specificity",
         "share of the positive images at or above the lowest threshold that spares at "
-        "least 95 % of the negative validation images; optimistic on validation itself",
+        "least 95 % of the negative validation images; optimiztic on validation itself",
     ),
     MetricSpec(
         "specificity_at_specificity_threshold",
         "Specificity at that threshold",
         "share of the negative images below this second threshold; on validation "
-        "itself at least 95 % by choice, so optimistic",
+        "itself at least 95 % by choice, so optimiztic",
     ),
 )
 
@@ -588,7 +588,7 @@ def estimate(value: float, samples: np.ndarray, n: int, level: float) -> dict:
     return {"value": _number(value), "low": low, "high": high, "n": int(n)}
 
 
-def centred(value: float, samples: np.ndarray) -> np.ndarray:
+def centered(value: float, samples: np.ndarray) -> np.ndarray:
     "Samples moved so that their mean is the value, for what resampling makes larger."
     known = samples[np.isfinite(samples)]
     return samples + (value - known.mean()) if len(known) else samples
@@ -664,7 +664,7 @@ def _evaluate_split(
     overall, per_class, once_binary = scores.once()
     many, many_class, many_binary = scores.resample(resamples, rng)
     error = "calibration_error"
-    many[error] = np.clip(centred(overall[error][0], many[error]), 0, None)
+    many[error] = np.clip(centered(overall[error][0], many[error]), 0, None)
     counts = np.zeros((len(classes), len(classes)), dtype=int)
     np.add.at(counts, (y, p.argmax(axis=1)), 1)
     support, called = counts.sum(1), counts.sum(0)

@@ -147,7 +147,7 @@ _ROWS = (
     ),
     BackboneSpec(
         name="alexnet",
-        title="AlexNet (batch normalisation)",
+        title="AlexNet (batch normalization)",
         builder=_alexnet,
         preprocess="torch",
         native_size=224,

@@ -387,10 +387,10 @@ def combine_maps(
 def overlay(
     image: np.ndarray,  # uint8 (S, S, 3)
     cam: np.ndarray,  # (S, S) in 0..1
-    opacity: float = 0.5,  # of the colours: 0 the image alone, 1 the map alone
-    colours: str = "cividis",  # a colour map of matplotlib
+    opacity: float = 0.5,  # of the colors: 0 the image alone, 1 the map alone
+    colors: str = "cividis",  # a color map of matplotlib
 ) -> np.ndarray:
-    "The image under the map's colours, uint8 `(S, S, 3)`."
+    "The image under the map's colors, uint8 `(S, S, 3)`."
     import matplotlib
 
     image, cam = np.asarray(image), np.asarray(cam)
@@ -399,8 +399,8 @@ def overlay(
             f"a map of shape {cam.shape} does not fit an image of shape {image.shape}: "
             "bring it to the image's size with resize_maps."
         )
-    if colours not in matplotlib.colormaps:
-        raise unknown_name("colour map", colours, matplotlib.colormaps)
-    painted = matplotlib.colormaps[colours](cam)[..., :3] * 255
+    if colors not in matplotlib.colormaps:
+        raise unknown_name("color map", colors, matplotlib.colormaps)
+    painted = matplotlib.colormaps[colors](cam)[..., :3] * 255
     mixed = (1 - opacity) * image + opacity * painted
     return mixed.round().clip(0, 255).astype("uint8")

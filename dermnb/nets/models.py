@@ -146,7 +146,7 @@ def build_classifier(
     dropout: float | Sequence[float] = 0.2,  # one rate, or one before each dense layer
     weights: str = "none",  # "imagenet", "none", or a file; of the backbone
     seed: int = 0,  # of the initial weights and of dropout
-    batch_norm: bool = False,  # batch normalisation in the head
+    batch_norm: bool = False,  # batch normalization in the head
     batch_norm_momentum: float | None = None,  # None: the network's own, .99 or .999
     fusion: str = "none",  # of metadata: none, concat, metablock or only
     metadata_columns: int = 0,  # how many numbers an image's metadata is

@@ -17,7 +17,7 @@ from plotly.offline import get_plotlyjs
 
 from .. import __version__
 from ..core import ConfigError, duration, listing, plural
-from ..metrics.comparison import SIGNIFICANT, summarise_repeats
+from ..metrics.comparison import SIGNIFICANT, summarize_repeats
 from ..metrics.scores import CLASS_METRICS, METRICS
 from .figures import SPLIT_TITLES, leaderboard_figure
 from dermnb.report.pages import (
@@ -78,7 +78,7 @@ from dermnb.report.sections import (
 from dermnb.report.trust import (
     certainty_block,
     certainty_overview,
-    check_licence,
+    check_license,
     looks_block,
     looks_overview,
 )
@@ -242,7 +242,7 @@ def _best_sentence(
     score, of = group_score(members), " of the runs without a leak" if leaky else ""
     clean = not all(r.leaks for r in members)
     if len(members) > 1:
-        each = summarise_repeats([r.score()["value"] for r in members])
+        each = summarize_repeats([r.score()["value"] for r in members])
         kind = "folds" if all("fold" in r.repeat for r in members) else "repeats"
         shown = (
             f"{each['mean']:.3f} over {each['n']} {kind} "
@@ -283,7 +283,7 @@ def _weakest_sentence(name: str, members: Sequence[RunResult], sets: int) -> lis
     n, lesions = (sum(r[k] for r in counted) for k in ("n", "lesions"))
     mean = "mean recall" if len(members) > 1 else "recall"
     return [
-        f"{name} recognised {worst} least often: {mean} {means[worst]:.3f}, "
+        f"{name} recognized {worst} least often: {mean} {means[worst]:.3f}, "
         f"n = {plural(n, 'image')} of {plural(lesions, 'lesion')}."
     ]
 
@@ -415,13 +415,13 @@ def _up_to_date(folder: Path, photographs: bool) -> bool:
 def build_run_page(
     run_dir: str | Path,  # reports/<suite>/<run>
     force: bool = False,  # build even if nothing has changed
-    photographs: bool = False,  # show those of its gallery, if their licence allows it
+    photographs: bool = False,  # show those of its gallery, if their license allows it
 ) -> Path:
     """report.html of a finished run: metrics, figures, settings, provenance, its notebook.
 
     An up-to-date page is left as it is. Pictures in the notebook's outputs are kept only
     if the run says that its images are generated; those of the gallery also with
-    `photographs`, or there is a `ConfigError` if the dataset's licence does not allow it.
+    `photographs`, or there is a `ConfigError` if the dataset's license does not allow it.
     """
     folder = Path(run_dir)
     return _build_run_page(folder, lambda: load_run(folder), force, photographs)
@@ -721,12 +721,12 @@ def _best_group(done: Sequence[RunResult]) -> list[RunResult]:
 def build_report(
     suite_dir: str | Path,  # reports/<suite>
     single_file: bool = False,
-    photographs: bool = False,  # show those of galleries, if their licences allow it
+    photographs: bool = False,  # show those of galleries, if their licenses allow it
 ) -> Path:
     """The page of every finished run that has changed, and the page of the suite; its path.
 
     Photographs are shown only with `photographs`, and then only on pages of runs. Raises
-    `ConfigError`, before any page is written, if the licence of a run's dataset does not
+    `ConfigError`, before any page is written, if the license of a run's dataset does not
     allow that.
     """
     if single_file and photographs:
@@ -739,7 +739,7 @@ def build_report(
     done = [r for r in runs if r.status == "done"]
     if photographs:
         for run in done:
-            check_licence(run)
+            check_license(run)
     if not single_file:
         write_plotly_js(folder)
         for run in done:

@@ -418,7 +418,7 @@ def row_html(cells: Sequence[Mapping]) -> Markup:
 
 @cache
 def _code_css() -> str:
-    "Colours of code, for both schemes."
+    "Colors of code, for both schemes."
     from pygments.formatters import HtmlFormatter
 
     def rules(style):

@@ -304,7 +304,7 @@ def errors_block(runs: Sequence[RunResult]) -> dict | None:
             ],
         )
         block["pairs"] = make_table(
-            "Which labels are doubted in favour of which.",
+            "Which labels are doubted in favor of which.",
             [("Given label", False), ("Suggested", False), ("Images", True), ("Expected in all", True)],
             [
                 [

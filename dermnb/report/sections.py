@@ -32,7 +32,7 @@ from dermnb.metrics.comparison import (
     paired_differences,
     rank_ranges,
     resolve_metric,
-    summarise_repeats,
+    summarize_repeats,
 )
 from ..metrics.scores import BINARY_METRICS, CLASS_METRICS, METRICS
 from dermnb.report.figures import (
@@ -587,7 +587,7 @@ def _claim_row(claim: Claim, check, runs: Sequence[RunResult]) -> list[dict]:
 def _claim_cell(cells: Sequence[Mapping], runs: Sequence[RunResult]) -> dict:
     if len(cells) == 1:
         return estimate_cell(cells[0])
-    mean = summarise_repeats([c["value"] for c in cells])["mean"]
+    mean = summarize_repeats([c["value"] for c in cells])["mean"]
     each = ", ".join(
         f"{r.repeat or r.name} {number(c['value'])}" for r, c in zip(runs, cells, strict=True)
     )
@@ -1058,7 +1058,7 @@ def repeats_block(runs: Sequence[RunResult], synthetic: bool) -> dict | None:
         if any(r.leaks for r in members):
             row[0] |= {"badge": "leaks", "badge_title": LEAK_TITLE}
         for metric in LEADERBOARD:
-            s = summarise_repeats([r.score(metric)["value"] for r in members])
+            s = summarize_repeats([r.score(metric)["value"] for r in members])
             text, sub = number(s["mean"]), ""
             if s["n"] > 1:
                 sub = f"SD {s['sd']:.3f}; {s['min']:.3f}{EN_DASH}{s['max']:.3f}"
@@ -1190,7 +1190,7 @@ def binary_block(done: Sequence[RunResult]) -> dict | None:
             columns = [(m.title, True, m.definition) for m in BINARY_METRICS.values()]
             caption = f"Positive class: {listing(sorted(found))}{counted}."
             if split == "val":
-                caption += " The threshold was chosen here, so figures at it are optimistic."
+                caption += " The threshold was chosen here, so figures at it are optimiztic."
             tables.append(
                 make_table(
                     caption,
@@ -1360,7 +1360,7 @@ def _data_block(runs: Sequence[RunResult]) -> dict:
         (title, str(dataset[key]))
         for key, title in (
             ("title", "Dataset"),
-            ("license", "Licence"),
+            ("license", "License"),
             ("citation", "Citation"),
         )
         if dataset.get(key)

@@ -42,10 +42,10 @@ def looks(
     "22 numbers (N, 22) on what each image looks like at 32 x 32 pixels, float64."
     small = [Image.fromarray(x).resize((32, 32), Image.Resampling.BOX) for x in squares]
     x = np.stack(small).astype("float64") / 255 if small else np.zeros((0, 32, 32, 3))
-    grey = x.mean(axis=3)
+    gray = x.mean(axis=3)
     found = [x.mean((1, 2)), x.std((1, 2))]
-    found.append(np.quantile(grey.reshape(len(x), -1), (0.05, 0.25, 0.75, 0.95), axis=1).T)
-    scale = grey
+    found.append(np.quantile(gray.reshape(len(x), -1), (0.05, 0.25, 0.75, 0.95), axis=1).T)
+    scale = gray
     for _ in range(3):
         for axis in (1, 2):
             edges = np.abs(np.diff(scale, axis=axis)).mean((1, 2))
@@ -74,7 +74,7 @@ class Novelty:
 
     features: np.ndarray = field(repr=False)  # (n, D) float16, rows of length 1
     threshold: float  # distance of features, 0 to 2
-    centre: np.ndarray | None = field(default=None, repr=False)  # (22,) mean looks
+    center: np.ndarray | None = field(default=None, repr=False)  # (22,) mean looks
     whiten: np.ndarray | None = field(default=None, repr=False)  # (22, 22)
     limit: float = 1.0  # distance of looks, 0 or more
 
@@ -100,7 +100,7 @@ class Novelty:
         squares: np.ndarray,  # uint8 (N, S, S, 3)
     ) -> np.ndarray:
         "Mahalanobis distance of each image's looks from the training images' (N,)."
-        return np.linalg.norm((looks(squares) - self.centre) @ self.whiten, axis=1)
+        return np.linalg.norm((looks(squares) - self.center) @ self.whiten, axis=1)
 
     def score(
         self,
@@ -109,7 +109,7 @@ class Novelty:
     ) -> np.ndarray:
         "The larger distance as a multiple of its limit (N,): above 1 is unlike."
         score = self.distance(features) / self.threshold
-        if squares is None or self.centre is None:
+        if squares is None or self.center is None:
             return score
         return np.maximum(score, self.strangeness(squares) / self.limit)
 
@@ -134,10 +134,10 @@ def fit_novelty(
     if train_squares is None or len(train) < 2:
         return novelty
     found = looks(train_squares)
-    centre = found.mean(axis=0)
-    _, size, axes = np.linalg.svd(found - centre, full_matrices=False)
+    center = found.mean(axis=0)
+    _, size, axes = np.linalg.svd(found - center, full_matrices=False)
     spread = np.maximum(size / np.sqrt(len(found)), 1e-3)  # an axis may have none
-    novelty = replace(novelty, centre=centre, whiten=axes.T / spread)
+    novelty = replace(novelty, center=center, whiten=axes.T / spread)
     far = _limit(novelty.strangeness(val_squares))
     return replace(novelty, limit=max(far, 1e-6))
 
@@ -359,7 +359,7 @@ def model_card(
         "## Training data and split",
         "",
         (
-            f"{_plain(dataset['title'])} ({_plain(dataset['citation'])}; licence"
+            f"{_plain(dataset['title'])} ({_plain(dataset['citation'])}; license"
             f" {_plain(dataset['license'])}): {dataset['images']:,} images of"
             f" {dataset['lesions']:,} lesions. Split:"
             f" {record['config'].get('split', 'lesion')}, seed"
@@ -667,8 +667,8 @@ def _read_novelty(path: Path, width: int) -> Novelty:
         numbers = {k: float(getattr(known, k)) for k in ("threshold", "limit")}
         sound = known.features.ndim == 2 and known.features.shape[1] == width and len(known.features)
         sound = sound and all(np.isfinite(v) and v > 0 for v in numbers.values())
-        if known.centre is not None:
-            sound = sound and known.centre.shape == (LOOKS,) == known.whiten.shape[:1]
+        if known.center is not None:
+            sound = sound and known.center.shape == (LOOKS,) == known.whiten.shape[:1]
     except (TypeError, ValueError, AttributeError):
         sound = False
     if not sound:

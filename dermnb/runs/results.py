@@ -41,7 +41,7 @@ from dermnb.metrics.calibration import (
     risk_coverage,
     temper,
 )
-from ..metrics.comparison import summarise_repeats
+from ..metrics.comparison import summarize_repeats
 from dermnb.metrics.scores import (
     BINARY_METRICS,
     CLASS_METRICS,
@@ -592,7 +592,7 @@ def grouped(
 def group_score(runs: Sequence[RunResult]) -> dict:
     "Mean, and the ends of all intervals together."
     cells = [r.score() for r in runs]
-    mean = summarise_repeats([c["value"] for c in cells])["mean"] or 0.0
+    mean = summarize_repeats([c["value"] for c in cells])["mean"] or 0.0
     ends = [c for c in cells if c["low"] is not None]
     low = min((c["low"] for c in ends), default=None)
     return {"value": mean, "low": low, "high": max((c["high"] for c in ends), default=None)}
@@ -792,8 +792,10 @@ def _read_explanation(raw: Mapping) -> dict:
     read["synthetic"] = raw.get("synthetic") is True
     read["draws"] = int(raw.get("draws", 1))
     read["layers"] = {str(k): str(v) for k, v in raw.get("layers", {}).items()}
+    if "randomisation" in raw:  # as it was once spelled
+        raw = {**raw, "randomization": raw["randomisation"]}
     keys = {
-        "randomisation": ("head", "all", "head_chance", "all_chance"),
+        "randomization": ("head", "all", "head_chance", "all_chance"),
         "deletion": ("area", "random_area", "difference"),
         "insertion": ("area", "random_area", "difference"),
         "inside": ("share", "area", "difference"),

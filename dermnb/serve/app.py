@@ -92,7 +92,7 @@ def _set_sentence(answer, bundle) -> str:
 # %% ../../nbs/serve/03_app.ipynb #85f69d54
 _EXAMPLES = {
     "Melanoma": ("MEL", 3),
-    "Naevus": ("NV", 5),
+    "Nevus": ("NV", 5),
     "Vascular lesion": ("VASC", 8),
 }
 
@@ -520,7 +520,7 @@ def _map(predictor, lock, file: _File, result: _Result) -> None:
         st.image(
             _legend(),
             width="stretch",
-            alt="Colours of the map, from dark blue to yellow",
+            alt="Colors of the map, from dark blue to yellow",
         )
         low, high = st.columns(2, wrap=False)
         low.caption("Dark blue: hardly matters")
@@ -555,12 +555,12 @@ def _where(cam: np.ndarray) -> str:
     y, x = ((cam.sum(axis) * np.arange(size)).sum() / total / size for axis in (1, 0))
     place = [("top", "", "bottom")[int(3 * y)], ("left", "", "right")[int(3 * x)]]
     place = " ".join(w for w in place if w) or "middle"
-    return f"centred in the {place}, high on {_percent(float((cam > 0.5).mean()))} of the image"
+    return f"centered in the {place}, high on {_percent(float((cam > 0.5).mean()))} of the image"
 
 
 @lru_cache
 def _legend() -> np.ndarray:
-    "The colours of the map from low to high, uint8 (12, 512, 3)."
+    "The colors of the map from low to high, uint8 (12, 512, 3)."
     from dermnb.nets.gradcam import overlay
 
     ramp = np.tile(np.linspace(0, 1, 512), (512, 1))

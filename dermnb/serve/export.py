@@ -67,7 +67,7 @@ def _describe(kind: tuple, name: str) -> dict:
             "name": name,
             "shape": ["N", size, size, 3],
             "dtype": "float32",
-            "meaning": "RGB, 0 to 255, not normalised; rows from the top, columns from "
+            "meaning": "RGB, 0 to 255, not normalized; rows from the top, columns from "
             "the left",
             "size": size,
             "resize": resize,
@@ -171,7 +171,7 @@ def _write_onnx(graph, path: Path) -> None:
     from tf2onnx.graph import Node
 
     # Frozen here: tf2onnx alone takes the constants that a layer keeps, as
-    # EfficientNet's normalisation does, for further inputs.
+    # EfficientNet's normalization does, for further inputs.
     freeze = convert_to_constants.convert_variables_to_constants_v2
     frozen = freeze(graph.serve.get_concrete_function())
     takes, gives = ([x.name for x in side] for side in (frozen.inputs, frozen.outputs))
@@ -373,7 +373,7 @@ Before that: decode, turn upright by the EXIF orientation, lay transparent parts
 white, keep the upper 8 of 16 bits (or of those in use), convert to RGB, and make it square as above by
 bicubic interpolation that takes in every pixel when it scales down (as Pillow's
 `resize` does).
-Nothing else: normalisation is in the graph.
+Nothing else: normalization is in the graph.
 
 ## Output
 

@@ -7,14 +7,14 @@
     return scheme.matches && !paper;
   }
 
-  // The figure in the colours of the page; one with a look of its own keeps it.
+  // The figure in the colors of the page; one with a look of its own keeps it.
   function read(box) {
     var text = document.getElementById(box.dataset.figure).textContent;
     var figure = JSON.parse(text);
     if (figure.layout.template) return figure;
     if (dark()) {
-      text = text.replace(/"(#[0-9A-F]{6})"/g, function (all, colour) {
-        return looks.swap[colour] ? '"' + looks.swap[colour] + '"' : all;
+      text = text.replace(/"(#[0-9A-F]{6})"/g, function (all, color) {
+        return looks.swap[color] ? '"' + looks.swap[color] + '"' : all;
       });
       figure = JSON.parse(text);
     }
