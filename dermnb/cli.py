@@ -39,11 +39,10 @@ def _options(
         os.environ.pop("TF_CPP_MIN_LOG_LEVEL", None)
 
 
-
 DataDir = Annotated[str, typer.Option(help="Folder of the dataset's files.")]
 Model = Annotated[str, typer.Option(help="The `model` folder of a run, or the run's.")]
 
-
+# %% ../nbs/99_cli.ipynb #d0d89c4a
 @app.command()
 def run(
     suite: Annotated[str, typer.Argument(help="A suite file, or a name in nbs/suites.")],
@@ -85,7 +84,7 @@ def run(
     if failed:
         raise typer.Exit(1)
 
-
+# %% ../nbs/99_cli.ipynb #dd6e1148
 @app.command()
 def report(
     folder: Annotated[str, typer.Argument(help="A suite's folder under reports/.")],
@@ -101,7 +100,7 @@ def report(
 
     print(build_report(folder, single_file=single_file, photographs=photographs))
 
-
+# %% ../nbs/99_cli.ipynb #2a6425e0
 @data_app.command("list")
 def data_list():
     "Print the dataset table."
@@ -109,7 +108,7 @@ def data_list():
 
     print(list_datasets().to_string(index=False))
 
-
+# %% ../nbs/99_cli.ipynb #024637da
 @data_app.command("check")
 def data_check(
     name: Annotated[str, typer.Argument(help="A row of the dataset table.")],
@@ -126,7 +125,7 @@ def data_check(
         print("Same image\n  " + "\n  ".join(_same_images(dataset.manifest)))
     raise typer.Exit(_print_problems(dataset.problems))
 
-
+# %% ../nbs/99_cli.ipynb #03c063b7
 def _print_problems(problems) -> int:
     from dermnb.data.datasets import BLOCKING, problem_counts
 
@@ -145,7 +144,7 @@ def _print_problems(problems) -> int:
             print(f"    and {n - 10:,} more")
     return int(stops)
 
-
+# %% ../nbs/99_cli.ipynb #18a05769
 def _same_images(manifest) -> list[str]:
     "What the hash audit finds, in sentences."
     from dermnb.audit.duplicates import audit_images
@@ -174,7 +173,7 @@ def _same_images(manifest) -> list[str]:
         told.append(text)
     return told
 
-
+# %% ../nbs/99_cli.ipynb #a6dba219
 @data_app.command("fetch")
 def data_fetch(
     name: Annotated[str, typer.Argument(help="A row of the dataset table.")],
@@ -185,7 +184,7 @@ def data_fetch(
 
     print(fetch_dataset(name, data_dir))
 
-
+# %% ../nbs/99_cli.ipynb #6fc81a39
 @app.command()
 def audit(
     targets: Annotated[
@@ -220,7 +219,7 @@ def audit(
     found = _audit_runs(runs, data_dir, method) if runs else _audit_data(targets, method, out)
     raise typer.Exit(1 if found else 0)
 
-
+# %% ../nbs/99_cli.ipynb #c93f7f4e
 def _audit_data(targets: list[str], method: str, out: str) -> int:
     from pathlib import Path
 
@@ -252,7 +251,7 @@ def _audit_data(targets: list[str], method: str, out: str) -> int:
         print(f"{title}: " + (", ".join(f"{n:,} {k}" for k, n in record[name].items()) or "none"))
     return len(findings)
 
-
+# %% ../nbs/99_cli.ipynb #981036f3
 def _audit_runs(runs: list, data_dir: str, method: str) -> int:
     from dermnb.report.build import build_report
     from dermnb.runs.train import audit_run
@@ -268,7 +267,7 @@ def _audit_runs(runs: list, data_dir: str, method: str) -> int:
         print(build_report(suite))
     return leaks
 
-
+# %% ../nbs/99_cli.ipynb #054da8b7
 @app.command()
 def explain(
     folders: Annotated[list[str], typer.Argument(help="Finished runs, or suites of them.")],
@@ -297,7 +296,7 @@ def explain(
     if failed:
         raise typer.Exit(2)
 
-
+# %% ../nbs/99_cli.ipynb #3f2bca1f
 @app.command()
 def predict(
     images: Annotated[list[str], typer.Argument(help="Files, folders, zips or patterns.")],
@@ -369,7 +368,7 @@ def predict(
         print(f"dermnb: {refused} of {len(paths)} images were refused.", file=sys.stderr)
         raise typer.Exit(1)
 
-
+# %% ../nbs/99_cli.ipynb #7115e5c0
 @app.command("app")
 def serve_app(
     model: Model,
@@ -381,7 +380,7 @@ def serve_app(
 
     raise typer.Exit(serve(model, host, port))
 
-
+# %% ../nbs/99_cli.ipynb #4fcc5e94
 @app.command("export")
 def export_model(
     model: Model,
@@ -416,7 +415,7 @@ def export_model(
         f"{check['images']} images in {check['runtime']} {check['version']}"
     )
 
-
+# %% ../nbs/99_cli.ipynb #a76cd30e
 def _say(line: str):
     "Tell people what does not belong to the answers."
     print(f"dermnb: {line}", file=sys.stderr, flush=True)
@@ -443,7 +442,7 @@ def _load_keras():
 
     import keras  # noqa: F401
 
-
+# %% ../nbs/99_cli.ipynb #c78c504d
 def main():
     "The `dermnb` command."
     for stream in (sys.stdout, sys.stderr):

@@ -36,7 +36,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 class ConfigError(ValueError):
     "A mistake in the input that its author can mend; the message is one sentence."
 
-
+# %% ../nbs/00_core.ipynb #42fa183a
 def unknown_name(
     kind: str,  # what the name stands for, such as "backbone"
     name: object,  # what was given
@@ -51,7 +51,7 @@ def unknown_name(
     names = ", ".join(known[:20]) + more
     return ConfigError(f"unknown {kind} {str(name)!r}: {hint}{names}.")
 
-
+# %% ../nbs/00_core.ipynb #f0307af4
 def listing(
     names: Iterable,
     limit: int = 6,  # named; the rest is counted
@@ -62,7 +62,7 @@ def listing(
         names = [*names[:limit], f"{len(names) - limit:,} more"]
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
-
+# %% ../nbs/00_core.ipynb #3978fa8b
 def plural(
     n: int,
     word: str,  # of one
@@ -82,7 +82,7 @@ NO_FOLDER = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 
-
+# %% ../nbs/00_core.ipynb #00cfc6b7
 class ExperimentConfig(BaseModel):
     "Everything that decides the outcome of one run."
 
@@ -207,14 +207,14 @@ class ExperimentConfig(BaseModel):
                 raise ValueError(f"{field} {name!r} cannot be the name of a folder")
         return self
 
-
+# %% ../nbs/00_core.ipynb #520f253b
 # All that matters to a run that combines others and trains nothing.
 ENSEMBLE_FIELDS = (
     *("suite", "run", "seed", "members", "combine", "member_weights", "bootstrap"),
     *("positive", "explain"),
 )
 
-
+# %% ../nbs/00_core.ipynb #3ac4810c
 def make_config(
     values: dict[str, Any],  # parameter names and their values
     where: str = "the configuration",  # named in the error
@@ -261,7 +261,7 @@ def write_json(
         raise
     return path
 
-
+# %% ../nbs/00_core.ipynb #d5c11959
 def _plain(value):
     if isinstance(value, np.generic):
         return value.item()
@@ -332,7 +332,7 @@ def _command(*args: str, cwd: Path | None = None) -> str:
 
 PACKAGES = "dermnb keras tensorflow jax keras-cv numpy pandas scikit-learn papermill plotly"
 
-
+# %% ../nbs/00_core.ipynb #a8a1850f
 def provenance() -> dict:
     "Code version, package versions and hardware, as plain values."
     import psutil
@@ -363,7 +363,7 @@ def provenance() -> dict:
         },
     }
 
-
+# %% ../nbs/00_core.ipynb #4e13c266
 def peak_memory_mb() -> int:
     "The most memory, in MiB, that this process has held so far."
     try:
@@ -376,12 +376,12 @@ def peak_memory_mb() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, else KiB
     return round(peak / 2**20 if sys.platform == "darwin" else peak / 2**10)
 
-
+# %% ../nbs/00_core.ipynb #c6a82a14
 def now() -> str:
     "The time in UTC, to the second."
     return datetime.now(UTC).isoformat(timespec="seconds")
 
-
+# %% ../nbs/00_core.ipynb #78543ead
 def duration(
     seconds: float | None,
 ) -> str:
@@ -399,7 +399,7 @@ def duration(
         else f"{minutes // 60} h {minutes % 60:02d} min"
     )
 
-
+# %% ../nbs/00_core.ipynb #682229f4
 def table_hash(
     table: pd.DataFrame,  # any table of texts and numbers
 ) -> str:
@@ -497,7 +497,7 @@ def _text(path: Path) -> str:
     except PermissionError:
         raise OSError("only root may read their counters here") from None
 
-
+# %% ../nbs/00_core.ipynb #795e1ccd
 def _gpu_counters() -> dict[str, tuple[float, float]]:
     "Joules that each NVIDIA GPU has used since its driver was loaded; no end to it."
     try:
@@ -524,7 +524,7 @@ def _gpu_counters() -> dict[str, tuple[float, float]]:
         raise OSError("the driver knows none")
     return found
 
-
+# %% ../nbs/00_core.ipynb #f1fe295e
 class EnergyMeter:
     """Energy that the processors and NVIDIA GPUs of this machine use within a `with`.
 

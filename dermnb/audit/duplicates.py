@@ -126,7 +126,7 @@ def _stamp(path: str, stats: dict) -> str:
         return ""
     return f"{os.path.abspath(file)}::{member}\t{stat.st_size}\t{stat.st_mtime_ns}"
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #b80b9c61
 @contextlib.contextmanager
 def _open_store(folder: str | Path):
     path = Path(folder) / _STORE
@@ -154,7 +154,7 @@ def _remembered(store, table: str, key: str, values: dict) -> Iterator[tuple]:
         marks = ",".join("?" * len(part))
         yield from store.execute(f"SELECT * FROM {table} WHERE {key} IN ({marks})", part)
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #a3a3fa9a
 def fingerprints(
     manifest: pd.DataFrame,  # columns image_id and path ("archive.zip::member" too)
     cache: str | Path,  # folder that remembers them
@@ -215,7 +215,7 @@ def _pieces(hashes: np.ndarray) -> np.ndarray:
     weights = 1 << np.arange(PIECE_BITS)
     return np.stack([bits[:, order[s::count][:PIECE_BITS]] @ weights for s in range(count)])
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #acd728f6
 def _meetings(mine: np.ndarray, theirs: np.ndarray) -> Iterator[tuple]:
     "Positions (i, j) where mine[i] == theirs[j], in blocks."
     order = np.argsort(theirs, kind="stable")
@@ -234,7 +234,7 @@ def _meetings(mine: np.ndarray, theirs: np.ndarray) -> Iterator[tuple]:
         yield np.repeat(part, n), order[np.repeat(first[part], n) + step]
         start = stop
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #c2b83082
 def near_hashes(
     hashes: np.ndarray,  # uint8 (n, BITS / 8), each different from the others
     most: int,  # bits that may differ
@@ -294,7 +294,7 @@ class Looks:
     def __len__(self) -> int:
         return len(self.gray)
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #3f0540fc
 def _blurred(images, known, width):
     "The mean of the known pixels around each."
     some = gaussian_filter(images * known, (0, width, width), truncate=3)
@@ -317,7 +317,7 @@ def _inside_lens(gray):
         outside = binary_dilation(outside, each, iterations=4)
     return 1 - outside.astype("float32")
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #7cf51664
 def _grid(extent, side):
     "Centers of side x side pixels, (n, 2, side * side), where the area is 1."
     line = (np.arange(side, dtype="float32") + 0.5) / side - 0.5
@@ -346,7 +346,7 @@ def _pixels(points, extent):
     inside = ((at > -0.5) & (at < SIDE - 0.5)).all(axis=1)
     return at[:, 0], at[:, 1], inside.astype("float32")
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #8a9fbdfe
 def _small(images, side):
     "Means of squares of pixels, (n, side * side)."
     while images.shape[1] > side:
@@ -372,7 +372,7 @@ def _spot(gray, known, extent):
         weight = weight * (square < (2.2 * radius[:, None]) ** 2)
     return center, np.clip(2 * radius, 0.12, 0.6)
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #3072bcba
 def _on_rings(gray, known, extent, center, radius):
     "Fourier transform along each ring around the center."
     n, turn = len(gray), np.arange(_ANGLES) * 2 * np.pi / _ANGLES
@@ -386,7 +386,7 @@ def _on_rings(gray, known, extent, center, radius):
     values /= np.linalg.norm(values, axis=1, keepdims=True) + 1e-9
     return rfft(values.reshape(n, len(_RADII), _ANGLES).astype("float32"), axis=2)
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #70b334c0
 def prepare_looks(
     miniatures: np.ndarray,  # (n, SIDE, SIDE) of `miniature`
     aspects: np.ndarray,  # (n,) width / height of the images
@@ -429,7 +429,7 @@ def prepare_looks(
         np.stack(rings, 1),
     )
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #0fe65556
 def _with_ones(points):
     "Points (n, 2, k) with a row of ones before them."
     return np.concatenate([np.ones_like(points[:, :1]), points], axis=1)
@@ -469,7 +469,7 @@ def _starts(a: Looks, b: Looks) -> np.ndarray:
                     fits[rows, zoom * _ANGLES + (angle + near) % _ANGLES] = -9
     return np.stack(guesses, 1).astype("float32")
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #ce1c4f52
 def _laid(a: Looks, b: Looks, maps, known):
     "Points of `a`, where they fall in `b`, and the weight of each."
     points = _grid(a.extent, round(known.shape[1] ** 0.5))
@@ -492,7 +492,7 @@ def _correlation(mine, theirs, weight, points):
     enough = total > 0.2 * weight.shape[1]
     return np.where(enough, product / np.sqrt(size + 1e-9), -1)
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #55791c52
 def _fit(a: Looks, b: Looks, maps, side: int, steps: int):
     "The map improved by `steps` of least squares, and the correlation it reaches."
     mine, known = _small(a.gray, side), _small(a.known, side)
@@ -523,11 +523,11 @@ def _fit(a: Looks, b: Looks, maps, side: int, steps: int):
         change = np.clip(change, -0.15, 0.15).reshape(-1, 2, 3)
         maps = maps + change[:, :, [1, 2, 0]].astype("float32")
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #599a8016
 def _choose(first, a, b):
     return np.where(first.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #166b75a2
 def agreement(
     a: Looks,  # n images
     b: Looks,  # n images, each compared with the one in the same place
@@ -599,7 +599,7 @@ def _views(image: Image.Image) -> np.ndarray:
         view[outside] = view.mean(axis=(0, 1))
     return views
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #ce18c2db
 def _feature_network():
     import keras
 
@@ -614,11 +614,11 @@ def audit_weights() -> Path:
     (file,) = fetch_weights(NETWORK, instead="use audit 'hashes' (-p audit=hashes)")
     return file
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #c579e30c
 def _weights_digest() -> str:
     return hashlib.sha256(audit_weights().read_bytes()).hexdigest()[:16]
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #1325edb1
 def embed(
     manifest: pd.DataFrame,  # columns image_id and path
     cache: str | Path,  # folder that remembers them
@@ -670,7 +670,7 @@ def embed(
     unknown = np.full(FEATURES, np.nan, "float32")
     return np.stack([known.get(c, unknown) for c in contents])
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #0171c230
 def whiten(
     features: np.ndarray,  # (n, d), NaN rows where unknown
     other: np.ndarray | None = None,  # (m, d) of another set
@@ -749,7 +749,7 @@ def _check_ids(prints: pd.DataFrame) -> None:
             "that are unique."
         )
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #2c8d2be5
 def _alike(values: np.ndarray, side: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     "Positions of rows with the same value: each with the first, or the first across."
     rows = np.flatnonzero(pd.notna(values))
@@ -773,7 +773,7 @@ def _unpack(hashes: np.ndarray) -> np.ndarray:
     data = bytes.fromhex("".join(hashes))
     return np.frombuffer(data, np.uint8).reshape(len(hashes), BITS // 8)
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #452f77ac
 def _by_hash(hashes: np.ndarray, side: np.ndarray | None) -> pd.DataFrame:
     "Positions i, j and bits of images whose hashes are near; the first of equals."
     i, j = _alike(hashes, side)
@@ -791,7 +791,7 @@ def _by_hash(hashes: np.ndarray, side: np.ndarray | None) -> pd.DataFrame:
     near["i"], near["j"] = firsts[0][near["i"]], firsts[-1][near["j"]]
     return pd.concat([equal, near], ignore_index=True).drop_duplicates(["i", "j"])
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #dc55e8fb
 def _by_network(features: np.ndarray, side: np.ndarray | None, most: int) -> pd.DataFrame:
     "Positions i, j of the images that the network finds most alike."
     n = len(features)
@@ -806,7 +806,7 @@ def _by_network(features: np.ndarray, side: np.ndarray | None, most: int) -> pd.
     mine, theirs = whiten(features[:cut], features[cut:])
     return near_vectors(mine, most, theirs)[["i", "j"]].assign(j=lambda t: t["j"] + cut)
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #c01f6423
 def _overlay(prints: pd.DataFrame, i, j, workers: int) -> np.ndarray:
     "Agreement of pairs of images by their positions."
     looks, aspects = prints["look"].to_numpy(object), prints["aspect"].to_numpy(float)
@@ -826,7 +826,7 @@ def _overlay(prints: pd.DataFrame, i, j, workers: int) -> np.ndarray:
             progress("comparing images", done, len(starts))
     return np.concatenate(reached)
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #b6703931
 def find_pairs(
     prints: pd.DataFrame,  # of `fingerprints`
     features: np.ndarray | None = None,  # of `embed`; None: hashes only
@@ -920,7 +920,7 @@ def _texts(manifest: pd.DataFrame, column: str) -> np.ndarray:
     texts[known] = [str(v) or None for v in manifest[column].iloc[known]]
     return texts
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #35d66920
 class _Groups:
     "Sets that are joined, and the pairs found between them."
 
@@ -946,12 +946,12 @@ class _Groups:
         between = sum(len(found[u] & theirs_set) for u in mine)
         return 2 * between >= len(mine) * len(theirs)
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #eb0dc0d2
 def _components(n: int, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     graph = coo_array((np.ones(len(i)), (i, j)), shape=(n, n))
     return connected_components(graph, directed=False)[1]
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #52389720
 def merge_found(
     manifest: pd.DataFrame,  # one row an image: image_id, and lesion_id where known
     pairs: pd.DataFrame,  # of `find_pairs`; those of other images are left out
@@ -1021,7 +1021,7 @@ def _shared_ids(manifest: pd.DataFrame, column: str, by: str) -> pd.DataFrame:
     both = both[both["row_i"] < both["row_j"]]
     return both.rename(columns={"row_i": "i", "row_j": "j"})[["i", "j", "id"]]
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #14ebcb9a
 def audit_split(
     manifest: pd.DataFrame,  # image_id, and split, label, lesion_id, patient_id if known
     pairs: pd.DataFrame,  # of `find_pairs` or `merge_found`
@@ -1077,7 +1077,7 @@ def audit_split(
         columns=_FINDING_COLUMNS,
     )
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #f8a174d4
 def refused_across(
     manifest: pd.DataFrame,  # image_id and split
     pairs: pd.DataFrame,  # of `merge_found`
@@ -1104,7 +1104,7 @@ class Audit:
     note: str = ""  # what was not looked at
     seconds: float = 0.0  # it took
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #ee30a00b
 def audit_images(
     manifest: pd.DataFrame,  # image_id and path
     cache: str | Path,  # folder that remembers fingerprints
@@ -1142,7 +1142,7 @@ def audit_images(
     seconds = time.perf_counter() - start
     return Audit(method, pairs, len(prints), unreadable, note, seconds)
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #b02b5a32
 def audit_record(
     audit: Audit,
     pairs: pd.DataFrame | None = None,  # of `merge_found`
@@ -1192,11 +1192,11 @@ def audit_record(
         record["refused_across"] = refused
     return record
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #2dd54943
 _COUNTS = "pairs", "new_pairs", "leaks", "two_labels"  # of a record, by kind
 _NUMBERS = "unreadable", "seconds", "images_joined", "groups_joined", "chains_refused"
 
-
+# %% ../../nbs/audit/03_duplicates.ipynb #ef77d0f3
 def join_records(
     members: dict[str, dict | None],  # records of `audit_record`, by name of the run
 ) -> dict | None:  # one record; None where no run has one

@@ -160,7 +160,7 @@ def _read_yaml(path: Path) -> dict:
         raise ConfigError(f"{path} must hold keys and values, such as 'classes: ...'.")
     return content
 
-
+# %% ../../nbs/data/06_datasets.ipynb #74cb777c
 def _parse_taxonomy(content: dict, where: str) -> Taxonomy:
     known = ("name", "title", "classes", "ignore", "positive")
     for key in content:
@@ -234,7 +234,7 @@ _MASK_SUFFIX = re.compile(r"_(segmentation|mask|superpixels)$", re.IGNORECASE)
 _LOST = -1  # bytes of a link that leads nowhere, or of a folder that cannot be read
 _PASSED_OVER = ("__macosx", "thumbs.db", "desktop.ini")  # of operating systems
 
-
+# %% ../../nbs/data/06_datasets.ipynb #e5e85a07
 class ImageFile(NamedTuple):
     "An image file, or a member of an archive."
 
@@ -268,7 +268,7 @@ class ImageFile(NamedTuple):
         folder = "" if folder == archive else folder
         return "/".join(filter(None, [archive and f"{archive}.zip", folder]))
 
-
+# %% ../../nbs/data/06_datasets.ipynb #0685b6c1
 def on_disk(
     path: str,  # of a file, as a manifest has it
 ) -> str:
@@ -279,7 +279,7 @@ def on_disk(
         r"\\udc([89a-f][0-9a-f])", lambda m: chr(0xDC00 + int(m[1], 16)), path
     )
 
-
+# %% ../../nbs/data/06_datasets.ipynb #53c8739b
 def _walk(
     folder: Path, rel: str = "", seen: frozenset = frozenset()
 ) -> Iterator[ImageFile]:
@@ -306,7 +306,7 @@ def _walk(
         except OSError:  # a link to itself, or a folder of somebody else
             yield lost
 
-
+# %% ../../nbs/data/06_datasets.ipynb #fd99caca
 def _zip_members(path: str, notes: list) -> Iterator[ImageFile]:
     odd, above, twice = 0, [], []
     try:
@@ -346,7 +346,7 @@ def _zip_members(path: str, notes: list) -> Iterator[ImageFile]:
         told = f"{archive} has more than one file named {listing(twice, 4)}"
         notes.append(("names", f"{told}, and the last of each is used"))
 
-
+# %% ../../nbs/data/06_datasets.ipynb #b089695a
 def is_mask(
     place: str,  # path of an image below the folder that is searched, with /
 ) -> bool:
@@ -358,7 +358,7 @@ def is_mask(
     )
     return named or "segmentation" in stem or bool(_MASK_SUFFIX.search(stem))
 
-
+# %% ../../nbs/data/06_datasets.ipynb #68f39062
 class Files(NamedTuple):
     "All files beneath a folder, also inside zip archives."
 
@@ -369,7 +369,7 @@ class Files(NamedTuple):
         tuple[str, str]
     ]  # what was held to be something else than its name says
 
-
+# %% ../../nbs/data/06_datasets.ipynb #6909acc8
 def list_files(
     folder: str | Path,  # a folder, searched to any depth, or one zip archive
     whole: bool = True,  # ConfigError for a broken archive; else it is among the others
@@ -411,7 +411,7 @@ def list_files(
             images.append(found)
     return _pictures_among(masks, images, others, notes)
 
-
+# %% ../../nbs/data/06_datasets.ipynb #c8c29f84
 def _pictures_among(masks: dict, images: list, others: list, notes: list) -> Files:
     # A mask belongs to an image, or is named as one, or has no color.
     stems, kept = {image.stem for image in images}, []
@@ -432,7 +432,7 @@ def _pictures_among(masks: dict, images: list, others: list, notes: list) -> Fil
             kept += files
     return Files(images, kept, others, notes)
 
-
+# %% ../../nbs/data/06_datasets.ipynb #98f2b675
 def _has_color(file: ImageFile) -> bool:
     try:
         image = open_picture(read_image_bytes(file.path), file.name).rgb(32)
@@ -477,7 +477,7 @@ def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
         name = name.encode("utf-8").decode("cp437")  # see `_zip_members`
     return archive.getinfo(name)
 
-
+# %% ../../nbs/data/06_datasets.ipynb #56195685
 def read_image_bytes(
     path: str,  # of a file, or archive.zip::member
     most: int = 0,  # bytes that it may have; 0: any number
@@ -579,7 +579,7 @@ def read_table(
         table[column] = table[column].str.strip().replace("", pd.NA)
     return table
 
-
+# %% ../../nbs/data/06_datasets.ipynb #6a542eb3
 def _found_instead(folder: Path) -> str:
     if not folder.is_dir():
         return " (nor the folder)"
@@ -600,7 +600,7 @@ class Account:
     not_used: list[tuple[str, str]] = field(default_factory=list)
     tables: set[str] = field(default_factory=set)  # names of those that were read
 
-
+# %% ../../nbs/data/06_datasets.ipynb #556d0f2d
 @dataclass(frozen=True)
 class Source:
     "What a reader found, before classes are assigned and problems looked for."
@@ -614,7 +614,7 @@ class Source:
     )  # title, license, citation, if they say so
     account: Account = field(default_factory=Account)
 
-
+# %% ../../nbs/data/06_datasets.ipynb #cbb3d123
 _EXTRA_COLUMNS = tuple(
     c for c in MANIFEST_COLUMNS if c not in ("image_id", "path", "label", "mask")
 )
@@ -632,7 +632,7 @@ _KNOWN_COLUMNS = {  # that are left out on purpose
 def _quoted(cells: dict[str, int]) -> str:
     return listing([f"{n:,} {text!r}" for text, n in cells.items()], 4)
 
-
+# %% ../../nbs/data/06_datasets.ipynb #eaafee06
 def _take_columns(
     raw: pd.DataFrame,
     path: Path,
@@ -679,7 +679,7 @@ def _take_columns(
     account.not_used += _not_used_columns(rest, read, path)
     return pd.DataFrame(taken, index=raw.index)
 
-
+# %% ../../nbs/data/06_datasets.ipynb #243beb73
 def _many(n: int, word: str) -> str:
     return f"{n:,} {word}{'' if n == 1 else 's'}"
 
@@ -700,7 +700,7 @@ def _not_used_columns(rest: list[str], columns: dict[str, str], path: Path) -> l
         for why, names in sorted(told.items(), reverse=True)
     ]
 
-
+# %% ../../nbs/data/06_datasets.ipynb #fcc961e1
 def _named(folder: Path, *names: str) -> Path | None:
     # The file of the first of the names that is there, also in another case.
     there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
@@ -727,11 +727,11 @@ def _file_key(text: str) -> str:
     stem, suffix = os.path.splitext(key)
     return stem if suffix in _IMAGE_ENDINGS else key
 
-
+# %% ../../nbs/data/06_datasets.ipynb #8c0f2adc
 _ARCHIVES = (*UNREAD_FORMATS["archive"], ".gz", ".bz2", ".xz")
 _IMAGE_ENDINGS = {*IMAGE_SUFFIXES}.union(*UNREAD_FORMATS.values()) - {*_ARCHIVES}
 
-
+# %% ../../nbs/data/06_datasets.ipynb #5f5e9da6
 def _add_beside(
     table: pd.DataFrame,  # with image_id
     raw: pd.DataFrame,  # about the same images
@@ -768,7 +768,7 @@ def _add_beside(
         table[column] = values
     return table, problems, set(raw[name].drop([r for r in set(rows) if r >= 0]))
 
-
+# %% ../../nbs/data/06_datasets.ipynb #c89898b8
 def _from(column: str, name: str) -> str:
     return column if name == column else f"{column} from {name}"
 
@@ -788,7 +788,7 @@ def _marks(column: pd.Series) -> pd.Series:
     words = column.str.lower()
     return pd.to_numeric(words.map(_MARKS).fillna(words), errors="coerce")
 
-
+# %% ../../nbs/data/06_datasets.ipynb #bb3a9012
 def _one_hot_columns(raw: pd.DataFrame, free: Iterable[str]) -> list[str]:
     # One column a class: all 0 or 1, and of each image no more than one is 1.
     marks = {}
@@ -803,7 +803,7 @@ def _one_hot_columns(raw: pd.DataFrame, free: Iterable[str]) -> list[str]:
             return names
     return []
 
-
+# %% ../../nbs/data/06_datasets.ipynb #17e6f636
 def _onehot_labels(
     table: pd.DataFrame, ids: pd.Series, names: list[str], where: Path
 ) -> list[tuple]:
@@ -824,7 +824,7 @@ def _onehot_labels(
         labels[row] = (" and ".join(found),) if found else ()
     return labels
 
-
+# %% ../../nbs/data/06_datasets.ipynb #74318f1f
 def _label_table(
     path: Path,
     account: Account,
@@ -864,7 +864,7 @@ def _label_table(
     extra = _take_columns(raw, path, account, given, used, told, mapping)
     return pd.concat([table, extra], axis=1)
 
-
+# %% ../../nbs/data/06_datasets.ipynb #348c8a5b
 def _no_column(
     column: str, raw: pd.DataFrame, path: Path, mapping: Path | None, likely: list = ()
 ) -> ConfigError:
@@ -891,7 +891,7 @@ def _refuse_pixels(raw: pd.DataFrame, path: Path) -> None:
             "image files: images are read from their files, which the source has too."
         )
 
-
+# %% ../../nbs/data/06_datasets.ipynb #2bdaf51f
 _READ_TABLES = (".csv", ".tsv", ".tab")
 _TABLES = (*_READ_TABLES, ".xlsx", ".xls", ".ods", ".jsonl", ".parquet")
 
@@ -914,7 +914,7 @@ def _split_tables(folder: Path, wanted: str = "") -> dict[str, Path]:
                 found.setdefault(split, path)
     return {s: found[s] for s in ("train", "val", "test") if s in found}
 
-
+# %% ../../nbs/data/06_datasets.ipynb #88ccbb40
 def _label_tables(
     tables: dict[str, Path],  # split, or "", -> table
     account: Account,
@@ -944,7 +944,7 @@ def _label_tables(
     account.found.append(("tables", told))
     return pd.concat([t.assign(split=s) for s, t in parts.items()], ignore_index=True)
 
-
+# %% ../../nbs/data/06_datasets.ipynb #05b26213
 def read_isic2019(
     folder: Path,  # with the challenge's CSVs, and its images in folders or archives
 ) -> Source:
@@ -978,7 +978,7 @@ def read_isic2019(
     table["source"] = _isic2019_source(table)
     return Source(table, list_files(folder), problems, account=account)
 
-
+# %% ../../nbs/data/06_datasets.ipynb #44e5bd16
 def _isic2019_source(table: pd.DataFrame) -> pd.Series:
     prefixes = {"HAM": "HAM10000", "BCN": "BCN20000", "MSK": "MSK"}
     lesions = table.get("lesion_id", pd.Series(pd.NA, table.index)).astype("string")
@@ -989,7 +989,7 @@ def _isic2019_source(table: pd.DataFrame) -> pd.Series:
 # %% ../../nbs/data/06_datasets.ipynb #36a39858
 _ISIC_2018 = r"ISIC_?2018_Task3_.*GroundTruth"
 
-
+# %% ../../nbs/data/06_datasets.ipynb #67890fdb
 def read_ham10000(
     folder: Path,  # with HAM10000_metadata.csv, and the images in folders or archives
 ) -> Source:
@@ -1095,7 +1095,7 @@ def _counted(names: Iterable[str]) -> str:
     counts = pd.Series(list(names), dtype=object).value_counts(sort=False)
     return listing([f"{name}/ ({n:,})" for name, n in sorted(counts.items())], 8)
 
-
+# %% ../../nbs/data/06_datasets.ipynb #dcfaa89c
 def _folders_of(images: Sequence[ImageFile]) -> list[list[str]]:
     # Of each image. An archive is a folder where it is named like a split, or where
     # archives are all there is to tell classes apart.
@@ -1117,7 +1117,7 @@ class _Layout(NamedTuple):
     patients: list[str | None]
     wrapper: str  # folder that holds everything, with / at its end, or ""
 
-
+# %% ../../nbs/data/06_datasets.ipynb #5aede626
 def _layout(parts: list[list[str]], folder: Path, account: Account) -> _Layout:
     "What the folders of a tree mean: wrappers, splits, classes; shown, or refused."
     start, inside = 0, [p for p in parts if p]
@@ -1224,7 +1224,7 @@ def _layout(parts: list[list[str]], folder: Path, account: Account) -> _Layout:
         account.found.append(("folders", f"{told} a taxonomy has it"))
     return _Layout(labels, words, persons, wrapper)
 
-
+# %% ../../nbs/data/06_datasets.ipynb #9bb3294a
 def _patient_level(
     inside: list, start: int, level: int | None, known: frozenset
 ) -> int | None:
@@ -1238,7 +1238,7 @@ def _patient_level(
             return here
     return None
 
-
+# %% ../../nbs/data/06_datasets.ipynb #41e504a2
 def _repeated(inside: list, start: int, known: frozenset, folder: Path) -> set[str]:
     # Folders beside the classes that hold nothing but the same classes again.
     below: dict[str, set] = {}
@@ -1260,7 +1260,7 @@ def _repeated(inside: list, start: int, known: frozenset, folder: Path) -> set[s
         again.add(top)
     return again
 
-
+# %% ../../nbs/data/06_datasets.ipynb #48709323
 def _refuse_crossed(
     inside: list, start: int, others: set, known: frozenset, folder: Path
 ) -> None:
@@ -1285,7 +1285,7 @@ def _refuse_crossed(
         "list the images in a CSV with image_id, label and perhaps patient_id or split."
     )
 
-
+# %% ../../nbs/data/06_datasets.ipynb #6c5d8e4e
 def _splits_in_names(tops: list[str]) -> dict[str, tuple[str, str]]:
     # train_nevus, test_nevus -> (train, nevus), (test, nevus); or nothing
     found = {}
@@ -1306,7 +1306,7 @@ def _splits_below(inside: list[list[str]], start: int) -> bool:
         for p in inside
     )
 
-
+# %% ../../nbs/data/06_datasets.ipynb #dd8af093
 def read_folders(
     folder: Path,  # one folder a class; metadata.csv and taxonomy.yaml if there are any
 ) -> Source:
@@ -1358,7 +1358,7 @@ def read_folders(
     )
     return Source(table, files, problems, taxonomy, account=account)
 
-
+# %% ../../nbs/data/06_datasets.ipynb #0f7a30a3
 def _without_images(folder: Path, files: Files) -> list[tuple[str, str]]:
     # The outermost folders that hold neither an image nor a mask.
     held = {
@@ -1375,7 +1375,7 @@ def _without_images(folder: Path, files: Files) -> list[tuple[str, str]]:
     told = f"{listing(sorted(bare), 6)}: without any image"
     return [("folders", told)] if bare else []
 
-
+# %% ../../nbs/data/06_datasets.ipynb #744818fe
 def _add_metadata(table: pd.DataFrame, path: Path, account: Account) -> tuple:
     raw = read_table(path)
     labels = find_columns(raw, ["label"]).values()
@@ -1403,7 +1403,7 @@ _MAPPING_KEYS = (
     "citation",
 )
 
-
+# %% ../../nbs/data/06_datasets.ipynb #3dd347c4
 def _read_mapping(folder: Path, table: Path | None) -> dict:
     names = ["dataset.yaml", "dataset.yml"]
     if table is not None:
@@ -1424,7 +1424,7 @@ def _read_mapping(folder: Path, table: Path | None) -> dict:
             raise ConfigError(f"{path}: {error}")
     return mapping
 
-
+# %% ../../nbs/data/06_datasets.ipynb #70a16dde
 def _csv_tables(folder: Path) -> dict[str, Path]:
     # split, or "" -> table: the only CSV, or train.csv, val.csv and test.csv
     found = _tables_in(folder)
@@ -1445,7 +1445,7 @@ def _csv_tables(folder: Path) -> dict[str, Path]:
         )
     return {"": found[0]}
 
-
+# %% ../../nbs/data/06_datasets.ipynb #4982153b
 def read_csv_dataset(
     folder: Path,  # with one CSV, or the CSV itself
 ) -> Source:
@@ -1486,7 +1486,7 @@ class Download(NamedTuple):
     hash: str = ""  # "sha256:..." or "md5:..." where one is published
     gigabytes: float = 0.0  # roughly, to be told before
 
-
+# %% ../../nbs/data/06_datasets.ipynb #091125e0
 @dataclass(frozen=True)
 class DatasetSpec:
     "What is known of a dataset before its files are seen."
@@ -1503,7 +1503,7 @@ class DatasetSpec:
     photographs: bool = True  # shows patients' skin: keep its images out of reports
     images_optional: bool = False  # of use without its images
 
-
+# %% ../../nbs/data/06_datasets.ipynb #077ed5e2
 _ISIC_2019 = "https://isic-challenge-data.s3.amazonaws.com/2019/"
 _HAM10000 = "doi:10.7910/DVN/DBW86T/"
 
@@ -1511,7 +1511,7 @@ _HAM10000 = "doi:10.7910/DVN/DBW86T/"
 def _downloads(base: str, *files: tuple[str, float]) -> tuple[Download, ...]:
     return tuple(Download(name, base + name, "", gb) for name, gb in files)
 
-
+# %% ../../nbs/data/06_datasets.ipynb #18b40399
 DATASETS: dict[str, DatasetSpec] = {
     spec.name: spec
     for spec in (
@@ -1617,7 +1617,7 @@ def problem_counts(
     order = [*BLOCKING, "not trained", "unlisted", "left out", "no images"]
     return {kind: int(counts[kind]) for kind in order if kind in counts}
 
-
+# %% ../../nbs/data/06_datasets.ipynb #d8d783cc
 class _Finder:
     """Finds the file of an image by its path, its name or its stem.
 
@@ -1654,7 +1654,7 @@ class _Finder:
         found = self._by_name.get(key.rpartition("/")[2], [])
         return [i for rel, i in found if rel.endswith(key) or key.endswith(rel)]
 
-
+# %% ../../nbs/data/06_datasets.ipynb #0a92296b
 def _files_of(keys: pd.Series, find: _Finder) -> tuple[list[list[ImageFile]], dict]:
     # Of each key its files, exact names first; and the keys that were found under
     # another name. A file that one row names exactly is no other row's.
@@ -1683,7 +1683,7 @@ def _files_of(keys: pd.Series, find: _Finder) -> tuple[list[list[ImageFile]], di
 def _last(key: str) -> str:
     return re.split(r"[/\\]", key)[-1]
 
-
+# %% ../../nbs/data/06_datasets.ipynb #cfd17398
 def _label_of(taxonomy: Taxonomy, labels: tuple) -> tuple[str | None, str, str]:
     # label, problem kind, detail
     if not labels:
@@ -1774,7 +1774,7 @@ def build_manifest(
     table = table.assign(path=paths, label=labels, mask=masks)
     return _finish(table), _problem_table(problems), keep
 
-
+# %% ../../nbs/data/06_datasets.ipynb #f71dd58e
 def _repeated_rows(table: pd.DataFrame, labels: list, paths: list) -> tuple[list, list]:
     problems, dropped = [], []
     ids = table["image_id"]
@@ -1875,14 +1875,14 @@ class Dataset:
                 )
         return "\n".join(lines)
 
-
+# %% ../../nbs/data/06_datasets.ipynb #89320750
 def dataset_spec(name: str) -> DatasetSpec:
     "The row of the dataset table, or the error that names the nearest."
     if name not in DATASETS:
         raise unknown_name("dataset", name, DATASETS)
     return DATASETS[name]
 
-
+# %% ../../nbs/data/06_datasets.ipynb #56858b2c
 def dataset_folder(
     spec: DatasetSpec,
     data_dir: str | Path = "",  # empty: data/<name> of the project
@@ -1890,7 +1890,7 @@ def dataset_folder(
     "The absolute path of the folder that holds, or will hold, a dataset."
     return Path(os.path.abspath(data_dir or project_root() / "data" / spec.name))
 
-
+# %% ../../nbs/data/06_datasets.ipynb #b580417c
 def _prepare_folder(spec: DatasetSpec, folder: Path) -> None:
     tables = folder / "ISIC_2019_Training_GroundTruth.csv"
     if spec.name == "demo" and not tables.is_file():
@@ -1910,7 +1910,7 @@ def _places(files: Iterable[ImageFile]) -> str:
     counts = counts.value_counts()
     return listing([f"{place} ({n:,})" for place, n in counts.items()], 4)
 
-
+# %% ../../nbs/data/06_datasets.ipynb #9aa89749
 def _ids_found(manifest: pd.DataFrame) -> list[tuple[str, str]]:
     told = []
     for column, what, alone in (
@@ -1933,7 +1933,7 @@ def _ids_found(manifest: pd.DataFrame) -> list[tuple[str, str]]:
         told.append((f"{what}s", text))
     return told
 
-
+# %% ../../nbs/data/06_datasets.ipynb #59404d9d
 def _values_found(manifest: pd.DataFrame) -> list[tuple[str, str]]:
     told = []
     for column, unit in (("age", "years"), ("size_mm", "mm")):
@@ -1947,7 +1947,7 @@ def _values_found(manifest: pd.DataFrame) -> list[tuple[str, str]]:
             told.append(f"{column}: {some}")
     return [("values", "; ".join(told) or "no age, sex or site")]
 
-
+# %% ../../nbs/data/06_datasets.ipynb #d96f55af
 def _files_not_used(others: list[ImageFile], account: Account) -> list[tuple[str, str]]:
     rest, told = {"images": [], "files": []}, []
     archives, tables, lost = [], [], []
@@ -1981,7 +1981,7 @@ def _files_not_used(others: list[ImageFile], account: Account) -> list[tuple[str
         told.append(("tables", listing(tables, 8)))
     return told
 
-
+# %% ../../nbs/data/06_datasets.ipynb #d2f8b9d9
 def _complete(
     account: Account, source: Source, dataset: Dataset, manifest: pd.DataFrame
 ) -> None:
@@ -2029,7 +2029,7 @@ def _complete(
         )
     account.not_used += _files_not_used(files.others, account)
 
-
+# %% ../../nbs/data/06_datasets.ipynb #0e92db66
 def _with_images(taxonomy: Taxonomy, kept: pd.DataFrame, account: Account) -> Taxonomy:
     # A class that only a folder's or a label's name makes is no output of a network
     # before it has an image. Two stay, so that what is wrong with the images is told.
@@ -2055,7 +2055,7 @@ def _never_trained(kept: pd.DataFrame) -> list[tuple]:
         problems.append(("not trained", pd.NA, pd.NA, f"{detail}{meant}"))
     return problems
 
-
+# %% ../../nbs/data/06_datasets.ipynb #d6feca3a
 def inspect_dataset(
     name: str,  # a row of DATASETS
     data_dir: str | Path = "",  # its folder; empty: data/<name> of the project
@@ -2094,7 +2094,7 @@ def inspect_dataset(
     _complete(source.account, source, dataset, manifest)
     return dataset
 
-
+# %% ../../nbs/data/06_datasets.ipynb #15bf6293
 def load_dataset(
     name: str,  # a row of DATASETS
     data_dir: str | Path = "",  # its folder; empty: data/<name> of the project
@@ -2120,7 +2120,7 @@ def load_dataset(
         raise ConfigError(f"{name} in {folder}: no image is left ({told}); see {see}.")
     return dataset
 
-
+# %% ../../nbs/data/06_datasets.ipynb #74d1517f
 def check_dataset(
     name: str,  # a row of DATASETS
     data_dir: str | Path = "",  # its folder; empty: data/<name> of the project
@@ -2265,7 +2265,7 @@ class ResumingDownloader:
             if bar:
                 bar.close()
 
-
+# %% ../../nbs/data/06_datasets.ipynb #325ba941
 def _test_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
@@ -2302,7 +2302,7 @@ def _from_doi(doi: str, name: str) -> tuple[str, str]:
         return f"{url}?format=original", ""
     return url, f"md5:{about['md5']}" if about.get("md5") else ""
 
-
+# %% ../../nbs/data/06_datasets.ipynb #75f5e90d
 def _address(download: Download, base_url: str | None) -> tuple[str, str]:
     if base_url:
         return f"{base_url.rstrip('/')}/{download.name}", download.hash
@@ -2311,7 +2311,7 @@ def _address(download: Download, base_url: str | None) -> tuple[str, str]:
         return _from_doi(doi, name)
     return download.url, download.hash
 
-
+# %% ../../nbs/data/06_datasets.ipynb #5d1ad4fd
 def _already_there(target: Path, known_hash: str) -> bool:
     import pooch
 

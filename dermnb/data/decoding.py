@@ -46,6 +46,8 @@ UNREAD_FORMATS = {  # that hold images, and are not read
     "netpbm": (".pbm", ".pgm", ".ppm", ".pnm"),
     "TGA": (".tga",),
 }
+
+# %% ../../nbs/data/01_decoding.ipynb #c844199a
 _MAGIC = tuple(
     (name, re.compile(pattern, re.DOTALL))
     for name, pattern in (
@@ -71,14 +73,14 @@ _MAGIC = tuple(
 )
 HEAD = 160  # bytes that tell what a file is
 
-
+# %% ../../nbs/data/01_decoding.ipynb #fe5b4446
 def kind_of(
     head: bytes,  # the first bytes of a file: `HEAD` are enough
 ) -> str:
     "The format that a file begins with, of those named here; empty: none of them."
     return next((name for name, magic in _MAGIC if magic.match(head)), "")
 
-
+# %% ../../nbs/data/01_decoding.ipynb #c83fb6ec
 def unread_kind(
     name: str,  # of a file
 ) -> str:
@@ -86,7 +88,7 @@ def unread_kind(
     suffix = os.path.splitext(name)[1].lower()
     return next((kind for kind, known in UNREAD_FORMATS.items() if suffix in known), "")
 
-
+# %% ../../nbs/data/01_decoding.ipynb #d226f735
 def unread_reason(
     kind: str,  # as `kind_of` or `unread_kind` gives it
 ) -> str:
@@ -125,7 +127,7 @@ def _refuse_dark(top: int) -> None:
             "all 16 bits, or save it with 8"
         )
 
-
+# %% ../../nbs/data/01_decoding.ipynb #b7d4419c
 def to_rgb(
     image: Image.Image,  # as Pillow opened it
     stated: int = 0,  # bits in use of 16-bit gray, as the file says; 0: nothing said
@@ -148,7 +150,7 @@ def to_rgb(
         _refuse_dark(256 * max(high for _, high in rgb.getextrema()) + 255)
     return rgb
 
-
+# %% ../../nbs/data/01_decoding.ipynb #65d38246
 def _is_deep(image: Image.Image) -> bool:
     "Whether an image that was opened, and not decoded yet, has more than 8 bits a channel."
     if image.format == "TIFF":
@@ -219,12 +221,12 @@ def shown(text: str) -> str:
     "Text that can be printed and written, whatever bytes a file's name is made of."
     return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
 
-
+# %% ../../nbs/data/01_decoding.ipynb #b57c5537
 def file_name(path: str | os.PathLike) -> str:
     "The last part of a path, also of one inside an archive."
     return os.path.basename(str(path).rpartition("::")[2])
 
-
+# %% ../../nbs/data/01_decoding.ipynb #582e19cf
 @contextlib.contextmanager
 def _reading(name: str):
     "Turns what decoders raise for broken files, which is of many kinds, into a sentence."
@@ -248,7 +250,7 @@ def _reading(name: str):
 
 _AT_MOST = f": images may have at most {MAX_PIXELS // 10**6} million."
 
-
+# %% ../../nbs/data/01_decoding.ipynb #8917eb68
 @dataclass(frozen=True, eq=False)
 class Picture:
     "An image whose head has been read: it may still turn out to be broken inside."
@@ -274,14 +276,14 @@ class Picture:
                     image.draft("RGB", (shortest, shortest))  # others than JPEG ignore it
             return to_rgb(image, self.stated)
 
-
+# %% ../../nbs/data/01_decoding.ipynb #a40e60aa
 def _open(data: bytes) -> Image.Image:
     with _opening, warnings.catch_warnings():
         # Pillow warns of a size that is refused here, in words of our own.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(io.BytesIO(data), formats=_PILLOW)
 
-
+# %% ../../nbs/data/01_decoding.ipynb #d188f0d2
 def open_picture(
     source: bytes | Image.Image,  # content of an image file, or an opened image
     name: str = "",  # of the file, in messages and notes
@@ -309,7 +311,7 @@ def open_picture(
         image = _open(source)
         return _looked_at(image, name, source, source)
 
-
+# %% ../../nbs/data/01_decoding.ipynb #01a3f671
 _PREVIEWS = ("TIFF", "camera raw"), ("TIFF", "whole slide")  # hold a small picture first
 
 
@@ -326,7 +328,7 @@ def _check_size(name: str, width: int, height: int, count: int) -> None:
             f"{name} holds {count} pictures, as an animation does: give a single one."
         )
 
-
+# %% ../../nbs/data/01_decoding.ipynb #29a57a10
 def _looked_at(image: Image.Image, name: str, source, data: bytes) -> Picture:
     _check_size(name, *image.size, _pictures_in(image))
     notes = []
@@ -347,7 +349,7 @@ def _looked_at(image: Image.Image, name: str, source, data: bytes) -> Picture:
 
 _GRAY = "It is gray, and the networks learned from images in color."
 
-
+# %% ../../nbs/data/01_decoding.ipynb #e140a069
 def _pictures_in(image: Image.Image) -> int:
     "How many full pictures a file holds; the previews of cameras do not count."
     count = getattr(image, "n_frames", 1)
@@ -375,7 +377,7 @@ def _dicom_looked_at(found, name: str, data: bytes) -> Picture:
         )
     return Picture(name, data, size, (*notes, *_wrong_suffix(name, "DICOM")))
 
-
+# %% ../../nbs/data/01_decoding.ipynb #0283f168
 def _wrong_suffix(name: str, form: str | None) -> tuple[str, ...]:
     suffix = os.path.splitext(name)[1].lower()
     if form in FORMATS and suffix and suffix not in FORMATS[form]:

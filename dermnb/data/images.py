@@ -59,7 +59,7 @@ def show_images(
 # %% ../../nbs/data/09_images.ipynb #806ce279
 RESIZE_METHODS = ("stretch", "crop", "pad")
 
-
+# %% ../../nbs/data/09_images.ipynb #5091ffbd
 def resize_image(
     picture: Picture | bytes | Image.Image,  # bytes: content of an image file
     size: int,  # pixels, width and height of the result
@@ -90,7 +90,7 @@ def resize_image(
         image = square
     return np.asarray(image)
 
-
+# %% ../../nbs/data/09_images.ipynb #44177f8e
 def read_pixels(
     path: str,  # a file, or "archive.zip::member"
     size: int,  # pixels, width and height of the result
@@ -99,7 +99,7 @@ def read_pixels(
     "Read and resize one image; a ConfigError names a file that cannot be read."
     return resize_image(open_picture(read_image_bytes(str(path)), str(path)), size, method)
 
-
+# %% ../../nbs/data/09_images.ipynb #21d24de5
 def _reason(error: Exception) -> str:
     return (str(error) or type(error).__name__).rstrip(".")
 
@@ -109,7 +109,7 @@ _COMMIT = 64  # images written between two commits
 _HEADER = 128  # bytes before the first row of images.npy
 _LINE = 65  # bytes a line of rows.txt: a SHA-256 in hex and a newline
 
-
+# %% ../../nbs/data/09_images.ipynb #0509474f
 @dataclass(frozen=True, eq=False)
 class ImageStore:
     "Resized images on disk, read like an array. Made by `build_store`."
@@ -230,7 +230,7 @@ def _stamps(paths: list[str]) -> dict[str, str | None]:
             stamps[path] = f"{found[0]}::{member}" if member else found[0]
     return stamps
 
-
+# %% ../../nbs/data/09_images.ipynb #ac4e2b4e
 def _remembered(file: Path) -> dict[str, str]:
     "Digest by stamp; lines torn by an interruption are skipped."
     try:
@@ -312,7 +312,7 @@ def build_store(
         unreadable={name: _reason(error) for name, error in names.items()},
     )
 
-
+# %% ../../nbs/data/09_images.ipynb #73b9637b
 def _find(paths: list[str], rows: _Rows, folder: Path) -> tuple[dict, dict]:
     "Digests known without reading, and the stamps of files that have to be read."
     stamps, known = _stamps(paths), _remembered(folder / "digests.tsv")
@@ -320,7 +320,7 @@ def _find(paths: list[str], rows: _Rows, folder: Path) -> tuple[dict, dict]:
     missing = {p: s for p, s in stamps.items() if digests.get(p) not in rows.row_of}
     return digests, missing
 
-
+# %% ../../nbs/data/09_images.ipynb #8c7398b1
 def _build(digests: dict, missing: dict, rows: _Rows, method: str, workers: int):
     "Decode under the lock: completes `digests` and `rows`; old row count and errors."
     folder = rows.folder.parent
@@ -369,7 +369,7 @@ def _build(digests: dict, missing: dict, rows: _Rows, method: str, workers: int)
         commit()
     return before, broken
 
-
+# %% ../../nbs/data/09_images.ipynb #87b4c18d
 def _in_threads(function: Callable, items: Iterable, workers: int):
     "Pairs (item, function(item)) in order, a few items ahead of the reader."
     if not workers:
@@ -390,7 +390,7 @@ def _in_threads(function: Callable, items: Iterable, workers: int):
             for _, future in waiting:
                 future.cancel()
 
-
+# %% ../../nbs/data/09_images.ipynb #e8102b83
 class _only_builder:
     "A file lock that says in the progress file that it waits."
 
@@ -409,7 +409,7 @@ class _only_builder:
     def __exit__(self, *_):
         self.lock.release()
 
-
+# %% ../../nbs/data/09_images.ipynb #552062be
 def _unreadable(broken: dict[str, Exception], paths: dict[str, str]) -> ConfigError:
     name, error = next(iter(broken.items()))
     others = ""
@@ -494,7 +494,7 @@ def draw_dermoscopy(
         "rectangles_height": uniform(0.1, 0.3, cut) * np.float32(size),
     }
 
-
+# %% ../../nbs/data/09_images.ipynb #18bd205d
 _SHARES = {
     "rotate": 0.75,
     "saturate": 0.5,
@@ -504,7 +504,7 @@ _SHARES = {
     "cut": 0.5,
 }
 
-
+# %% ../../nbs/data/09_images.ipynb #4ec0f0b7
 @functools.lru_cache(maxsize=8)
 def _dermoscopy_function(size: int) -> Callable:
     "The policy for one image size as a compiled function (images, settings) -> images."
@@ -606,7 +606,7 @@ class Policy:
     needs_tensorflow: bool
     apply: Callable = field(repr=False)  # (uint8 (B, S, S, 3), Generator) -> 0..255
 
-
+# %% ../../nbs/data/09_images.ipynb #e8a68a17
 def _light(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     turns = rng.integers(0, 4, len(images))
     return flip_and_turn(images, turns, rng.random(len(images)) < 0.5)
@@ -631,7 +631,7 @@ AUGMENTATIONS = {
     )
 }
 
-
+# %% ../../nbs/data/09_images.ipynb #b5f74612
 def augment_images(
     images: np.ndarray,  # uint8 (B, S, S, 3)
     policy: str,  # a name in AUGMENTATIONS
@@ -645,7 +645,7 @@ def augment_images(
 # %% ../../nbs/data/09_images.ipynb #55a3327e
 MIXES = ("none", "mixup", "cutmix")
 
-
+# %% ../../nbs/data/09_images.ipynb #75ebf299
 def mix_batch(
     images: np.ndarray,  # float32 (B, S, S, 3)
     labels: np.ndarray,  # float32 (B, K), rows sum to one
@@ -742,7 +742,7 @@ def _batches_class() -> type:
 
     return Batches
 
-
+# %% ../../nbs/data/09_images.ipynb #b55c8e59
 def make_batches(
     store: ImageStore | None,  # None: batches of metadata alone
     rows: np.ndarray,  # rows of the store, repeats allowed

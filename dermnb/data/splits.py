@@ -23,7 +23,7 @@ from .values import find_columns
 IDS = ("lesion_id", "patient_id")
 PARTS = ("train", "val", "test")
 
-
+# %% ../../nbs/data/08_splits.ipynb #35df05bb
 def group_numbers(
     manifest: pd.DataFrame,  # with image_id, and lesion_id and patient_id where known
 ) -> np.ndarray:  # (n_images,) integers from 0
@@ -51,7 +51,7 @@ def group_numbers(
     number[first_seen] = np.arange(len(first_seen))
     return number[component]
 
-
+# %% ../../nbs/data/08_splits.ipynb #77e127d1
 def _codes(ids: pd.Series) -> np.ndarray:
     texts = ids.astype("object").where(ids.notna(), None)
     return pd.factorize(texts.where(texts != "", None), use_na_sentinel=True)[0]
@@ -167,7 +167,7 @@ def make_split(
     check_split(result, by_lesion=not config.allow_leakage)
     return result
 
-
+# %% ../../nbs/data/08_splits.ipynb #0d6dcc8f
 def _parts(manifest: pd.DataFrame, config: ExperimentConfig) -> np.ndarray:
     # The part of each image; empty: left out.
     if config.test_list:
@@ -176,7 +176,7 @@ def _parts(manifest: pd.DataFrame, config: ExperimentConfig) -> np.ndarray:
         return _official_parts(manifest, config)
     return _own_parts(manifest, config)
 
-
+# %% ../../nbs/data/08_splits.ipynb #621019ac
 def _own_parts(manifest: pd.DataFrame, config: ExperimentConfig) -> np.ndarray:
     # Without the ids of lesions and patients, each image is a group of its own.
     known = manifest[["image_id"]] if config.split == "image" else manifest
@@ -283,7 +283,7 @@ def official_problems(
         }
     ).reset_index(drop=True)
 
-
+# %% ../../nbs/data/08_splits.ipynb #4083b4a4
 def _official_parts(manifest: pd.DataFrame, config: ExperimentConfig) -> np.ndarray:
     given = _given_parts(manifest)
     problems = official_problems(manifest)
@@ -306,7 +306,7 @@ def _official_parts(manifest: pd.DataFrame, config: ExperimentConfig) -> np.ndar
         part[rest] = _carve(groups, labels, config.val_fraction, config.split_seed)
     return part
 
-
+# %% ../../nbs/data/08_splits.ipynb #266046e8
 def _given_parts(manifest: pd.DataFrame) -> np.ndarray:
     given = manifest.get("split", pd.Series("", manifest.index)).astype("object")
     given = given.where(given.notna(), "").to_numpy(dtype=object)
@@ -355,7 +355,7 @@ def test_list_problems(
     found = [table.astype("object") for table in (left_out, unknown)]
     return pd.concat(found, ignore_index=True)
 
-
+# %% ../../nbs/data/08_splits.ipynb #b3294321
 def _listed(manifest: pd.DataFrame, path: str | Path) -> tuple[set, np.ndarray]:
     # The ids in the file, and which images are not in it but share a group with one.
     table = read_table(path)
@@ -375,7 +375,7 @@ def _listed(manifest: pd.DataFrame, path: str | Path) -> tuple[set, np.ndarray]:
     groups = group_numbers(manifest)
     return listed, np.isin(groups, groups[test]) & ~test
 
-
+# %% ../../nbs/data/08_splits.ipynb #7f7b2da6
 def _listed_parts(manifest: pd.DataFrame, config: ExperimentConfig) -> np.ndarray:
     if config.split != "lesion":
         raise ConfigError(

@@ -143,7 +143,7 @@ RESEMBLES = {
 # fmt: on
 _FORM = ("melanin", "blood", "asymmetry", "irregularity", "sharpness", "disorder")
 
-
+# %% ../../nbs/data/02_synthetic.ipynb #028c4f98
 @dataclass(frozen=True)
 class Lesion:
     "What is fixed about one lesion: all its images share it."
@@ -163,7 +163,7 @@ class Lesion:
     def lesion_id(self) -> str:
         return f"DL_{self.index + 1:07d}"
 
-
+# %% ../../nbs/data/02_synthetic.ipynb #5f5291d8
 def lesion_label(seed: int, index: int) -> str:
     "Class of lesion number `index` of the set made from `seed`."
     start = np.random.default_rng([seed, 1]).random()
@@ -171,7 +171,7 @@ def lesion_label(seed: int, index: int) -> str:
     place = np.searchsorted(np.cumsum(list(PRIOR.values())), u, side="right")
     return CLASSES[min(int(place), len(CLASSES) - 1)]
 
-
+# %% ../../nbs/data/02_synthetic.ipynb #aba5c2d6
 def draw_lesion(
     seed: int,  # of the whole set, 0 or more
     index: int,  # number of the lesion, from 0
@@ -244,7 +244,7 @@ def spots(
     ).T @ gx
     return np.clip(edge * (total - 0.5) + 0.5, 0, 1).astype(np.float32)
 
-
+# %% ../../nbs/data/02_synthetic.ipynb #c50b35cc
 def strokes(
     paths: list,  # each a list of (x, y) in 0..1 of the canvas' sides
     widths: list,  # of each path, in canvas pixels
@@ -289,7 +289,7 @@ class _Outline:
         angle = np.multiply.outer(theta, k) + self.phase
         return 1 + (self.amplitude * np.cos(angle)).sum(-1)
 
-
+# %% ../../nbs/data/02_synthetic.ipynb #7c4bd30a
 def _outline(looks: dict, rng: np.random.Generator, side: int) -> _Outline:
     axis, _, _, r, theta = _grid(side)
     asymmetry, notched = looks["asymmetry"], looks["irregularity"]
@@ -513,7 +513,7 @@ def _paint_nests(c: Canvas) -> None:
         c.melanin += 0.55 * has("leaves") * leaf
         c.deep += 0.3 * has("leaves") * leaf
 
-
+# %% ../../nbs/data/02_synthetic.ipynb #adac19be
 def _tree(rng, start, heading, width, length, paths, widths, depth=0):
     "A branching vessel that thins out, as paths in lesion radii."
     x, y = start
@@ -531,7 +531,7 @@ def _tree(rng, start, heading, width, length, paths, widths, depth=0):
     paths.append(path)
     widths.append(width)
 
-
+# %% ../../nbs/data/02_synthetic.ipynb #e9b35282
 def _paint_vessels(c: Canvas) -> None:
     "Vessels: trees, dots, coils, hairpins; and lacunae."
     has, rng, side = c.looks.get, c.rng, c.side
@@ -631,7 +631,7 @@ def _paint_keratosis(c: Canvas) -> None:
         stripe = 0.5 + 0.5 * np.cos(2 * np.pi * u / rng.uniform(0.14, 0.19))
         c.melanin += 0.42 * has("fingerprint") * (stripe - 0.3) * c.alpha
 
-
+# %% ../../nbs/data/02_synthetic.ipynb #8d259925
 def _paint_surface(c: Canvas) -> None:
     "White patch, scale, keratin and crust."
     has, rng, side = c.looks.get, c.rng, c.side
@@ -702,7 +702,7 @@ def _add_hairs(rng, rgb, scale):
     color = np.array([0.80, 0.70, 0.55] if light else [0.13, 0.09, 0.08], np.float32)
     return rgb * (1 - line) + color * line
 
-
+# %% ../../nbs/data/02_synthetic.ipynb #58a5eb77
 def _add_ruler(rng, rgb, scale):
     "The marks of a ruler along one edge."
     height, width, _ = rgb.shape
@@ -719,7 +719,7 @@ def _add_ruler(rng, rgb, scale):
         line = line[::-1, ::-1]
     return rgb * (1 - 0.8 * line[..., None])
 
-
+# %% ../../nbs/data/02_synthetic.ipynb #3f86e4cd
 def _add_bubbles(rng, rgb):
     "Air bubbles in the immersion fluid."
     height, width, _ = rgb.shape
@@ -755,7 +755,7 @@ def canvas_side(size: tuple[int, int]) -> int:
     "Side of the canvas of `lesion_maps` that suits images of `size` (width, height)."
     return max(64, round(1.5 * size[1]))
 
-
+# %% ../../nbs/data/02_synthetic.ipynb #d6998333
 def render_view(
     lesion: Lesion,
     view: int = 0,  # number of the image of this lesion, from 0
@@ -874,7 +874,7 @@ def _write_image(image: np.ndarray, path: Path, **options):
         Image.fromarray(image).save(f, **options)
     os.replace(part, path)
 
-
+# %% ../../nbs/data/02_synthetic.ipynb #42612d0e
 def _write_lesion(lesion: Lesion, names: list[str], folder: Path, size) -> None:
     "Write the images and masks of one lesion, but for those that are there already."
     maps = None
@@ -891,7 +891,7 @@ def _write_lesion(lesion: Lesion, names: list[str], folder: Path, size) -> None:
         quality = 80 + (lesion.index * 7 + view * 5) % 16
         _write_image(image, photo, format="JPEG", quality=quality)  # after its mask
 
-
+# %% ../../nbs/data/02_synthetic.ipynb #c33faee4
 def _tables(lesions: list[Lesion]) -> tuple[pd.DataFrame, pd.DataFrame]:
     "Ground truth and metadata of ISIC 2019, one row an image."
     rows = [lesion for lesion in lesions for _ in range(lesion.images)]
@@ -910,7 +910,7 @@ def _tables(lesions: list[Lesion]) -> tuple[pd.DataFrame, pd.DataFrame]:
     )
     return truth, people
 
-
+# %% ../../nbs/data/02_synthetic.ipynb #007a6930
 def _is_whole(folder: Path, wanted: dict) -> bool:
     "Whether `folder` is a finished set with the wanted parameters; error if another's."
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -931,7 +931,7 @@ def _is_whole(folder: Path, wanted: dict) -> bool:
         )
     return True
 
-
+# %% ../../nbs/data/02_synthetic.ipynb #d2269375
 def _write_set(work: Path, lesions, seed, size, wanted, workers) -> None:
     for name in ("ISIC_2019_Training_Input", "masks"):
         (work / name).mkdir(parents=True, exist_ok=True)
@@ -956,7 +956,7 @@ def _write_set(work: Path, lesions, seed, size, wanted, workers) -> None:
     for part in work.rglob("*.part"):  # left by an interruption in mid-file
         part.unlink()
 
-
+# %% ../../nbs/data/02_synthetic.ipynb #f14585b8
 def generate_demo(
     folder: str | Path,  # where the set goes; made if absent
     lesions: int = 900,  # how many lesions; about 1.66 images each

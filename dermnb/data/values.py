@@ -61,6 +61,8 @@ UNKNOWN_WORDS = frozenset(
 
 
 _DIGIT = re.compile(r"\d")
+
+# %% ../../nbs/data/00_values.ipynb #df596678
 _OF_WHAT = re.compile(
     r"\b(site|location|localization|sex|gender|age|size|skin type|skin tone|type|patient"
     r"|lesion|id|diagnosis|label|class)\b"
@@ -103,7 +105,7 @@ class ValueKind:
     def number(self) -> bool:
         return self.high >= self.low
 
-
+# %% ../../nbs/data/00_values.ipynb #9eb98061
 _NUMBERS_UNKNOWN = frozenset("-1 -9 -99 -999 -9999 999 9999".split())
 _NUMBERS_UNKNOWN |= {f"{n}.0" for n in _NUMBERS_UNKNOWN}
 _NO_IDS = frozenset(
@@ -125,6 +127,8 @@ _SEXES = _words(
 _ROMAN = dict(zip(("i", "ii", "iii", "iv", "v", "vi"), "123456"))
 _BETWEEN = ("and", "to", "or", "bis", "und", "type", "typ")
 _TONES = {*map(str, range(1, 11)), "12", "34", "56"}
+
+# %% ../../nbs/data/00_values.ipynb #1b36caab
 _SPLITS = {
     "train": "train|training|trn|learn|learning|entrainement|apprentissage|entrenamiento"
     "|treino|addestramento|egitim",
@@ -150,7 +154,7 @@ def _tone(text: str) -> str | None:
     few = len(numbers) == 1 or tone in ("12", "34", "56")
     return tone if few and tone in _TONES else None
 
-
+# %% ../../nbs/data/00_values.ipynb #86772815
 def split_word(
     text: str,  # a cell of a split column, or a folder's name
 ) -> str | None:
@@ -161,7 +165,7 @@ def split_word(
             return split
     return None
 
-
+# %% ../../nbs/data/00_values.ipynb #8e0d2459
 _NUMBERED = r"[\W_]*(?:id|no|nr|number)?[\W_]*[a-z]{0,3}[\W_]*\d+"
 _PATIENT = re.compile(
     "(?:patient|patienten|patiente|paciente|paziente|hasta|pat|pt|subject|subj"
@@ -176,12 +180,12 @@ def is_patient_name(name: str) -> bool:
     "Whether a folder is named like one patient of many: patient 3, SUBJ_0012."
     return bool(_PATIENT.fullmatch(_plain(name)))
 
-
+# %% ../../nbs/data/00_values.ipynb #27217036
 def is_fold_name(name: str) -> bool:
     "Whether a folder is named like one part of many: fold1, batch 2."
     return bool(_FOLD.fullmatch(_plain(name)[:80]))
 
-
+# %% ../../nbs/data/00_values.ipynb #a51ff15e
 def is_folder_word(name: str) -> bool:
     "Whether a folder's name says only that it holds files, such as data or images."
     word = re.sub(r"[\W_]+", "", _plain(name))[:80]
@@ -191,12 +195,12 @@ def is_folder_word(name: str) -> bool:
         )
     )
 
-
+# %% ../../nbs/data/00_values.ipynb #0e7741a4
 def _site(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).lower()
     return re.sub(r" ?([/&,]) ?", r"\1", re.sub(r"[\s_]+", " ", text).strip())
 
-
+# %% ../../nbs/data/00_values.ipynb #2bcc7a86
 KINDS: dict[str, ValueKind] = {
     kind.name: kind
     for kind in (
@@ -245,6 +249,8 @@ KINDS: dict[str, ValueKind] = {
         ),
     )
 }
+
+# %% ../../nbs/data/00_values.ipynb #ed263e3b
 _KIND_OF = {"lesion_id": "id", "patient_id": "id", "source": "text"}
 
 # %% ../../nbs/data/00_values.ipynb #c7fc6d7e
@@ -255,7 +261,7 @@ class Cells(NamedTuple):
     unknown: dict[str, int]  # cells taken for unknown, but for empty ones: how many
     changed: dict[str, str]  # cells read otherwise than written, such as "80+": "80"
 
-
+# %% ../../nbs/data/00_values.ipynb #f101509b
 _AMOUNT = re.compile(
     r"(?:>=?|≥|over|above)?\s*(-?\d+(?:[.,]\d+)?(?:e\d+)?)"  # > 85
     r"\s*\+?\s*([^\d\s.,+-][^\d+]*?)?\.?\s*\+?"  # + years
@@ -279,7 +285,7 @@ def _same(text: str, value: str | float) -> bool:
     except ValueError:
         return text.strip().casefold() == str(value).casefold()
 
-
+# %% ../../nbs/data/00_values.ipynb #46628d92
 def _zeros(ids: list[str]) -> set[str]:
     # Ids that are a mere 0: a real one where ids are counted (0, 1, 2 or 00, 01).
     zeros = {text for text in ids if re.fullmatch(r"\s*0+(\.0+)?\s*", text)}
@@ -295,7 +301,7 @@ def value_kind(column: str) -> ValueKind | None:
     "The kind of a manifest's column; None where its cells are taken as they are."
     return KINDS.get(_KIND_OF.get(column, column))
 
-
+# %% ../../nbs/data/00_values.ipynb #5b2bf862
 def read_cells(
     column: pd.Series,  # of texts or numbers
     kind: str,  # of KINDS, or a column of the manifest
@@ -352,7 +358,7 @@ def read_cells(
         changed,
     )
 
-
+# %% ../../nbs/data/00_values.ipynb #6328becb
 def understand(
     column: pd.Series,  # of texts or numbers
     kind: str,  # of KINDS, or a column of the manifest
@@ -365,7 +371,7 @@ def understand(
 def _name(column: str) -> str:
     return re.sub(r"[\W_]+", "", _plain(column))
 
-
+# %% ../../nbs/data/00_values.ipynb #3a7d5577
 COLUMN_NAMES: dict[str, tuple[str, ...]] = {
     column: tuple(dict.fromkeys(_name(n) for n in (column, *_list(names))))
     for column, names in {
@@ -401,6 +407,8 @@ COLUMN_NAMES: dict[str, tuple[str, ...]] = {
             monk_skin_tone, mst, hauttyp, fototipo""",
     }.items()
 }
+
+# %% ../../nbs/data/00_values.ipynb #96270c66
 LIKELY_NAMES: dict[str, tuple[str, ...]] = {
     column: tuple(_name(n) for n in _list(names))
     for column, names in {
@@ -426,7 +434,7 @@ _LOOKS_LIKE = {
     "lesion_id": r"\blesion (id|no|nr|number|code)\b",
 }
 
-
+# %% ../../nbs/data/00_values.ipynb #25e9bdd6
 def find_columns(
     names: Iterable[str],  # of a table
     wanted: Iterable[str],  # columns of the manifest
@@ -444,7 +452,7 @@ def find_columns(
             found[column] = known[0]
     return found
 
-
+# %% ../../nbs/data/00_values.ipynb #2807e5f5
 def likely_column(
     name: str,  # of a column that is not used
 ) -> str:

@@ -49,7 +49,7 @@ def _checked(p: np.ndarray, y: np.ndarray | None = None) -> tuple[np.ndarray, np
         )
     return p, y
 
-
+# %% ../../nbs/metrics/01_calibration.ipynb #6834fd5a
 def temper(
     p: np.ndarray,  # (n, k) probabilities
     temperature: float,  # above 0; 1 changes nothing
@@ -63,7 +63,7 @@ def temper(
     q = np.exp(logs - logs.max(axis=1, keepdims=True, initial=-np.finfo(float).max))
     return q / q.sum(axis=1, keepdims=True)
 
-
+# %% ../../nbs/metrics/01_calibration.ipynb #456275af
 def _log_losses(p: np.ndarray, y: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     "Of each image -log of the true class's probability (n,), in nats."
     logs = np.log(np.maximum(p, LEAST)) / temperature
@@ -114,7 +114,7 @@ def conformal_threshold(
         return None
     return float(np.sort(1 - p[np.arange(len(y)), y])[rank - 1])
 
-
+# %% ../../nbs/metrics/01_calibration.ipynb #e5d01364
 def conformal_sets(
     p: np.ndarray,  # (n, k) calibrated probabilities
     threshold: float | None,  # of `conformal_threshold`; None: nothing can be ruled out
@@ -142,7 +142,7 @@ def _errors(p: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
         error = (np.bincount(tie, error) / np.bincount(tie))[tie]
     return order, confidence, error
 
-
+# %% ../../nbs/metrics/01_calibration.ipynb #e9672194
 def risk_coverage(
     p: np.ndarray,  # (n, k) calibrated probabilities
     y: np.ndarray,  # (n,) true class, an integer from 0
@@ -214,7 +214,7 @@ class Decision:
                 raise ConfigError(f"decision: {unknown_name('key', name, known)}")
         return cls(**values)
 
-
+# %% ../../nbs/metrics/01_calibration.ipynb #543d315c
 def _split(table: pd.DataFrame, classes: Sequence[str], split: str) -> tuple:
     "Rows of a split in order of their ids, their true classes and probabilities."
     part = table[table["split"] == split].sort_values("image_id", kind="stable")
@@ -222,7 +222,7 @@ def _split(table: pd.DataFrame, classes: Sequence[str], split: str) -> tuple:
     y = pd.Index(list(classes)).get_indexer(part["y_true"])
     return part, y, part[probability_columns(classes)].to_numpy(dtype=float)
 
-
+# %% ../../nbs/metrics/01_calibration.ipynb #e9089104
 def fit_decision(
     predictions: pd.DataFrame,  # image_id, lesion_id, split, y_true, p_<class>...
     classes: Sequence[str],  # class codes, in the order of the columns
@@ -280,7 +280,7 @@ def error_by_chance(
     variance = np.bincount(bins, confidence * (1 - confidence), minlength=BINS)
     return float(np.sqrt(2 / np.pi * np.maximum(variance, 0)).sum() / len(confidence))
 
-
+# %% ../../nbs/metrics/01_calibration.ipynb #e78d8fc9
 class _SplitScores:
     "All that is said of one split, under many sets of weights of its lesions."
 
@@ -354,7 +354,7 @@ class _SplitScores:
             values[f"risk {coverage}"] = risk[row, at]
         return values
 
-
+# %% ../../nbs/metrics/01_calibration.ipynb #b9195f5f
 def calibration_summary(
     predictions: pd.DataFrame,  # image_id, lesion_id, split, y_true, p_<class>...
     classes: Sequence[str],  # class codes, in the order of the columns
@@ -385,7 +385,7 @@ def calibration_summary(
             splits[split] = _summarize(scores, y, classes, level, resamples, rng)
     return {"level": level, "resamples": resamples, "splits": splits}
 
-
+# %% ../../nbs/metrics/01_calibration.ipynb #e05d2310
 def _summarize(scores, y, classes, level, resamples, rng) -> dict:
     groups, n = scores.sums.shape[1], len(y)
     once = scores(np.ones((groups, 1), dtype=np.int32))

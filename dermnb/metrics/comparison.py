@@ -86,13 +86,13 @@ def check_metric(metric: str) -> str:
         raise unknown_name("metric", metric, known)
     return metric
 
-
+# %% ../../nbs/metrics/03_comparison.ipynb #5cb0b098
 def metric_spec(metric: str) -> MetricSpec:
     "What is known of a metric by its name, also of `recall:CLASS`; else a `ConfigError`."
     kind, colon, _ = check_metric(metric).partition(":")
     return CLASS_METRICS[kind] if colon else {**METRICS, **BINARY_METRICS}[kind]
 
-
+# %% ../../nbs/metrics/03_comparison.ipynb #a63d2a47
 class Claim(BaseModel):
     "A figure, or an order of two runs, that somebody else published."
 
@@ -197,21 +197,21 @@ class ClaimCheck:
     fault: str = ""
     support: str = ""
 
-
+# %% ../../nbs/metrics/03_comparison.ipynb #d703270c
 def check_claims(
     claims: Sequence[Claim],
 ) -> list[ClaimCheck]:
     "One check a claim, in order; comparative claims have nothing to check."
     return [_check(claim, claims) for claim in claims]
 
-
+# %% ../../nbs/metrics/03_comparison.ipynb #f3bd69ad
 def claim_faults(
     claims: Sequence[Claim],
 ) -> list[str]:
     "For each claim a sentence why it cannot be true, or an empty text."
     return [check.fault for check in check_claims(claims)]
 
-
+# %% ../../nbs/metrics/03_comparison.ipynb #4226af3d
 def _show(value: float, digits: int) -> str:
     return f"{value:.{digits}f}"
 
@@ -234,7 +234,7 @@ def _check(claim: Claim, claims: Sequence[Claim]) -> ClaimCheck:
 
 EPS = 1e-9  # of floating point, far below any printed digit
 
-
+# %% ../../nbs/metrics/03_comparison.ipynb #dcecefe0
 def _same_quantity(claim: Claim, near: Mapping) -> str:
     own = ALIASES.get(claim.metric, claim.metric)
     for other in near[own]:
@@ -252,7 +252,7 @@ def _title(metric: str) -> str:
     _, colon, name = metric.partition(":")
     return metric_spec(metric).title + (f" of {name}" if colon else "")
 
-
+# %% ../../nbs/metrics/03_comparison.ipynb #66c1e84c
 def _between_p_and_r(claim: Claim, near: Mapping) -> str:
     if claim.metric in ("macro_f1", "weighted_f1"):
         average = claim.metric.removesuffix("_f1")
@@ -291,7 +291,7 @@ def _between_p_and_r(claim: Claim, near: Mapping) -> str:
             )
     return ""
 
-
+# %% ../../nbs/metrics/03_comparison.ipynb #5ab08840
 def _harmonic(p: float, r: float) -> float:
     p, r = max(p, 0.0), max(r, 0.0)
     return 2 * p * r / (p + r) if p + r else 0.0
@@ -301,7 +301,7 @@ def _images(claim: Claim) -> int:
     "On how many images it was measured, or 0."
     return claim.n or (int(np.sum(claim.confusion)) if claim.confusion else 0)
 
-
+# %% ../../nbs/metrics/03_comparison.ipynb #119069c5
 def _whole_images(claim: Claim, near: Mapping) -> str:
     if claim.confusion and claim.n and claim.n != np.sum(claim.confusion):
         return (
@@ -328,7 +328,7 @@ def _computed(claim: Claim) -> float | None:
     "What the claim's confusion matrix gives, or None: it does not name its classes."
     return scores_from_confusion(claim.confusion).get(claim.metric)
 
-
+# %% ../../nbs/metrics/03_comparison.ipynb #96772639
 def _from_confusion(claim: Claim, near: Mapping) -> str:
     value = _computed(claim) if claim.confusion else None
     if value is None or abs(value - claim.value) <= claim.rounding + EPS:
@@ -386,7 +386,7 @@ TINY = 1e-24  # a variance below comes from rounding
 FEW_LESIONS = 50  # of a class: below, its spread is itself uncertain
 SPREADS = 100  # resamples of one class to see how much of the spread is its own
 
-
+# %% ../../nbs/metrics/03_comparison.ipynb #1677eaa8
 def paired_differences(
     a: pd.DataFrame | Sequence[pd.DataFrame],  # predictions; of repeats a list
     b: pd.DataFrame | Sequence[pd.DataFrame],  # predictions of the same images
@@ -428,7 +428,7 @@ def paired_differences(
     _score(read.values(), metrics, classes, chosen, resamples, seed)
     return [_difference(pairs, metric, level) for metric in metrics]
 
-
+# %% ../../nbs/metrics/03_comparison.ipynb #ccb8f8cf
 class _Answers:
     "What one run answered for the images of a split, in the order of their ids."
 
@@ -448,7 +448,7 @@ class _Answers:
     def right(self) -> np.ndarray:
         return self.p.argmax(axis=1) == self.y
 
-
+# %% ../../nbs/metrics/03_comparison.ipynb #a247fd68
 def _check_same_images(a: _Answers, b: _Answers, split: str) -> None:
     "A `ConfigError` says what differs between two runs."
     for side, which in ((a, "first"), (b, "second")):
@@ -475,7 +475,7 @@ def _check_same_images(a: _Answers, b: _Answers, split: str) -> None:
                 f"such as of {a.image[at]!r}: {first[at]!r} and {second[at]!r}."
             )
 
-
+# %% ../../nbs/metrics/03_comparison.ipynb #963bba18
 def _score(
     answers: Iterable[_Answers],
     metrics: Sequence[str],
@@ -513,7 +513,7 @@ def _score(
                 for metric, spread in run.spread.items():
                     spread.append(_pick(scores, metric, classes))
 
-
+# %% ../../nbs/metrics/03_comparison.ipynb #4b1f52b3
 def _parts_of_lesions(run: _Answers) -> list[np.ndarray]:
     "The lesions of each class that has few, and those of all others; none if none has few."
     label = np.zeros(int(run.group.max()) + 1, dtype=int)
@@ -538,7 +538,7 @@ def _freedom(variances: Sequence[float], lesions: Sequence[int]) -> tuple[float,
     full = v * g / (g - 1)
     return float(full.sum() ** 2 / (full**2 / (g - 1)).sum()), float(full.sum() / v.sum())
 
-
+# %% ../../nbs/metrics/03_comparison.ipynb #e0fb9e36
 def _difference(
     pairs: Sequence[tuple[_Answers, _Answers]], metric: str, level: float
 ) -> dict:
@@ -569,7 +569,7 @@ def _difference(
     p = _two_sided(value, variance, freedom)
     return {"metric": metric, "a": a, "b": b, **row, "p": p, "lesions": lesions}
 
-
+# %% ../../nbs/metrics/03_comparison.ipynb #f40f8fb1
 def _extent(runs: Sequence[_Answers], name: str) -> tuple[int, int]:
     "Images and lesions, of all classes or of one, that the runs cover together."
     runs = list({run.draws: run for run in runs}.values())
@@ -592,7 +592,7 @@ def _around(value: float, variance: float, freedom: float, level: float) -> dict
     half = float(half * np.sqrt(variance))
     return {"low": float(value - half), "high": float(value + half)}
 
-
+# %% ../../nbs/metrics/03_comparison.ipynb #2534adfc
 def _two_sided(value: float, variance: float, freedom: float = np.inf) -> float | None:
     "How often chance alone is as far from 0, or None where that is not known."
     from scipy.special import ndtr, stdtr  # here: it takes a while to load
@@ -621,7 +621,7 @@ def paired_difference(
         a, b, classes, [metric], split, positive, resamples, level, seed
     )[0]
 
-
+# %% ../../nbs/metrics/03_comparison.ipynb #c820ff2c
 def _check_paired(metric: str, classes: Sequence[str], positive: int | None) -> None:
     name = check_metric(metric).partition(":")[2]
     if name and name not in classes:
@@ -648,7 +648,7 @@ def _needs_curves(metric: str) -> bool:
     kind = metric.partition(":")[0]
     return any(part in kind for part in ("auc", "average_precision", "on_curve"))
 
-
+# %% ../../nbs/metrics/03_comparison.ipynb #be96657c
 def _pick(scores: tuple[dict, dict, dict], metric: str, classes: list) -> np.ndarray:
     overall, per_class, binary = scores
     kind, _, name = metric.partition(":")
@@ -731,7 +731,7 @@ def auc_components(
         parts[:, c] = part
     return auc, parts
 
-
+# %% ../../nbs/metrics/03_comparison.ipynb #1ac8b5b8
 def _macro(auc: np.ndarray, parts: np.ndarray) -> tuple[float, np.ndarray]:
     "The mean over the classes that have images, and its parts (groups,)."
     there = np.isfinite(auc)
@@ -817,7 +817,7 @@ def compare_all(
             cell["p_holm"] = p
     return rows
 
-
+# %% ../../nbs/metrics/03_comparison.ipynb #a6236f46
 def _other_classes(tables: Sequence[pd.DataFrame], classes: list[str]) -> str:
     "Why these tables do not tell these classes apart, or nothing."
     for table in tables:
@@ -843,7 +843,7 @@ def _pair_up(a: Sequence[_Answers], b: Sequence[_Answers], split: str) -> list[t
         _check_same_images(*pair, split)
     return pairs
 
-
+# %% ../../nbs/metrics/03_comparison.ipynb #db850f7a
 def _compared(pairs: Sequence[tuple], metric: str, level: float, areas: Mapping) -> dict:
     "What is known of one pair of groups, or the same keys with None."
     if not pairs:
@@ -966,7 +966,7 @@ def leak_effect(
     parts["difference"] = estimate(*apart, n, level)
     return parts
 
-
+# %% ../../nbs/metrics/03_comparison.ipynb #1d8c7632
 def _tested(predictions, classes, split_table, split) -> tuple[pd.DataFrame, np.ndarray]:
     "The rows of a split, and which of them show a lesion that training has too."
     table = check_predictions(predictions, classes)

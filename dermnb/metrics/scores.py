@@ -34,11 +34,11 @@ class MetricSpec:
     lowest: float = 0.0
     highest: float = 1.0
 
-
+# %% ../../nbs/metrics/00_scores.ipynb #9cca01d9
 def _table(*specs: MetricSpec) -> dict[str, MetricSpec]:
     return {spec.name: spec for spec in specs}
 
-
+# %% ../../nbs/metrics/00_scores.ipynb #17e25a0b
 METRICS = _table(
     MetricSpec(
         "balanced_accuracy",
@@ -114,6 +114,8 @@ METRICS = _table(
         higher_is_better=False,
     ),
 )
+
+# %% ../../nbs/metrics/00_scores.ipynb #01de243f
 CLASS_METRICS = _table(
     MetricSpec(
         "recall",
@@ -162,6 +164,7 @@ TARGET_SENSITIVITY = 0.95  # that a threshold has to reach on validation images
 TARGET_SPECIFICITY = 0.95
 FLOOR_SENSITIVITY = 0.8  # the partial AUC counts what lies above
 
+# %% ../../nbs/metrics/00_scores.ipynb #f59f9ae1
 BINARY_METRICS = _table(
     MetricSpec(
         "sensitivity",
@@ -221,7 +224,7 @@ def probability_columns(
     "The columns of the predictions table that hold the probabilities, in class order."
     return [f"p_{c}" for c in classes]
 
-
+# %% ../../nbs/metrics/00_scores.ipynb #a13ff195
 def check_predictions(
     predictions: pd.DataFrame,  # image_id, lesion_id, split, y_true, p_<class>...
     classes: Sequence[str],  # class codes; their order is the order of the columns
@@ -301,7 +304,7 @@ def _mean_of_known(values: np.ndarray) -> np.ndarray:
     there = np.isfinite(values)
     return _ratio(np.where(there, values, 0.0).sum(-1), there.sum(-1), np.nan)
 
-
+# %% ../../nbs/metrics/00_scores.ipynb #fb519bfd
 def scores_from_counts(
     counts: np.ndarray,  # (..., k, k), rows true, columns predicted
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -389,7 +392,7 @@ class RankedScores:
         }
         return {m: _ratio(top, of * both, np.nan) for m, (top, of) in scores.items()}
 
-
+# %% ../../nbs/metrics/00_scores.ipynb #9f4730fe
 def _sparse(row: np.ndarray, column: np.ndarray, shape: tuple[int, int], values=None):
     "A sparse matrix with `values`, or ones, that add up where they meet."
     from scipy.sparse import csr_array  # here: it takes a while to load
@@ -451,7 +454,7 @@ def draw_groups(
             row[:] = np.bincount(rng.integers(0, groups, groups), minlength=groups)
         yield np.ascontiguousarray(times.T)
 
-
+# %% ../../nbs/metrics/00_scores.ipynb #68b5a11f
 class TableScores:
     """All scores of one table under many sets of weights: prepared once, called often.
 
@@ -558,7 +561,7 @@ class TableScores:
             for parts in zip(*chunks, strict=True)
         )
 
-
+# %% ../../nbs/metrics/00_scores.ipynb #6abdfa0f
 def bootstrap_scores(
     y: np.ndarray,  # (n,) true class
     p: np.ndarray,  # (n, k) probabilities
@@ -587,20 +590,20 @@ def estimate(value: float, samples: np.ndarray, n: int, level: float) -> dict:
         low, high = float(low), float(high)
     return {"value": _number(value), "low": low, "high": high, "n": int(n)}
 
-
+# %% ../../nbs/metrics/00_scores.ipynb #df59c892
 def centered(value: float, samples: np.ndarray) -> np.ndarray:
     "Samples moved so that their mean is the value, for what resampling makes larger."
     known = samples[np.isfinite(samples)]
     return samples + (value - known.mean()) if len(known) else samples
 
-
+# %% ../../nbs/metrics/00_scores.ipynb #f2c0b701
 def lesion_numbers(table: pd.DataFrame) -> np.ndarray:
     "A whole number for each image's lesion; an image without one is its own."
     lesion, image = table["lesion_id"], table["image_id"].astype(str)
     key = ("lesion " + lesion.astype(str)).where(lesion.notna(), "image " + image)
     return np.unique(key.to_numpy(dtype=str), return_inverse=True)[1]
 
-
+# %% ../../nbs/metrics/00_scores.ipynb #15797f5c
 def resampling_unit(
     table: pd.DataFrame,  # with lesion_id and, where patients are known, patient_id
 ) -> str:
@@ -610,7 +613,7 @@ def resampling_unit(
             return unit
     return "image"
 
-
+# %% ../../nbs/metrics/00_scores.ipynb #da7b2ae7
 def unit_numbers(table: pd.DataFrame) -> np.ndarray:
     "A whole number for what each image is drawn with: its patient if known, else its lesion."
     lesion = lesion_numbers(table)
@@ -622,7 +625,7 @@ def unit_numbers(table: pd.DataFrame) -> np.ndarray:
     key = ("patient " + patient.astype(str)).where(patient.notna(), rest)
     return np.unique(key.to_numpy(dtype=str), return_inverse=True)[1]
 
-
+# %% ../../nbs/metrics/00_scores.ipynb #b3dab768
 def choose_threshold(
     scores: np.ndarray,  # (n,) probability of the positive class
     positive: np.ndarray,  # (n,) bool
@@ -635,7 +638,7 @@ def choose_threshold(
     needed = int(np.ceil(sensitivity * len(ranked) - 1e-9))
     return float(ranked[max(needed, 1) - 1])
 
-
+# %% ../../nbs/metrics/00_scores.ipynb #ba01d2d9
 def choose_specific_threshold(
     scores: np.ndarray,  # (n,) probability of the positive class
     positive: np.ndarray,  # (n,) bool
@@ -645,7 +648,7 @@ def choose_specific_threshold(
     highest = choose_threshold(-scores, ~positive, specificity)
     return None if highest is None else float(np.nextafter(-highest, np.inf))
 
-
+# %% ../../nbs/metrics/00_scores.ipynb #4e040139
 def _evaluate_split(
     table: pd.DataFrame,
     classes: list[str],
@@ -715,7 +718,7 @@ def _evaluate_split(
         **binary,
     }
 
-
+# %% ../../nbs/metrics/00_scores.ipynb #2721625a
 def positive_class(
     classes: Sequence[str],  # class codes
     positive: str = "",  # one of two; empty: none is named
@@ -731,7 +734,7 @@ def positive_class(
         raise unknown_name("positive class", positive, classes)
     return list(classes).index(positive)
 
-
+# %% ../../nbs/metrics/00_scores.ipynb #e1a3bfab
 def recorded_positive(
     *records: Mapping,  # run.json of one run, or of several that belong together
 ) -> str:
@@ -748,7 +751,7 @@ def recorded_positive(
         )
     return named[0] if named else ""
 
-
+# %% ../../nbs/metrics/00_scores.ipynb #e93ec5f6
 def evaluate(
     predictions: pd.DataFrame,  # image_id, lesion_id, split, y_true, p_<class>...
     classes: Sequence[str],  # class codes, in the order of the columns

@@ -46,7 +46,7 @@ class FactKind:
     unit: str = ""
     edges: tuple[float, ...] = ()  # lower ends of the bands but the first; of numbers
 
-
+# %% ../../nbs/metrics/04_subgroups.ipynb #5a1918f1
 FACT_KINDS = (
     FactKind("age", "Age", "patients of different age", "years", (30, 45, 60, 75)),
     FactKind("sex", "Sex", "women and men"),
@@ -71,7 +71,7 @@ def _bands(values: pd.Series, kind: FactKind) -> tuple[np.ndarray, list[str]]:
     band = np.searchsorted(edges, numbers, side="right")
     return np.where(np.isnan(numbers), -1, band), [ends[0], *between, ends[1]]
 
-
+# %% ../../nbs/metrics/04_subgroups.ipynb #36d4261b
 def _values(values: pd.Series, kind: FactKind) -> tuple[np.ndarray, list[str]]:
     "Which value each image has, -1 where unknown, and their names, the commonest first."
     texts = values.map(_text, na_action="ignore")
@@ -92,7 +92,7 @@ def _text(value) -> str:
     whole = isinstance(value, float) and value.is_integer()
     return str(int(value) if whole else value).strip()
 
-
+# %% ../../nbs/metrics/04_subgroups.ipynb #588b0ddf
 def _facts_of(images: pd.Series, facts: pd.DataFrame | None) -> pd.DataFrame:
     "The facts of these images, a row each, in their order; unknown where there are none."
     if facts is None or not len(facts):
@@ -112,7 +112,7 @@ LEAST_OF_CLASS = 10  # of a class that is averaged
 SUBGROUP_METRICS = ("balanced_accuracy", "accuracy", "macro_auc")
 BINARY_SUBGROUP_METRICS = ("sensitivity", "specificity")
 
-
+# %% ../../nbs/metrics/04_subgroups.ipynb #17d8c4b9
 class _Parts:
     "Scores of many parts of one table, and of what is left of it, under the same draws."
 
@@ -162,7 +162,7 @@ class _Parts:
             found |= {"sensitivity": each[positive], "specificity": each[1 - positive]}
         return found
 
-
+# %% ../../nbs/metrics/04_subgroups.ipynb #077cd992
 def _shares(counts: np.ndarray, judged: np.ndarray, positive: int | None) -> dict:
     "Metrics (..., parts) from counts, balanced accuracy over the judged classes (parts, k)."
     overall, per_class = scores_from_counts(counts)
@@ -184,7 +184,7 @@ def _normal(value: float, variance: float, n: int, level: float, ends=(0.0, 1.0)
         found["low"], found["high"] = max(ends[0], value - half), min(ends[1], value + half)
     return found if np.isfinite(value) else found | dict.fromkeys(("value", "low", "high"))
 
-
+# %% ../../nbs/metrics/04_subgroups.ipynb #d1641a3e
 def _by_chance(right: np.ndarray, unit: np.ndarray, mask: np.ndarray) -> float:
     "Variance of the difference in the share right, if it were chance which lesion is where."
     images, hits = np.bincount(unit), np.bincount(unit, right)
@@ -208,7 +208,7 @@ def _too_small(units: int, judged: int, unit: str) -> str:
         return f"{many} {LEAST_OF_CLASS} {unit}s; a figure needs two such classes"
     return ""
 
-
+# %% ../../nbs/metrics/04_subgroups.ipynb #5b536139
 def subgroups(
     predictions: pd.DataFrame,  # image_id, lesion_id, split, y_true, p_<class>...
     facts: pd.DataFrame | None,  # image_id and what is known of it: `FACT_KINDS`
@@ -348,12 +348,12 @@ def subgroups(
         ),
     }
 
-
+# %% ../../nbs/metrics/04_subgroups.ipynb #370ee155
 def _macro(auc: np.ndarray, parts: np.ndarray, which: np.ndarray) -> tuple[float, float]:
     "The mean AUC of some classes and its variance."
     return float(auc[which].mean()), float((parts[:, which].mean(axis=1) ** 2).sum())
 
-
+# %% ../../nbs/metrics/04_subgroups.ipynb #2aa5df79
 def _part(
     images: pd.Series, facts: pd.DataFrame | None
 ) -> tuple[list[dict], list[dict], np.ndarray]:
@@ -390,7 +390,7 @@ def _part(
                 kinds[-1]["shown"] += 1
     return labels, kinds, np.array(masks)
 
-
+# %% ../../nbs/metrics/04_subgroups.ipynb #95ba4935
 def _summary(rows: Sequence[Mapping], metric: str = "balanced_accuracy") -> str:
     "In a sentence or two: how many subgroups do worse than the rest, and which."
     judged = [r for r in rows if r["difference"] and r["difference"][metric]["p_holm"] is not None]
@@ -449,7 +449,7 @@ def worst_errors(
         for i in order
     ]
 
-
+# %% ../../nbs/metrics/04_subgroups.ipynb #4ea9daed
 def _name(value) -> str | None:
     return None if pd.isna(value) else str(value)
 
@@ -459,7 +459,7 @@ LEAST_FOR_THRESHOLD = 10  # lesions of a class that can be doubted or suggested
 LEAST_AUC = 0.7  # of a network whose doubts are worth a look
 HELD_OUT = ("val", "test")
 
-
+# %% ../../nbs/metrics/04_subgroups.ipynb #4c201a84
 def _held_out(tables: Sequence[pd.DataFrame], classes: list[str]) -> tuple[pd.DataFrame, np.ndarray]:
     "One row an image (n) with its mean probabilities (n, k) over the tables."
     rows = []
@@ -483,7 +483,7 @@ def _held_out(tables: Sequence[pd.DataFrame], classes: list[str]) -> tuple[pd.Da
     tested = np.bincount(number, every["split"] == "test", len(ids)) > 0
     return first.assign(networks=times, split=np.where(tested, "test", "val")), p
 
-
+# %% ../../nbs/metrics/04_subgroups.ipynb #6799e908
 def label_doubts(
     tables: Sequence[pd.DataFrame] | pd.DataFrame,  # predictions of runs, folds or seeds
     classes: Sequence[str],  # class codes, in the order of the columns
@@ -591,7 +591,7 @@ def label_doubts(
         ],
     }
 
-
+# %% ../../nbs/metrics/04_subgroups.ipynb #d88a470e
 def _no_doubts(lesions: int, classes: int, auc: float | None) -> str:
     "Why there is no estimate; empty if there is one."
     if lesions < LEAST_LESIONS:
@@ -609,7 +609,7 @@ def _no_doubts(lesions: int, classes: int, auc: float | None) -> str:
         )
     return ""
 
-
+# %% ../../nbs/metrics/04_subgroups.ipynb #caacc08e
 def _doubt_notes(n: int, validation: int, tables: Sequence) -> list[str]:
     runs = "one run" if len(tables) == 1 else f"{len(tables)} runs, averaged where they share one"
     notes = [
@@ -650,7 +650,7 @@ def _at(value, keys: Sequence[str]):
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
 
-
+# %% ../../nbs/metrics/04_subgroups.ipynb #c8cf17f8
 class _Answers:
     "What records can say; each public method is a fact: its status and a sentence."
 
@@ -993,7 +993,7 @@ class _Answers:
         clean = commit and not any(self._each("provenance", "git_dirty"))
         return ("reported" if clean else "partly"), f"{text[0].upper()}{text[1:]}."
 
-
+# %% ../../nbs/metrics/04_subgroups.ipynb #5da4d46e
 @cache
 def _asked() -> list[dict]:
     import yaml
@@ -1001,7 +1001,7 @@ def _asked() -> list[dict]:
     text = (package_files("dermnb") / "checklists" / "reporting.yaml").read_text("utf-8")
     return yaml.safe_load(text)
 
-
+# %% ../../nbs/metrics/04_subgroups.ipynb #77984fc6
 def checklist(
     records: Sequence[Mapping],  # run.json of one run, or of all runs of a page
     metrics: Sequence[Mapping] = (),  # their metrics.json, the best first

@@ -58,7 +58,7 @@ def _small_cnn(x):
         x = layers.MaxPooling2D(2, name=f"conv{i}_pool")(x)
     return x
 
-
+# %% ../../nbs/nets/01_backbones.ipynb #d0f016cf
 def _alexnet(x):
     "AlexNet without classifier, (batch, S, S, 3) to (batch, 1, 1, 4096)."
     from keras import layers
@@ -92,7 +92,7 @@ def _alexnet(x):
 _KERAS_WEIGHTS = "https://storage.googleapis.com/tensorflow/keras-applications/"
 _EFFICIENTNET_WEIGHTS = "https://storage.googleapis.com/keras-applications/"
 
-
+# %% ../../nbs/nets/01_backbones.ipynb #4de9a8aa
 def _efficientnet(
     version: str,  # "b0" to "b7"
     size: int,
@@ -123,12 +123,12 @@ def _efficientnet(
         citation="Tan and Le, ICML 2019",
     )
 
-
+# %% ../../nbs/nets/01_backbones.ipynb #f36934e4
 def _numbered(pattern: str, last: dict[int, int]) -> list[str]:
     "Block names stage by stage, from the number of blocks in each stage."
     return [pattern.format(s, b) for s, n in last.items() for b in range(1, n + 1)]
 
-
+# %% ../../nbs/nets/01_backbones.ipynb #22e5f5aa
 _ROWS = (
     BackboneSpec(
         name="cnn",
@@ -286,6 +286,7 @@ _ROWS = (
     _efficientnet("b7", 600, 3.1, 2560, 64_097_687, "cbcfe4450ddf6f3ad90b1b398090fe4a"),
 )
 
+# %% ../../nbs/nets/01_backbones.ipynb #35f5c790
 BACKBONES: dict[str, BackboneSpec] = {spec.name: spec for spec in _ROWS}
 
 
@@ -322,7 +323,7 @@ PREPROCESS = {
     "caffe": _bgr,
 }
 
-
+# %% ../../nbs/nets/01_backbones.ipynb #cd3945fa
 def preprocess(
     x,  # float tensor (batch, S, S, 3), RGB in 0..255
     mode: str,  # a key of `PREPROCESS`
@@ -375,7 +376,7 @@ def build_backbone(
         _load_weights(trunk, spec, file)
     return trunk
 
-
+# %% ../../nbs/nets/01_backbones.ipynb #47210697
 def _rescaled_efficientnet(trunk, inputs):
     "The same network with the rescaling layer that Keras adds for ImageNet weights."
     import keras
@@ -395,7 +396,7 @@ def _rescaled_efficientnet(trunk, inputs):
     normalization.finalize_state()
     return copy
 
-
+# %% ../../nbs/nets/01_backbones.ipynb #46936af9
 def _renumber(trunk) -> None:
     "Number the layers that Keras named by itself from the start, in order of creation."
     named = {}
@@ -414,7 +415,7 @@ def weights_folder() -> Path:
     own = os.environ.get("DERMNB_WEIGHTS")
     return Path(own) if own else project_root() / "data" / "weights"
 
-
+# %% ../../nbs/nets/01_backbones.ipynb #d05bae7e
 def keras_folders() -> list[Path]:
     "Where Keras keeps weights; what it fetches goes into the last of them."
     home = Path(os.environ.get("KERAS_HOME") or os.path.expanduser("~/.keras"))
@@ -423,7 +424,7 @@ def keras_folders() -> list[Path]:
     other = () if os.access(there, os.W_OK) else (Path(tempfile.gettempdir(), ".keras"),)
     return [folder / "models" for folder in (home, *other)]
 
-
+# %% ../../nbs/nets/01_backbones.ipynb #71448fb8
 def find_weights(
     backbone: str | BackboneSpec,  # a row, or the name of one
     weights: str,  # "imagenet", "none", or a file
@@ -455,7 +456,7 @@ def find_weights(
     kept = [folder / spec.weights_file for folder in keras_folders()]
     return next((file for file in kept if file.is_file() and _is_hdf5(file)), None)
 
-
+# %% ../../nbs/nets/01_backbones.ipynb #f976708a
 def _is_hdf5(path: Path) -> bool:
     import h5py
 
@@ -474,7 +475,7 @@ def _readable(path: Path) -> Path:
         )
     return path
 
-
+# %% ../../nbs/nets/01_backbones.ipynb #9e937077
 def weights_origin(
     backbone: str | BackboneSpec,  # a row, or the name of one
     file: Path,  # of `find_weights` or `fetch_weights`
@@ -490,7 +491,7 @@ def weights_origin(
         origin += ", other than published (by its checksum)"
     return origin
 
-
+# %% ../../nbs/nets/01_backbones.ipynb #8dcaeb3f
 def _as_published(spec: BackboneSpec, file: Path) -> bool:
     with file.open("rb") as f:
         return spec.weights_md5 in ("", hashlib.file_digest(f, "md5").hexdigest())
@@ -523,7 +524,7 @@ def fetch_weights(
         del absent[0]
     return [files[spec.name] for spec in specs]
 
-
+# %% ../../nbs/nets/01_backbones.ipynb #a5e0e268
 def weights_address(
     spec: BackboneSpec,
 ) -> str:
@@ -531,7 +532,7 @@ def weights_address(
     mirror = os.environ.get("DERMNB_WEIGHTS_URL")
     return f"{mirror.rstrip('/')}/{spec.weights_file}" if mirror else spec.weights_url
 
-
+# %% ../../nbs/nets/01_backbones.ipynb #f203eddd
 def _download(spec: BackboneSpec, say, patience: float) -> Path:
     from filelock import FileLock
 
@@ -550,7 +551,7 @@ def _download(spec: BackboneSpec, say, patience: float) -> Path:
             raise ValueError("what came is not the published file")
         return new.replace(target)
 
-
+# %% ../../nbs/nets/01_backbones.ipynb #cf43ad89
 def _patiently(downloader: ResumingDownloader, url: str, target: Path) -> None:
     "Give up after some silence: a firewall costs one timeout for each address of a server."
     result = Future()
@@ -573,7 +574,7 @@ def _patiently(downloader: ResumingDownloader, url: str, target: Path) -> None:
             if result.done():
                 return result.result()
 
-
+# %% ../../nbs/nets/01_backbones.ipynb #9693b452
 def _short(error: Exception) -> str:
     import requests
 
@@ -618,7 +619,7 @@ def _load_weights(trunk, spec: BackboneSpec, path: Path) -> None:
             f"({reason}): give a file of this network."
         ) from error
 
-
+# %% ../../nbs/nets/01_backbones.ipynb #85cdca5d
 def _parameters_in(file) -> int:
     "How many numbers a Keras 3 weights file holds for the layers of its network."
     sizes = []

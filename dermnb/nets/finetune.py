@@ -47,7 +47,7 @@ class Stage:
                 "it must be above 0."
             )
 
-
+# %% ../../nbs/nets/03_finetune.ipynb #69f9bed7
 DECAYS = ("constant", "cosine", "plateau")
 COUNTS = ("layers", "weighted_layers", "blocks")
 
@@ -95,7 +95,7 @@ def make_schedule(
         replace(s, warmup_epochs=min(config.warmup_epochs, s.epochs / 2)) for s in stages
     )
 
-
+# %% ../../nbs/nets/03_finetune.ipynb #4d1d2413
 def _head_then_top(config: ExperimentConfig, base: Stage) -> list[Stage]:
     head, rest = config.head_epochs, config.epochs - config.head_epochs
     if rest < 1:
@@ -112,7 +112,7 @@ def _head_then_top(config: ExperimentConfig, base: Stage) -> list[Stage]:
     frozen = [replace(base, name="head", epochs=head, train="head")] if head else []
     return [*frozen, top]
 
-
+# %% ../../nbs/nets/03_finetune.ipynb #cebcbe70
 def _gradual(config: ExperimentConfig, base: Stage) -> list[Stage]:
     step = config.head_epochs
     kind, more = parse_train(config.unfreeze)
@@ -147,7 +147,7 @@ def backbone_layers(
         return []  # a network without images has no backbone
     return _ancestors(model, spec.blocks[-1])
 
-
+# %% ../../nbs/nets/03_finetune.ipynb #d6a5fbd8
 def _ancestors(model: keras.Model, name: str) -> list[keras.layers.Layer]:
     try:
         output = model.get_layer(name).output
@@ -157,7 +157,7 @@ def _ancestors(model: keras.Model, name: str) -> list[keras.layers.Layer]:
     inputs = [x for x in model.inputs if x.name != "metadata"]
     return keras.Model(inputs, output).layers
 
-
+# %% ../../nbs/nets/03_finetune.ipynb #fb65271b
 def open_layers(
     model: keras.Model,  # from `build_classifier`
     spec,  # its BackboneSpec
@@ -181,7 +181,7 @@ def open_layers(
         below = {layer.name for layer in _ancestors(model, spec.blocks[-1 - n])}
     return [layer.name for layer in layers if layer.name not in below]
 
-
+# %% ../../nbs/nets/03_finetune.ipynb #164b3f91
 def set_trainable(
     model: keras.Model,  # from `build_classifier`; changed in place
     spec,  # its BackboneSpec
@@ -252,7 +252,7 @@ class WarmupDecay(keras.optimizers.schedules.LearningRateSchedule):
             "decay": self.decay,
         }
 
-
+# %% ../../nbs/nets/03_finetune.ipynb #c74314d4
 def stage_rate(
     stage: Stage,
     steps_per_epoch: int,  # batches of an epoch
@@ -297,7 +297,7 @@ def _stage_callbacks(stage: Stage, begin: int) -> list[keras.callbacks.Callback]
 class TrainingError(ConfigError):
     "Training went wrong in a way that other settings can mend; one sentence."
 
-
+# %% ../../nbs/nets/03_finetune.ipynb #6e86e00c
 HISTORY = [
     "epoch",
     "stage",
@@ -310,7 +310,7 @@ HISTORY = [
     "trainable_parameters",
 ]
 
-
+# %% ../../nbs/nets/03_finetune.ipynb #137906e7
 class _Watch(keras.callbacks.Callback):
     "Writes the history, prints, publishes progress, keeps the best weights."
 
@@ -441,7 +441,7 @@ def make_optimizer(
         return keras.optimizers.SGD(learning_rate, momentum=0.9, nesterov=True)
     raise unknown_name("optimizer", name, ["adam", "adamw", "sgd"])
 
-
+# %% ../../nbs/nets/03_finetune.ipynb #434c2bfc
 def fit_stages(
     model: keras.Model,  # logits out; trained in place
     spec,  # its BackboneSpec

@@ -34,7 +34,7 @@ def _gradcam_plus_plus(maps, gradients):
 
 METHODS = {"gradcam": _gradcam, "gradcam++": _gradcam_plus_plus}
 
-
+# %% ../../nbs/nets/04_gradcam.ipynb #a287b045
 def class_maps(
     maps: np.ndarray,  # (N, h, w, C), of one layer
     gradients: np.ndarray,  # (N, h, w, C), of a logit with respect to `maps`
@@ -66,7 +66,7 @@ def _upper_part(inputs: list, logits) -> tuple[keras.Model, keras.Model]:
     )
     return copy, upper
 
-
+# %% ../../nbs/nets/04_gradcam.ipynb #c86c47cd
 def _in_tensorflow(whole, upper) -> tuple[Callable, ...]:
     import tensorflow as tf
 
@@ -91,7 +91,7 @@ def _in_tensorflow(whole, upper) -> tuple[Callable, ...]:
     given = [spec(x, "float32") for x in upper.inputs]
     return see, compiled(partial(slope, upper), given, tf.TensorSpec((None,), tf.int32))
 
-
+# %% ../../nbs/nets/04_gradcam.ipynb #62034ef9
 def _in_jax(whole, upper) -> tuple[Callable, ...]:
     import jax
     import jax.numpy as jnp
@@ -121,7 +121,7 @@ def _in_jax(whole, upper) -> tuple[Callable, ...]:
         return see, None
     return see, lambda given, target: slope(state(upper), given, target)
 
-
+# %% ../../nbs/nets/04_gradcam.ipynb #ead4be53
 _BACKENDS = {"tensorflow": _in_tensorflow, "jax": _in_jax}
 
 # %% ../../nbs/nets/04_gradcam.ipynb #78733ea3
@@ -132,7 +132,7 @@ class Seen(NamedTuple):
     features: np.ndarray  # float32 (N, D)
     given: list  # tensors: the layer's maps (N, h, w, C), and metadata if it takes any
 
-
+# %% ../../nbs/nets/04_gradcam.ipynb #fb7dbccc
 class CamNetwork:
     "A network that says, beside its answer, where it found what speaks for a class."
 

@@ -134,7 +134,7 @@ class FocalLoss(keras.losses.Loss):
             "label_smoothing": self.label_smoothing,
         }
 
-
+# %% ../../nbs/nets/00_losses.ipynb #cb68f46b
 def _check_weights(weights, name: str) -> list[float] | None:
     "A list of floats that is fit to weigh classes, or None."
     if weights is None:
@@ -207,7 +207,7 @@ def balanced_class_weights(
     weights[present] = n.sum() / (present.sum() * n[present])
     return weights
 
-
+# %% ../../nbs/nets/00_losses.ipynb #ba343897
 def effective_class_weights(
     counts: Sequence[int],  # training images per class, in class order
     beta: float = 0.999,  # 0: all classes alike; towards 1: balanced
@@ -227,7 +227,7 @@ def effective_class_weights(
     weights[present] = (1 - beta) / share
     return weights * n.sum() / (weights * n).sum()
 
-
+# %% ../../nbs/nets/00_losses.ipynb #99401962
 def _check_counts(counts) -> np.ndarray:
     n = np.asarray(counts, "float64")
     if n.ndim != 1 or not np.all(np.isfinite(n)) or np.any(n < 0):

@@ -93,7 +93,7 @@ class MetadataEncoder:
             columns += list(np.eye(len(known) + 1)[of].T)
         return np.stack(columns, axis=1).astype("float32")
 
-
+# %% ../../nbs/nets/02_models.ipynb #ff6d531a
 def fit_metadata(
     table: pd.DataFrame,  # manifest rows of the training images
 ) -> MetadataEncoder:
@@ -185,7 +185,7 @@ def build_classifier(
         set_batch_norm_momentum(model, batch_norm_momentum)
     return model
 
-
+# %% ../../nbs/nets/02_models.ipynb #00c36de3
 def _struct(inputs: dict):
     "One image tensor by itself, or all by name: what a network is called with."
     return inputs["image"] if list(inputs) == ["image"] else inputs
@@ -217,7 +217,7 @@ def softmax(
     e = np.exp(z - z.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
 
-
+# %% ../../nbs/nets/02_models.ipynb #8cc50ce6
 def probabilities(
     model: keras.Model,  # from `build_classifier`, or its saved form
     batches: Iterable,  # of what the network takes, or of (that, labels)
@@ -267,7 +267,7 @@ def _size(tensor) -> int:
         raise ValueError(f"shape {tensor.shape} is not known")
     return math.prod(sides)
 
-
+# %% ../../nbs/nets/02_models.ipynb #07a0b418
 def _multiply_accumulates(layer) -> int:
     out = layer.output.shape
     if isinstance(layer, layers.EinsumDense):
@@ -284,7 +284,7 @@ def _multiply_accumulates(layer) -> int:
         kernels = (layer.kernel,)
     return places * sum(math.prod(k.shape) for k in kernels)
 
-
+# %% ../../nbs/nets/02_models.ipynb #768c3c77
 def _operations(layer) -> int | None:
     "Floating-point operations for one image, or None where the kind of layer is not known."
     if isinstance(layer, _FREE) or type(layer).__name__ == "Flip":  # mirrors channels
@@ -303,7 +303,7 @@ def _operations(layer) -> int | None:
     each = _ELEMENTWISE.get(type(layer))
     return None if each is None else out * each
 
-
+# %% ../../nbs/nets/02_models.ipynb #ae08c192
 def count_flops(
     model: keras.Model,  # built layer by layer, as `build_classifier` does
 ) -> dict:
@@ -381,7 +381,7 @@ class Classifier:
             (_struct({k: every[k][p].astype("float32") for k in wanted}) for p in parts),
         )
 
-
+# %% ../../nbs/nets/02_models.ipynb #ffab7d53
 def save_classifier(
     model: keras.Model,  # from `build_classifier`
     folder: str | Path,  # made if absent
@@ -412,7 +412,7 @@ def save_classifier(
     write_json(folder / "labels.json", labels)
     return folder
 
-
+# %% ../../nbs/nets/02_models.ipynb #b09baca7
 def load_classifier(
     folder: str | Path,  # that `save_classifier` wrote
     model: keras.Model | None = None,  # that it wrote, where at hand: else it is loaded

@@ -168,7 +168,7 @@ def summary_sentences(
     sentences += _weakest_sentence(name, members, sets)
     return sentences
 
-
+# %% ../../nbs/report/05_build.ipynb #54a0ee0e
 def _order_clause(
     name: str, best: RunResult, top: Mapping, rest: Sequence[tuple], pairs: Sequence[Mapping]
 ) -> str:
@@ -192,7 +192,7 @@ def _order_clause(
     what, verb = ("interval", "overlaps") if len(close) == 1 else ("intervals", "overlap")
     return f"the {what} of {listing(close)} {verb} with it, so their order may be chance"
 
-
+# %% ../../nbs/report/05_build.ipynb #d81d8813
 def _audit_sentence(done: Sequence[RunResult]) -> str:
     "What is known of lesions that several parts of the splits share."
     looked = [r for r in done if r.audited]
@@ -217,7 +217,7 @@ def _audit_sentence(done: Sequence[RunResult]) -> str:
         f"An audit of {images} by ids and pictures found no lesion in two parts of a split{but}{told}."
     )
 
-
+# %% ../../nbs/report/05_build.ipynb #7ff2e664
 def _leak_sentence(leaky: Sequence[RunResult], all_leak: bool) -> str:
     counts = [(r.get("leak", "test_images"), r.test["n"]) for r in leaky]
     told = f" ({counts[0][0]:,} of {counts[0][1]:,})" if len(leaky) == 1 and counts[0][0] else ""
@@ -235,7 +235,7 @@ def _leak_sentence(leaky: Sequence[RunResult], all_leak: bool) -> str:
     )
     return f"{names}: lesions of test images{told} are in training too, so {end}"
 
-
+# %% ../../nbs/report/05_build.ipynb #55db155c
 def _best_sentence(
     name: str, members: Sequence[RunResult], rest: bool, where: str, leaky: bool
 ) -> str:
@@ -264,7 +264,7 @@ def _best_sentence(
         f"{where} split, {shown}."
     )
 
-
+# %% ../../nbs/report/05_build.ipynb #60576421
 def _weakest_sentence(name: str, members: Sequence[RunResult], sets: int) -> list[str]:
     "The class with the lowest (mean) recall; of folds its images are added up."
     rows: dict[str, list] = {}
@@ -327,7 +327,7 @@ def limit_sentences(
     ]
     return list(dict.fromkeys(lines))
 
-
+# %% ../../nbs/report/05_build.ipynb #12635de0
 def _apart_sentences(done: Sequence[RunResult]) -> list[str]:
     "How far it is known that images of one lesion stay in one part of the split."
     looked = [r for r in done if r.audited]
@@ -383,7 +383,7 @@ RUN_INPUTS = (
     "explain.json",
 )
 
-
+# %% ../../nbs/report/05_build.ipynb #95352bef
 def _code() -> list[Path]:
     "The modules that decide what a page says."
     package = template_folder().parent
@@ -411,7 +411,7 @@ def _up_to_date(folder: Path, photographs: bool) -> bool:
     with page.open(encoding="utf-8") as file:
         return f'content="{_run_fingerprint(folder, photographs)[1]}"' in file.read(2000)
 
-
+# %% ../../nbs/report/05_build.ipynb #a91cab55
 def build_run_page(
     run_dir: str | Path,  # reports/<suite>/<run>
     force: bool = False,  # build even if nothing has changed
@@ -426,7 +426,7 @@ def build_run_page(
     folder = Path(run_dir)
     return _build_run_page(folder, lambda: load_run(folder), force, photographs)
 
-
+# %% ../../nbs/report/05_build.ipynb #19a4253f
 def _build_run_page(folder: Path, load, force: bool, photographs: bool) -> Path:
     page = folder / "report.html"
     if not force and _up_to_date(folder, photographs):
@@ -508,7 +508,7 @@ def _build_run_page(folder: Path, load, force: bool, photographs: bool) -> Path:
     )
     return write_page(page, text)
 
-
+# %% ../../nbs/report/05_build.ipynb #043ef435
 TIMES = {
     "data_s": "Data",
     "build_s": "Network",
@@ -547,7 +547,7 @@ SUITE_SECTIONS = [
     ("provenance", "Provenance"),
 ]
 
-
+# %% ../../nbs/report/05_build.ipynb #d432da61
 ALWAYS = ("summary", "leaderboard", "limits", "runs")
 IF_ANY = (
     "claims",
@@ -575,7 +575,7 @@ def build_suite_page(
     folder = Path(suite_dir)
     return _build_suite_page(folder, *load_suite_runs(folder), single_file)
 
-
+# %% ../../nbs/report/05_build.ipynb #e528559d
 def _build_suite_page(
     folder: Path, suite: Mapping, runs: Sequence[RunResult], single_file: bool
 ) -> Path:
@@ -639,7 +639,7 @@ def _build_suite_page(
     page = folder / (f"{folder.resolve().name}.html" if single_file else "index.html")
     return write_page(page, render_page("suite.html.j2", sections, **values))
 
-
+# %% ../../nbs/report/05_build.ipynb #7ff18521
 def _results(suite: Mapping, done: Sequence[RunResult], synthetic: bool) -> dict:
     "What the page shows when at least one run has results."
     settings = {r.name: settings_of(r) for r in done}
@@ -712,12 +712,12 @@ def _results(suite: Mapping, done: Sequence[RunResult], synthetic: bool) -> dict
         "packages": versions,
     }
 
-
+# %% ../../nbs/report/05_build.ipynb #83d38d70
 def _best_group(done: Sequence[RunResult]) -> list[RunResult]:
     "The runs of the best recipe of those that are `judged`."
     return next(iter(grouped(judged(done)).values()))
 
-
+# %% ../../nbs/report/05_build.ipynb #6243d6e8
 def build_report(
     suite_dir: str | Path,  # reports/<suite>
     single_file: bool = False,

@@ -49,6 +49,8 @@ SIGNED = ("#B34700", "#F0B58A", "#F7F7F7", "#8DBDE0", "#004C80")  # below 0, 0, 
 SIGNED_DARK = ("#FF9A4D", "#7A4419", "#20262B", "#235A80", "#7CC4F5")
 SHADES = ("#F4F8FB", "#B9D7EA", "#4A97C9", "#00456E")  # few to many
 SHADES_DARK = ("#1D2429", "#1F4F70", "#3F8FC4", "#CDE8F8")
+
+# %% ../../nbs/report/00_figures.ipynb #fd68251a
 INK, INK_DARK = "#5C646C", "#A0A9B2"
 SWAP = dict(
     zip(
@@ -62,8 +64,7 @@ FONT = (
     "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 )
 
-
-
+# %% ../../nbs/report/00_figures.ipynb #fcfbea99
 def figure_template(
     dark: bool = False,
 ) -> dict:
@@ -94,7 +95,7 @@ def figure_template(
         }
     }
 
-
+# %% ../../nbs/report/00_figures.ipynb #28eb20de
 TEMPLATE = figure_template()
 
 
@@ -137,7 +138,7 @@ LEGEND = {
     "yanchor": "bottom",
 }
 
-
+# %% ../../nbs/report/00_figures.ipynb #4c3c0e1b
 def _frame(
     title: str,
     subtitle: str,
@@ -172,7 +173,7 @@ def _frame(
         "showlegend": legend > 0,
     }
 
-
+# %% ../../nbs/report/00_figures.ipynb #ca50e55b
 def _scale() -> list[list]:
     "plotly's color scale of a heat map."
     return [[p, c] for p, c in zip((0, 0.25, 0.6, 1), SHADES, strict=True)]
@@ -192,7 +193,7 @@ def _figure(traces: Sequence[Mapping], **layout) -> dict:
     "The record that plotly draws, its numbers to five digits."
     return _short({"data": list(traces), "layout": layout})
 
-
+# %% ../../nbs/report/00_figures.ipynb #cb55cd96
 def _short(value):
     if isinstance(value, float | np.floating):
         return float(f"{value:.5g}") if np.isfinite(value) else None
@@ -221,7 +222,7 @@ def stage_starts(
     rows = history[changes].iloc[1:]
     return [(int(e), str(s)) for e, s in zip(rows["epoch"], rows["stage"], strict=True)]
 
-
+# %% ../../nbs/report/00_figures.ipynb #b4c14d0d
 def learning_curves(
     histories: Mapping[str, pd.DataFrame],  # run -> history, one row an epoch
     n: tuple[int, int] | None = None,  # training and validation images
@@ -423,7 +424,7 @@ def _whiskers(rows: Sequence[Mapping], color: str | None = None) -> dict:
         **({"color": color} if color else {}),
     }
 
-
+# %% ../../nbs/report/00_figures.ipynb #f77e4268
 def _spell(row: Mapping) -> str:
     "A value with its interval and n, in words."
     if row["value"] is None:
@@ -435,7 +436,7 @@ def _spell(row: Mapping) -> str:
     )
     return f"{row['value']:.3f}{interval}, n = {row['n']:,}"
 
-
+# %% ../../nbs/report/00_figures.ipynb #c41333c2
 def per_class_figure(
     per_class: Mapping[str, Sequence[Mapping]],  # run -> rows as in metrics.json
     metric: str = "recall",  # a name in CLASS_METRICS
@@ -581,7 +582,7 @@ def leaderboard_figure(
         },
     )
 
-
+# %% ../../nbs/report/00_figures.ipynb #92327c98
 SPLIT_TITLES = {"train": "Training", "val": "Validation", "test": "Test"}
 
 # %% ../../nbs/report/00_figures.ipynb #b9c77472
@@ -593,7 +594,7 @@ COSTS = {
     "joules": ("Energy of training", "Energy of training (joules, log scale)"),
 }
 
-
+# %% ../../nbs/report/00_figures.ipynb #bb51e039
 def cost_figure(
     points: Mapping[
         str, Mapping
@@ -759,7 +760,7 @@ def repeats_figure(
 FIRST_SHARE = 0.05  # of the images; the error rate of fewer is a matter of a handful
 MOST_POINTS = 60  # of a curve on a page
 
-
+# %% ../../nbs/report/00_figures.ipynb #d8d56c00
 def risk_coverage_figure(
     curves: Mapping[str, pd.DataFrame],  # name -> `calibrate.risk_coverage`
     points: Mapping[str, Mapping] | None = None,  # name -> share answered and its risk
@@ -831,7 +832,7 @@ def risk_coverage_figure(
 # %% ../../nbs/report/00_figures.ipynb #4dc11d9c
 STAGE_TITLES = {"before": "as it is", "after": "with its temperature"}
 
-
+# %% ../../nbs/report/00_figures.ipynb #5146b210
 def reliability_figure(
     rows: Mapping[str, Sequence[Mapping]],  # before, after -> bins: n, confidence, accuracy
     run: str = "",  # named in the title
@@ -1045,7 +1046,7 @@ REMOVALS = {
     "insertion": ("shown", "y2"),
 }
 
-
+# %% ../../nbs/report/00_figures.ipynb #7fb46d82
 def removal_figure(
     results: Mapping[str, Mapping],  # deletion, insertion: share, curve, random
     n: int | None = None,  # images

@@ -34,7 +34,7 @@ def make_cell(text, v=None, sub="", num=True, **more) -> dict:
     "`v` is what a column is sorted by, where that is not the text."
     return {"text": text, "v": None if num and _is_number(text) else v, "sub": sub, "num": num, **more}
 
-
+# %% ../../nbs/report/01_pages.ipynb #7d34829f
 def _is_number(text: str) -> bool:
     "Whether the page can sort by the text itself."
     return text == EN_DASH or text.translate(_DIGITS_ONLY).isdecimal()
@@ -63,13 +63,13 @@ def leak_text(run: RunResult) -> str:
         said.append("lesions of test images are in training too")
     return f"{'; '.join(said)}. Its figures flatter."
 
-
+# %% ../../nbs/report/01_pages.ipynb #651c6147
 def leak_head(runs: Sequence[RunResult]) -> str:
     "What the banner of leaking runs is called."
     into_test = any(r.leaks_into_test for r in runs)
     return "Test images leak." if into_test else "Parts of the split share lesions."
 
-
+# %% ../../nbs/report/01_pages.ipynb #b0fce9c7
 def found_words(
     found: Mapping[str, int],  # kind -> pairs of images, or of an id in two parts
 ) -> str:
@@ -84,7 +84,7 @@ def found_words(
     kinds = ", ".join(f"{kind}: {n:,}" for kind, n in found.items())
     return f"{' and '.join(parts)} in different parts of the split ({kinds})"
 
-
+# %% ../../nbs/report/01_pages.ipynb #7da14ed8
 def found_text(run: RunResult) -> str:
     "What the audit found in a run that is not marked as leaking, for the top of its page."
     if not run.found_late:
@@ -92,7 +92,7 @@ def found_text(run: RunResult) -> str:
     when = "An audit after training" if run.get("audit", "afterwards") else "The audit"
     return f"{when} found {found_words(run.found_late)}, so figures may flatter a little."
 
-
+# %% ../../nbs/report/01_pages.ipynb #70108d59
 def notices(
     runs: Sequence[RunResult],  # done
 ) -> list[tuple[str, str]]:  # which runs (empty: all), and a sentence
@@ -105,7 +105,7 @@ def notices(
                 said.setdefault(text, []).append(run.name)
     return [("" if len(names) == len(runs) else listing(names), t) for t, names in said.items()]
 
-
+# %% ../../nbs/report/01_pages.ipynb #3ea27d6f
 def run_cell(run: RunResult, sub: str = "", href: str = "") -> dict:
     "The name of a run, with a badge if it leaks."
     cell = make_cell(run.name, num=False, sub=sub)
@@ -113,16 +113,16 @@ def run_cell(run: RunResult, sub: str = "", href: str = "") -> dict:
         cell |= {"badge": "leaks", "badge_title": LEAK_TITLE}
     return cell | ({"href": href} if href else {})
 
-
+# %% ../../nbs/report/01_pages.ipynb #f0c36d7d
 def shown_name(run: RunResult) -> str:
     "The name of a run in a chart, with a mark if it leaks."
     return f"{LEAK_MARK if run.leaks else ''}{run.name}"
 
-
+# %% ../../nbs/report/01_pages.ipynb #93e1130d
 def estimate_cell(estimate: Mapping) -> dict:
     return make_cell(number(estimate["value"]), sub=interval(estimate))
 
-
+# %% ../../nbs/report/01_pages.ipynb #2ad7347f
 def signed_cell(row: Mapping) -> dict:
     "A cell of a difference with its sign."
     if row["value"] is None:
@@ -132,14 +132,14 @@ def signed_cell(row: Mapping) -> dict:
         ends = f"{row['low']:+.3f} to {row['high']:+.3f}".replace("-", MINUS)
     return make_cell(f"{row['value']:+.3f}".replace("-", MINUS), sub=ends)
 
-
+# %% ../../nbs/report/01_pages.ipynb #3d8c4026
 def p_cell(p: float | None) -> dict:
     "A p-value, or a dash."
     if p is None:
         return make_cell(EN_DASH)
     return make_cell("< 0.001", p) if p < 0.001 else make_cell(number(p))
 
-
+# %% ../../nbs/report/01_pages.ipynb #55ea713a
 def make_table(caption, columns, rows, sortable=True, **more) -> dict:
     "columns: (text, is a number) or (text, is a number, explanation)"
     heads = [
@@ -157,7 +157,7 @@ def make_table(caption, columns, rows, sortable=True, **more) -> dict:
         **more,
     }
 
-
+# %% ../../nbs/report/01_pages.ipynb #0e9a4b17
 def make_plot(figure: Mapping, id: str, alt: str, table: dict | None = None) -> dict:
     "The title moves from the chart into HTML, where it wraps and can be read aloud."
     title = figure["layout"]["title"]
@@ -176,7 +176,7 @@ def make_plot(figure: Mapping, id: str, alt: str, table: dict | None = None) -> 
         "table": table,
     }
 
-
+# %% ../../nbs/report/01_pages.ipynb #51c2c554
 def script_json(value: object) -> Markup:
     "JSON that cannot end the script element that holds it."
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -184,7 +184,7 @@ def script_json(value: object) -> Markup:
         text = text.replace(char, f"\\u{ord(char):04x}")
     return Markup(text)
 
-
+# %% ../../nbs/report/01_pages.ipynb #6d77f064
 def source_note(synthetic: bool) -> str:
     return "generated images" if synthetic else ""
 
@@ -198,7 +198,7 @@ TAGS = frozenset(
 PICTURE_LEFT_OUT = '<p class="muted">A picture is left out here: pages about real images show none.</p>'
 MANY_CELLS = 4096  # a heat map of more cells may be a picture
 
-
+# %% ../../nbs/report/01_pages.ipynb #445c3c36
 def clean_html(
     text: str,  # from a notebook
     pictures: bool,  # keep embedded ones
@@ -229,7 +229,7 @@ def clean_html(
     start = '<div class="scroll" tabindex="0" role="group" aria-label="Output table"><table'
     return re.sub(r"<table", start, text).replace("</table>", "</table></div>")
 
-
+# %% ../../nbs/report/01_pages.ipynb #1bbf4478
 def _is_picture(figure: Mapping) -> bool:
     "Whether a plotly figure may show an image."
     for trace in figure.get("data", ()):
@@ -244,7 +244,7 @@ def _is_picture(figure: Mapping) -> bool:
                 return True
     return bool(figure.get("layout", {}).get("images"))
 
-
+# %% ../../nbs/report/01_pages.ipynb #f957f803
 def _output_html(data: Mapping, pictures: bool, id: str) -> Mapping:
     "One representation of an output, ready for the template."
     if "application/vnd.plotly.v1+json" in data:
@@ -275,7 +275,7 @@ def _output_html(data: Mapping, pictures: bool, id: str) -> Mapping:
         return {"text/plain": data["text/markdown"]}
     return {"text/plain": data["text/plain"]} if "text/plain" in data else {}
 
-
+# %% ../../nbs/report/01_pages.ipynb #fdc60062
 def _stream_text(text: str, most: int = 200) -> str:
     "What a terminal would show: a line overwritten many times only as it was last."
     lines = [line.rstrip("\r").split("\r")[-1] for line in text.split("\n")]
@@ -288,7 +288,7 @@ def _stream_text(text: str, most: int = 200) -> str:
         ]
     return "\n".join(lines).rstrip()
 
-
+# %% ../../nbs/report/01_pages.ipynb #4b06ac5b
 @cache
 def _exporter(pictures: bool):
     from nbconvert.exporters import HTMLExporter, TemplateExporter
@@ -314,7 +314,7 @@ def _exporter(pictures: bool):
     exporter.register_filter("clean", clean)
     return exporter
 
-
+# %% ../../nbs/report/01_pages.ipynb #28ed619c
 def _load_readers() -> None:
     "Import nbformat and nbconvert, which takes a second; most rebuilds touch no notebook."
     # jsonschema would compile 38 grammars of addresses, which notebooks do not have.
@@ -328,7 +328,7 @@ def _load_readers() -> None:
         if absent:
             del sys.modules["rfc3987_syntax"]
 
-
+# %% ../../nbs/report/01_pages.ipynb #1e856dc0
 def notebook_html(
     path: str | Path,  # an executed notebook
     pictures: bool = False,  # keep the pictures in its outputs
@@ -355,7 +355,7 @@ def notebook_html(
     text = re.sub(r"<pre(?=[ >])", '<pre tabindex="0"', text)  # a keyboard scrolls it too
     return _forget_paths_in_text(text)
 
-
+# %% ../../nbs/report/01_pages.ipynb #96100c5b
 def _forget_paths_in_text(text: str) -> str:
     "The same page without the place of this project on this machine."
     places = {Path.cwd()}
@@ -370,7 +370,7 @@ def _forget_paths_in_text(text: str) -> str:
 def template_folder() -> Path:
     return Path(str(files("dermnb"))) / "templates"
 
-
+# %% ../../nbs/report/01_pages.ipynb #61488703
 @cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
@@ -382,7 +382,7 @@ def _environment() -> jinja2.Environment:
     environment.filters["row"] = row_html
     return environment
 
-
+# %% ../../nbs/report/01_pages.ipynb #ccd3d260
 def row_html(cells: Sequence[Mapping]) -> Markup:
     "A row of a table. (Most of a page are cells, and jinja takes several times as long.)"
     parts = ["<tr>"]
@@ -415,7 +415,7 @@ def row_html(cells: Sequence[Mapping]) -> Markup:
         parts.append(f"</{tag}>")
     return Markup("".join([*parts, "</tr>"]))
 
-
+# %% ../../nbs/report/01_pages.ipynb #032c716f
 @cache
 def _code_css() -> str:
     "Colors of code, for both schemes."
@@ -431,7 +431,7 @@ def _code_css() -> str:
     dark = f"@media (prefers-color-scheme: dark) {{\n{rules('github-dark')}\n}}"
     return f"{rules('default')}\n{dark}"
 
-
+# %% ../../nbs/report/01_pages.ipynb #7242c97e
 def render_page(template: str, sections, **values) -> str:
     css = (template_folder() / "page.css").read_text(encoding="utf-8")
     if values.pop("code_css", False):
@@ -450,14 +450,14 @@ def render_page(template: str, sections, **values) -> str:
         )
     )
 
-
+# %% ../../nbs/report/01_pages.ipynb #2284afd0
 def write_page(path: Path, text: str) -> Path:
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
     return path
 
-
+# %% ../../nbs/report/01_pages.ipynb #7c48180b
 PLOTLY_JS = "plotly.min.js"
 
 

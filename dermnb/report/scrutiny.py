@@ -50,7 +50,7 @@ def audit_blocks(runs: Sequence[RunResult]) -> list[dict]:
         groups.setdefault(json.dumps(record, sort_keys=True, default=str), []).append(run)
     return [_audit_block(members, len(groups) > 1) for members in groups.values()]
 
-
+# %% ../../nbs/report/04_scrutiny.ipynb #155b9e5a
 def _audit_block(runs: Sequence[RunResult], several: bool) -> dict:
     block = {"names": listing([r.name for r in runs], 12) if several else ""}
     try:
@@ -73,7 +73,7 @@ def _chain_sentence(audit: Mapping) -> list[str]:
     lies = "lies" if across == 1 else "lie"
     return [f"{text}; {where} of them {lies} in different parts of the split."]
 
-
+# %% ../../nbs/report/04_scrutiny.ipynb #0c9eefae
 def _audit_parts(many: bool, audit: Mapping) -> dict:
     these, their = ("These runs were", "their") if many else ("This run was", "its")
     if not audit:
@@ -167,7 +167,7 @@ MOST_SUBGROUPS = 14  # columns of a suite's table
 def _group_name(row: Mapping) -> str:
     return f"{row['title']}: {row['value']}"
 
-
+# %% ../../nbs/report/04_scrutiny.ipynb #3729f350
 def subgroups_block(run: RunResult) -> dict:
     "The section of a run's page."
     found = run.subgroups
@@ -216,7 +216,7 @@ def subgroups_block(run: RunResult) -> dict:
     block["kinds"] = "; ".join(f"{k['title'].lower()} {k['text']}" for k in found["kinds"]) + "."
     return block | {"plot": make_plot(figure, "subgroups-plot", alt, table)}
 
-
+# %% ../../nbs/report/04_scrutiny.ipynb #c0b590f4
 def subgroups_overview(done: Sequence[RunResult]) -> dict | None:
     "The section of a suite's page; None where no run has predictions."
     known = [r for r in ranked(done) if r.subgroups is not None]
@@ -259,7 +259,7 @@ def subgroups_overview(done: Sequence[RunResult]) -> dict | None:
 # %% ../../nbs/report/04_scrutiny.ipynb #34f23e8b
 MOST_ERRORS = 20  # rows of a table
 
-
+# %% ../../nbs/report/04_scrutiny.ipynb #7bfdf867
 def errors_block(runs: Sequence[RunResult]) -> dict | None:
     "Most confident mistakes of the first run, and labels that all of them together doubt."
     if runs and all(r.unsound for r in runs):
@@ -317,7 +317,7 @@ def errors_block(runs: Sequence[RunResult]) -> dict | None:
         )
     return block
 
-
+# %% ../../nbs/report/04_scrutiny.ipynb #681a0904
 def _image_row(row: Mapping, names: Sequence[str], shares: Sequence[str]) -> list[dict]:
     texts = [row["image_id"], row["lesion_id"] or EN_DASH, *(row[k] for k in names)]
     return [*(make_cell(t, num=False) for t in texts), *(make_cell(number(row[k])) for k in shares)]

@@ -150,7 +150,7 @@ def leaderboard_tables(
         tables.append(table)
     return tables
 
-
+# %% ../../nbs/report/02_sections.ipynb #c8a2b46f
 def _rank_cell(run: RunResult, ranks: Mapping[str, tuple[int, int]]) -> dict:
     found = ranks.get(run.group or run.name)
     if found is None:
@@ -162,7 +162,7 @@ def _rank_cell(run: RunResult, ranks: Mapping[str, tuple[int, int]]) -> dict:
     text = str(best) if best == worst else f"{best}{EN_DASH}{worst}"
     return make_cell(text, best + worst / 1000)
 
-
+# %% ../../nbs/report/02_sections.ipynb #938a2bc8
 def run_table(runs: Sequence[RunResult], links: Mapping[str, str]) -> dict:
     made_from = {r.name: origin_of(r, runs) for r in runs}
     chained = any(made_from.values())
@@ -188,7 +188,7 @@ def run_table(runs: Sequence[RunResult], links: Mapping[str, str]) -> dict:
         rows,
     )
 
-
+# %% ../../nbs/report/02_sections.ipynb #81dd80c9
 def _confusion_table(scored: Mapping, classes: Sequence[str], caption: str) -> dict:
     rows = []
     for name, counts in zip(classes, scored["confusion"], strict=True):
@@ -204,7 +204,7 @@ def _confusion_table(scored: Mapping, classes: Sequence[str], caption: str) -> d
     columns = [("True class", False), *((c, True) for c in classes), ("Images", True)]
     return make_table(caption, columns, rows)
 
-
+# %% ../../nbs/report/02_sections.ipynb #38cf1cbd
 def confusion_plot(run: RunResult, id: str, synthetic: bool) -> dict:
     classes, scored = list(run.record["classes"]), run.test
     where = SPLIT_TITLES[run.split].lower()
@@ -223,10 +223,10 @@ def confusion_plot(run: RunResult, id: str, synthetic: bool) -> dict:
     alt = f"{right:,} of {scored['n']:,} images lie on the diagonal."
     return make_plot(figure, id, alt, _confusion_table(scored, classes, caption))
 
-
+# %% ../../nbs/report/02_sections.ipynb #1d788a8d
 MANY_EPOCHS = 400  # above, the table of learning curves keeps the telling epochs only
 
-
+# %% ../../nbs/report/02_sections.ipynb #31ec6fae
 def curves_plot(runs: Sequence[RunResult], synthetic: bool) -> dict | None:
     if all(run.history.empty for run in runs):
         return None
@@ -286,7 +286,7 @@ def curves_plot(runs: Sequence[RunResult], synthetic: bool) -> dict | None:
         figure, "learning-curves", "; ".join(ends) + ".", make_table(caption, columns, rows)
     )
 
-
+# %% ../../nbs/report/02_sections.ipynb #0a134be7
 def class_table_rows(run: RunResult, link: bool = False) -> list[list[dict]]:
     rows = []
     for row in run.test["per_class"]:
@@ -298,10 +298,10 @@ def class_table_rows(run: RunResult, link: bool = False) -> list[list[dict]]:
         rows.append([name, size, *(estimate_cell(row[m]) for m in CLASS_METRICS)])
     return rows
 
-
+# %% ../../nbs/report/02_sections.ipynb #2c260838
 CLASS_FIGURES = ("recall", "precision", "f1", "auc")  # the others are on the pages of runs
 
-
+# %% ../../nbs/report/02_sections.ipynb #222f8b60
 def class_plots(done: Sequence[RunResult], synthetic: bool) -> list[dict]:
     plots = []
     level, where = done[0].metrics.get("level", 0.95), measured_on(done)
@@ -343,7 +343,7 @@ def class_plots(done: Sequence[RunResult], synthetic: bool) -> list[dict]:
         plots.append(make_plot(figure, f"class-{metric}", alt + ".", table))
     return plots
 
-
+# %% ../../nbs/report/02_sections.ipynb #8c1f08a9
 def absent_sentence(runs: Sequence[RunResult]) -> str:
     found = {}
     for run in runs:
@@ -361,7 +361,7 @@ def absent_sentence(runs: Sequence[RunResult]) -> str:
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}: these have no figures, and averages are over the other classes."
 
-
+# %% ../../nbs/report/02_sections.ipynb #f5c261fb
 def interval_note(metrics: Mapping) -> str:
     "How the intervals of a metrics.json were made, in a sentence or two."
     unit = metrics.get("unit", "lesion")
@@ -398,7 +398,7 @@ def settings_of(run: RunResult) -> dict[str, str]:
         if k not in ("suite", "run", "data_dir")
     }
 
-
+# %% ../../nbs/report/02_sections.ipynb #d58816a4
 def setting_text(value) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -408,7 +408,7 @@ def setting_text(value) -> str:
         return ", ".join(map(str, value)) or "none"
     return forget_paths(str(value)) if str(value) else "default"
 
-
+# %% ../../nbs/report/02_sections.ipynb #7890e0d2
 def provenance_of(run: RunResult) -> dict[str, str]:
     source = dict(run.get("provenance", default={}))
     source |= source.pop("hardware", None) or {}
@@ -430,7 +430,7 @@ def provenance_of(run: RunResult) -> dict[str, str]:
         shown[title] = text
     return shown
 
-
+# %% ../../nbs/report/02_sections.ipynb #9710ea25
 def split_shared(
     values: Mapping[str, Mapping[str, str]],  # run -> name -> value
 ) -> tuple[list[tuple[str, str]], list[str]]:
@@ -445,7 +445,7 @@ def split_shared(
             differing.append(name)
     return shared, differing
 
-
+# %% ../../nbs/report/02_sections.ipynb #fcc2e4ea
 def differing_table(
     caption: str, values: Mapping, names: Sequence[str]
 ) -> dict | None:
@@ -482,7 +482,7 @@ _words = "two three four five six seven eight nine ten".split()
 
 NUMBERS = {word: i for i, word in enumerate(_words, 2)}
 
-
+# %% ../../nbs/report/02_sections.ipynb #e3c4d940
 def _differing_conditions(claim: Claim, run: RunResult) -> list[str]:
     "What the claim says of its data that is otherwise here, as far as text can be read."
     said = f"{claim.conditions} {claim.source}".lower()
@@ -519,7 +519,7 @@ def _differing_conditions(claim: Claim, run: RunResult) -> list[str]:
         notes.append("not known to be the same data")
     return notes
 
-
+# %% ../../nbs/report/02_sections.ipynb #603987b1
 def _conditions_here(run: RunResult, split: str) -> str:
     "On what a measured figure stands."
     config = run.get("config", default={})
@@ -544,7 +544,7 @@ def _conditions_here(run: RunResult, split: str) -> str:
         parts.append(f"{epochs} epochs" if epochs else "")
     return "; ".join(p for p in parts if p)
 
-
+# %% ../../nbs/report/02_sections.ipynb #a39d1099
 def _claim_row(claim: Claim, check, runs: Sequence[RunResult]) -> list[dict]:
     of = SPLIT_TITLES.get(claim.split, "split not said").lower()
     shown = f"{claim.value:.{claim.digits}f}" if claim.value is not None else ""
@@ -583,7 +583,7 @@ def _claim_row(claim: Claim, check, runs: Sequence[RunResult]) -> list[dict]:
     verdict = make_cell(verdict, num=False, bad=bool(said), sub="; ".join(notes), wrap=True)
     return [*row, measured, verdict]
 
-
+# %% ../../nbs/report/02_sections.ipynb #e3badc60
 def _claim_cell(cells: Sequence[Mapping], runs: Sequence[RunResult]) -> dict:
     if len(cells) == 1:
         return estimate_cell(cells[0])
@@ -603,7 +603,7 @@ def _compared(claim: Claim, mine, runs) -> tuple[dict, str]:
     row = _differences(mine, others, [metric], split_name(mine[0], claim.split))[0]
     return signed_cell(row), comparison_verdict(row)
 
-
+# %% ../../nbs/report/02_sections.ipynb #7eef7454
 def claims_block(suite: Mapping, runs: Sequence[RunResult]) -> dict | None:
     "Claims, their conditions and ours; None without claims."
     if not suite.get("claims"):
@@ -678,7 +678,7 @@ def _pairs(
         raise ConfigError("the two have no repeat in common.")
     return pairs
 
-
+# %% ../../nbs/report/02_sections.ipynb #55452e46
 def _differences(
     a: Sequence[RunResult], b: Sequence[RunResult], metrics: Sequence[str], split: str
 ) -> list[dict]:
@@ -707,7 +707,7 @@ def _differences(
 
 PAIRED = ("balanced_accuracy", "accuracy", "macro_f1", "macro_auc")
 
-
+# %% ../../nbs/report/02_sections.ipynb #5a15460c
 def paired_blocks(
     suite: Mapping, done: Sequence[RunResult], synthetic: bool
 ) -> list[dict]:
@@ -734,7 +734,7 @@ def paired_blocks(
         blocks.append(_paired_block(i, str(a), str(b), rows, mine, split, repeats, synthetic))
     return blocks
 
-
+# %% ../../nbs/report/02_sections.ipynb #b2a67b74
 def _paired_block(i, a, b, rows, mine, split, repeats, synthetic) -> dict:
     note = f"mean of {repeats} repeats" if repeats > 1 else ""
     figure = difference_figure(
@@ -798,7 +798,7 @@ def compared_pairs(
     except ConfigError:  # of a record whose positive class is none of its classes
         return []
 
-
+# %% ../../nbs/report/02_sections.ipynb #79728585
 def not_compared(
     runs: Sequence[RunResult],  # done
 ) -> list[str]:
@@ -809,14 +809,14 @@ def not_compared(
         if r.unsound and not r.leaks
     ]
 
-
+# %% ../../nbs/report/02_sections.ipynb #bfbacd4c
 def ranks_of(pairs: Sequence[Mapping]) -> dict[str, tuple[int, int]]:
     "Best and worst rank of each recipe that was compared with another."
     known = [p for p in pairs if p["p_holm"] is not None]
     names = list(dict.fromkeys(n for p in known for n in (p["a"], p["b"])))
     return rank_ranges(known, names)
 
-
+# %% ../../nbs/report/02_sections.ipynb #88a7efd4
 def pairs_block(
     pairs: Sequence[Mapping],
     level: float,
@@ -889,7 +889,7 @@ def _recipe(run: RunResult) -> str:
         {k: v for k, v in config.items() if k not in left_out}, sort_keys=True, default=str
     )
 
-
+# %% ../../nbs/report/02_sections.ipynb #9f408fce
 def leak_block(done: Sequence[RunResult]) -> dict | None:
     "What leaking runs gain; None if none leaks."
     leaky = [r for r in done if r.leaks]
@@ -970,7 +970,7 @@ def leak_block(done: Sequence[RunResult]) -> dict | None:
         else None,
     }
 
-
+# %% ../../nbs/report/02_sections.ipynb #bfc432c3
 def _leak_row(run: RunResult) -> list[dict]:
     leaking = run.get("leak", "test_images", default=None if run.leaks else 0)
     kind = run.get("config", "split", default="")
@@ -994,7 +994,7 @@ def _part_row(run: RunResult, part: Mapping, what: str) -> list[dict]:
         make_cell(count(part["n"]), part["n"], plural(part['lesions'], "lesion")),
     ]
 
-
+# %% ../../nbs/report/02_sections.ipynb #b8821e60
 def _how_split(run: RunResult) -> str:
     config = run.get("config", default={})
     by = {
@@ -1006,7 +1006,7 @@ def _how_split(run: RunResult) -> str:
     leaks = run.leaks and config.get("split") != "image"
     return f"{by}, with a leak" if leaks else by
 
-
+# %% ../../nbs/report/02_sections.ipynb #01e23ead
 def _gain_sentence(clean: RunResult, run: RunResult) -> str:
     a, b = run.score("accuracy"), clean.score("accuracy")
     gain = a["value"] - b["value"]
@@ -1024,7 +1024,7 @@ def _gain_sentence(clean: RunResult, run: RunResult) -> str:
     )
     return start + f"{gain:.3f} more, on other test images; {chance}."
 
-
+# %% ../../nbs/report/02_sections.ipynb #7c7060eb
 def _effect_sentence(run: RunResult, effect: Mapping, twin: RunResult | None) -> str:
     seen, new, apart = (effect[k] for k in ("seen", "unseen", "difference"))
     spread = (
@@ -1101,7 +1101,7 @@ def repeats_block(runs: Sequence[RunResult], synthetic: bool) -> dict | None:
         "plot": make_plot(figure, "repeats-plot", alt + ".", table),
     }
 
-
+# %% ../../nbs/report/02_sections.ipynb #96279edc
 def _repeat_notes(runs: Sequence[RunResult], groups: Mapping) -> list[str]:
     same, disjoint, other = [], [], []
     for name, members in groups.items():
@@ -1136,14 +1136,14 @@ def _repeat_notes(runs: Sequence[RunResult], groups: Mapping) -> list[str]:
         notes.append(f"Without results that can be checked, and so not in the means: {listing(lost)}.")
     return notes
 
-
+# %% ../../nbs/report/02_sections.ipynb #ffc47273
 def unnamed_notes(done: Sequence[RunResult]) -> list[str]:
     "A sentence for each pair of classes of which runs name no positive one, and how to."
     pairs = [list(r.record["classes"]) for r in done if not r.positive]
     pairs = dict.fromkeys(tuple(p) for p in pairs if len(p) == 2)
     return [_unnamed_note(pair, done) for pair in pairs]
 
-
+# %% ../../nbs/report/02_sections.ipynb #0f6ca515
 def _unnamed_note(pair: Sequence[str], done: Sequence[RunResult]) -> str:
     run = next(r for r in done if list(r.record["classes"]) == list(pair))
     titles = run.get("class_titles", default={})
@@ -1162,7 +1162,7 @@ def _unnamed_note(pair: Sequence[str], done: Sequence[RunResult]) -> str:
         note += f" {malignant[0]} is a malignant diagnosis: -p positive={malignant[0]} names it."
     return note
 
-
+# %% ../../nbs/report/02_sections.ipynb #8eea35ab
 def binary_block(done: Sequence[RunResult]) -> dict | None:
     "Metrics of runs that tell two classes apart; None if none does."
     tables, notes = [], unnamed_notes(done)
@@ -1205,7 +1205,7 @@ def binary_block(done: Sequence[RunResult]) -> dict | None:
     first = tables[0] if tables else None
     return {"table": first, "more": tables[1:], "definitions": about, "notes": notes}
 
-
+# %% ../../nbs/report/02_sections.ipynb #92ba6b57
 RULES = {
     "mean": "weighted mean of probabilities",
     "rank": "mean of ranks (which forgets how common each class is)",
@@ -1224,7 +1224,7 @@ def member_table(run: RunResult, members: Sequence[tuple[str, str]]) -> dict:
         f"Combined by {_rule(run)}.", [("Member", False), ("Weight", True)], rows
     )
 
-
+# %% ../../nbs/report/02_sections.ipynb #7461a934
 def ensemble_table(
     done: Sequence[RunResult], links: Mapping[str, str]
 ) -> dict | None:
@@ -1280,7 +1280,7 @@ def cost_table(done: Sequence[RunResult]) -> dict:
         narrow=True,
     )
 
-
+# %% ../../nbs/report/02_sections.ipynb #e69b941e
 def cost_notes(done: Sequence[RunResult]) -> list[str]:
     "What the figures of cost do not show."
     notes = [
@@ -1295,7 +1295,7 @@ def cost_notes(done: Sequence[RunResult]) -> list[str]:
     energy = [text for text in energy if text]
     return [*notes, *(energy or ["No energy was read in these runs."])]
 
-
+# %% ../../nbs/report/02_sections.ipynb #051329c3
 def _short(value: float | None, unit: str = "") -> str:
     "12.3 M"
     if value is None:
@@ -1309,7 +1309,7 @@ def _short(value: float | None, unit: str = "") -> str:
 def _decimal(value: float | None) -> str:
     return EN_DASH if value is None else f"{value:,.1f}"
 
-
+# %% ../../nbs/report/02_sections.ipynb #cde41f15
 def cost_plots(done: Sequence[RunResult], synthetic: bool) -> list[dict]:
     points = {
         shown_name(r): dict(r.score())
@@ -1344,7 +1344,7 @@ def cost_plots(done: Sequence[RunResult], synthetic: bool) -> list[dict]:
         plots.append(make_plot(figure, f"cost-{key}", alt + ".", table))
     return plots
 
-
+# %% ../../nbs/report/02_sections.ipynb #6d88c097
 def data_blocks(done: Sequence[RunResult]) -> list[dict]:
     "One block for each set of images and split that runs were made on."
     groups: dict[str, list[RunResult]] = {}
@@ -1352,7 +1352,7 @@ def data_blocks(done: Sequence[RunResult]) -> list[dict]:
         groups.setdefault(data_key(run), []).append(run)
     return [_data_block(members) for members in groups.values()]
 
-
+# %% ../../nbs/report/02_sections.ipynb #99867019
 def _data_block(runs: Sequence[RunResult]) -> dict:
     run, classes = runs[0], list(runs[0].record["classes"])
     dataset = run.get("dataset", default={})
@@ -1434,7 +1434,7 @@ def _data_block(runs: Sequence[RunResult]) -> dict:
         "note": note,
     }
 
-
+# %% ../../nbs/report/02_sections.ipynb #d435b7da
 def _read_facts(dataset: Mapping) -> list[tuple[str, str]]:
     "What was read of the files as what, and what was not used; nothing of earlier runs."
     known = ("images", "classes", "split", "lesions")  # told above, or in the table
@@ -1443,7 +1443,7 @@ def _read_facts(dataset: Mapping) -> list[tuple[str, str]]:
         facts.append(("Not used", "; ".join(rest)))
     return facts
 
-
+# %% ../../nbs/report/02_sections.ipynb #4edaa864
 def _draw_facts(runs: Sequence[RunResult]) -> list[tuple[str, str]]:
     "Which training images were drawn, and whether all runs share the draw."
     draws: dict[tuple, list[str]] = {}
@@ -1464,7 +1464,7 @@ def _draw_facts(runs: Sequence[RunResult]) -> list[tuple[str, str]]:
         facts.append(("Training draw", text))
     return facts
 
-
+# %% ../../nbs/report/02_sections.ipynb #8693f1d8
 def _metadata_facts(runs: Sequence[RunResult]) -> list[tuple[str, str]]:
     "What was known of patients besides the image, how much was missing, and who used it."
     found: dict[str, list[str]] = {}

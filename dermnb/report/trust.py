@@ -68,7 +68,7 @@ def _temperature_sentence(decision: Decision) -> str:
 
 OTHER_SHARES = 0.1  # that a class's share differs between splits, for them to be unlike
 
-
+# %% ../../nbs/report/03_trust.ipynb #b538b3ce
 def _unlike_splits(run: RunResult) -> str:
     "The class whose share differs most between validation and test, if it is clear."
     found = run.certainty
@@ -84,7 +84,7 @@ def _unlike_splits(run: RunResult) -> str:
         return ""
     return f"{most}: {val[most]:.2f} of validation images, {test[most]:.2f} of test images"
 
-
+# %% ../../nbs/report/03_trust.ipynb #bac4f4b7
 def certainty_sentences(run: RunResult, found: Certainty) -> list[str]:
     decision = found.decision
     said, split = found.summary["splits"][run.split], SPLIT_TITLES[run.split].lower()
@@ -135,7 +135,7 @@ def certainty_sentences(run: RunResult, found: Certainty) -> list[str]:
     )
     return lines
 
-
+# %% ../../nbs/report/03_trust.ipynb #5dae0cc1
 def _point(said: Mapping) -> dict | None:
     "Where a network starts to abstain, on its curve."
     cut = said["abstain"]
@@ -147,7 +147,7 @@ def _point(said: Mapping) -> dict | None:
 def _share_title(share: float) -> str:
     return "All answered" if share == 1 else f"{share:.0%} answered"
 
-
+# %% ../../nbs/report/03_trust.ipynb #856e2b0c
 def certainty_block(run: RunResult) -> dict:
     "The section of a run's page."
     found = run.certainty
@@ -244,10 +244,10 @@ def certainty_block(run: RunResult) -> dict:
         "plot": make_plot(figure, "risk-coverage", _risk_alt(run.name, said), table),
     }
 
-
+# %% ../../nbs/report/03_trust.ipynb #9adc5c00
 ECE = "share; 15 bins of equally many images; less is better"
 
-
+# %% ../../nbs/report/03_trust.ipynb #049c4fc3
 def _reliability_plot(run: RunResult, said: Mapping, split: str, level: float) -> dict:
     rows = said["reliability"]
     where = SPLIT_TITLES[split]
@@ -280,7 +280,7 @@ def _reliability_plot(run: RunResult, said: Mapping, split: str, level: float) -
     )
     return make_plot(figure, "reliability", f"{alt}.", table)
 
-
+# %% ../../nbs/report/03_trust.ipynb #0a6ddd97
 def _risk_alt(name: str, said: Mapping) -> str:
     whole, half = said["risk"][0]["risk"], said["risk"][-1]["risk"]
     return (
@@ -288,7 +288,7 @@ def _risk_alt(name: str, said: Mapping) -> str:
         f"{number(half['value'])} when the surer half is."
     )
 
-
+# %% ../../nbs/report/03_trust.ipynb #d39dd263
 def certainty_overview(done: Sequence[RunResult], synthetic: bool) -> dict:
     "The section of a suite's page."
     known = {r.name: r.certainty for r in done if r.certainty is not None}
@@ -443,7 +443,7 @@ def certainty_overview(done: Sequence[RunResult], synthetic: bool) -> dict:
 # %% ../../nbs/report/03_trust.ipynb #cb2600f4
 HOW_TO_EXPLAIN = "dermnb explain RUN_FOLDER --data-dir DIR"
 
-
+# %% ../../nbs/report/03_trust.ipynb #442942df
 def _shortcut_sentence(cuts: Mapping) -> str:
     "Whether the network knows more with the lesion covered than it should."
     covered, border = cuts["covered"], cuts["border"]
@@ -478,7 +478,7 @@ def _shortcut_sentence(cuts: Mapping) -> str:
         "shortcut is shown, which is not to say that there is none."
     )
 
-
+# %% ../../nbs/report/03_trust.ipynb #585c18a6
 def _removal_sentence(kind: str, result: Mapping) -> str:
     "Whether a map beats removing or showing at random."
     change = result["difference"]
@@ -498,7 +498,7 @@ def _removal_sentence(kind: str, result: Mapping) -> str:
         "mark what matters less."
     )
 
-
+# %% ../../nbs/report/03_trust.ipynb #1b856cb0
 def _randomization_sentence(cells: Mapping) -> str:
     found, chance = cells["all"], cells["all_chance"]
     if found["value"] is None or chance["value"] is None:
@@ -514,7 +514,7 @@ def _randomization_sentence(cells: Mapping) -> str:
         return start + "in part they show the picture rather than what was learned."
     return start + "they depend on what was learned."
 
-
+# %% ../../nbs/report/03_trust.ipynb #c18045d8
 def _looks_sentences(e: Mapping) -> list[str]:
     lines = [_randomization_sentence(e["randomization"])] if "randomization" in e else []
     lines += [_removal_sentence(k, e[k]) for k in ("deletion", "insertion") if k in e]
@@ -530,7 +530,7 @@ def _looks_sentences(e: Mapping) -> list[str]:
         lines.append(_shortcut_sentence(e["shortcuts"]))
     return [line for line in lines if line]
 
-
+# %% ../../nbs/report/03_trust.ipynb #7226c10a
 def _looks_limits(e: Mapping) -> str:
     "What the figures do not show."
     lines = [
@@ -551,7 +551,7 @@ def _looks_limits(e: Mapping) -> str:
         lines.append("Blurred pictures, too, are unlike any that the network has seen.")
     return " ".join(lines)
 
-
+# %% ../../nbs/report/03_trust.ipynb #e68442e6
 def _map_checks_table(e: Mapping) -> dict | None:
     "Deletion, insertion and the share inside the mask, each beside its baseline."
     spec = (
@@ -586,7 +586,7 @@ def _map_checks_table(e: Mapping) -> dict | None:
     caption = "Maps against what needs no network, with intervals."
     return make_table(caption, columns, rows, sortable=False) if rows else None
 
-
+# %% ../../nbs/report/03_trust.ipynb #67c1e9aa
 def _shortcut_table(cuts: Mapping) -> dict:
     rows = [
         [
@@ -612,7 +612,7 @@ def _shortcut_table(cuts: Mapping) -> dict:
         narrow=True,
     )
 
-
+# %% ../../nbs/report/03_trust.ipynb #3edb8aa2
 def looks_block(run: RunResult, photographs: bool) -> dict:
     "The section of a run's page."
     e = run.explanation
@@ -676,7 +676,7 @@ def looks_block(run: RunResult, photographs: bool) -> dict:
     block["how"] = _how_explained(e)
     return block | {"gallery": _gallery(run, e, photographs)}
 
-
+# %% ../../nbs/report/03_trust.ipynb #6cd8e5c5
 def _views(e: Mapping) -> dict:
     "What `shortcut_figure` draws of a run."
     cuts = e["shortcuts"]
@@ -702,7 +702,7 @@ def _removal_alt(e: Mapping) -> str:
     ]
     return f"{'; '.join(parts)}."
 
-
+# %% ../../nbs/report/03_trust.ipynb #76de6faf
 def _removal_table(e: Mapping) -> dict:
     kinds = [k for k in ("deletion", "insertion") if k in e]
     shares = e[kinds[0]]["share"]
@@ -722,7 +722,7 @@ def _removal_table(e: Mapping) -> dict:
         sortable=False,
     )
 
-
+# %% ../../nbs/report/03_trust.ipynb #3d329ea2
 def _foreign_table(e: Mapping) -> dict | None:
     if not e["foreign"]:
         return None
@@ -757,7 +757,7 @@ def may_be_shown(
     "Whether photographs and pictures made from them may stand on a page."
     return bool(OPEN_LICENSE.fullmatch(" ".join(re.findall(r"[a-z]+|\d+", license.lower()))))
 
-
+# %% ../../nbs/report/03_trust.ipynb #a82de2ae
 def _generated(run: RunResult) -> bool:
     "Whether its gallery is of generated images: both records must say so."
     return run.synthetic and bool(run.explanation and run.explanation.get("synthetic"))
@@ -775,7 +775,7 @@ def check_license(run: RunResult) -> None:
                 "page; CC0, CC BY and CC BY-NC would allow it."
             )
 
-
+# %% ../../nbs/report/03_trust.ipynb #ba876aa3
 def _picture(folder: Path, name: str) -> str:
     "A picture of the gallery as a data URI; empty if it is absent or not in the folder."
     kinds = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png"}
@@ -785,7 +785,7 @@ def _picture(folder: Path, name: str) -> str:
         return ""
     return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
-
+# %% ../../nbs/report/03_trust.ipynb #69aa399c
 def _gallery(run: RunResult, e: Mapping, photographs: bool) -> dict | None:
     "Images beside their maps by group; or a sentence why none is shown."
     if not e["gallery"]:
@@ -810,7 +810,7 @@ def _gallery(run: RunResult, e: Mapping, photographs: bool) -> dict | None:
     source = "" if _generated(run) else _credit(run, e)
     return {"groups": list(groups.items()), "source": source}
 
-
+# %% ../../nbs/report/03_trust.ipynb #c71c467e
 def _credit(run: RunResult, e: Mapping) -> str:
     names = [run.get("dataset", k, default="") for k in ("title", "citation")]
     return "Photographs: " + ". ".join(str(n).rstrip(".") for n in [*names, e["license"]] if n) + "."

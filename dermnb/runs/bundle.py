@@ -35,7 +35,7 @@ NEIGHBOURS = 5
 LOOKS = 22  # numbers on what an image looks like
 KNOWN_SHARE = 0.995  # of the validation images that each distance is to count as like
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #bfa6aa0d
 def looks(
     squares: np.ndarray,  # uint8 (N, S, S, 3)
 ) -> np.ndarray:
@@ -60,14 +60,14 @@ def looks(
     found.append(x[:, 12:20, 12:20].mean((1, 2)) - rim)
     return np.concatenate(found, axis=1)
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #d98c5c1e
 def _directions(features: np.ndarray) -> np.ndarray:
     "Rows of length 1, float32; a row of zeros stays."
     features = np.asarray(features, "float32")
     length = np.linalg.norm(features, axis=1, keepdims=True)
     return features / np.where(length > 0, length, 1)
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #a53d2612
 @dataclass(frozen=True, eq=False)
 class Novelty:
     "How far from the training images is too far, by features and by looks."
@@ -113,7 +113,7 @@ class Novelty:
             return score
         return np.maximum(score, self.strangeness(squares) / self.limit)
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #1fab7d23
 def _limit(distances: np.ndarray) -> float:
     # One of the values, so that of few images none is refused by rounding.
     return float(np.quantile(distances, KNOWN_SHARE, method="higher"))
@@ -179,7 +179,7 @@ def dermnb_version() -> str:
     except PackageNotFoundError:
         return ""
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #3f7cf4da
 def _score(estimate: Mapping) -> str:
     if estimate["value"] is None:
         return "undefined"
@@ -193,7 +193,7 @@ def _plain(text: object) -> str:
     text = html.escape(" ".join(str(text).split()), quote=False)
     return re.sub(r"([\\|\[\]*_`#!])", r"\\\1", text)
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #65e5ad4b
 def _front_matter(record: Mapping, metrics: Mapping) -> dict:
     dataset = record["dataset"]
     name = f"{record['suite']}/{record['run']}"
@@ -245,7 +245,7 @@ def _front_matter(record: Mapping, metrics: Mapping) -> dict:
         "model-index": [{"name": name, "results": results}],
     }
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #947dceb2
 def _uses(record: Mapping) -> list[str]:
     if record["dataset"]["synthetic"]:
         return [
@@ -262,7 +262,7 @@ def _uses(record: Mapping) -> list[str]:
         ),
     ]
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #bb5c5b5d
 def _limits(record: Mapping, metrics: Mapping, decision: Decision) -> list[str]:
     dataset, leak = record["dataset"], record.get("leak") or {}
     lines = [
@@ -318,7 +318,7 @@ def _limits(record: Mapping, metrics: Mapping, decision: Decision) -> list[str]:
     )
     return lines
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #7e89636f
 def model_card(
     record: Mapping,  # run.json
     metrics: Mapping,  # metrics.json
@@ -490,14 +490,14 @@ def _take_bundle(source: Path, target: Path) -> None:
     for member in sorted(p for p in (source / "members").glob("*") if p.is_dir()):
         _take_bundle(member, target / "members" / member.name)
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #721f5234
 def save_novelty(folder: str | Path, novelty: Novelty | None) -> None:
     "Write `novelty.npz`, or nothing."
     if novelty is not None:
         known = {k: v for k, v in vars(novelty).items() if v is not None}
         np.savez(Path(folder) / "novelty.npz", **known)
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #f993647e
 def write_bundle(
     folder: str | Path,  # the `model` folder of a run
     record: Mapping,  # run.json
@@ -523,7 +523,7 @@ def write_bundle(
     )
     return decision
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #65f48bc9
 def take_members(
     folder: str | Path,  # the `model` folder of an ensemble, which holds ensemble.json
     runs: Mapping[str, str | Path],  # run folder by the name that ensemble.json has
@@ -564,7 +564,7 @@ def _refuse_code(path: Path) -> None:
                 " could run code: it is not loaded."
             )
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #593b2dc9
 # Where Keras looks for what a file names; of some, only what networks here have.
 _MODULES = {
     "keras.layers": None,
@@ -586,7 +586,7 @@ def _is_plain(module, name) -> bool:
     known = _MODULES[module]
     return name in known if known else name not in _RUN_CODE
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #989dd128
 def _parts(value) -> Iterator[Mapping]:
     waiting = [value]
     while waiting:
@@ -607,7 +607,7 @@ class BundleMember:
     weight: float  # all members' sum to 1
     bundle: "Bundle"
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #0e4ebb0c
 @dataclass(frozen=True, eq=False)
 class Bundle:
     "A loaded bundle: a network, or an ensemble of bundles."
@@ -651,7 +651,7 @@ class Bundle:
         "Whether age, sex and site are of use to it."
         return any(leaf.classifier.encoder is not None for _, _, leaf in self.networks)
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #12b39b66
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as found:
@@ -675,7 +675,7 @@ def _read_novelty(path: Path, width: int) -> Novelty:
         raise ConfigError(f"{path} is not what dermnb writes for this network: copy it again.")
     return replace(known, **numbers)
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #6f2657a0
 def _read_classifier(folder: Path, model=None):
     "The network and its labels, looked at before and after Keras loads them."
     if model is None:
@@ -707,7 +707,7 @@ def _read_classifier(folder: Path, model=None):
         raise ConfigError(f"{path} does not fit the network beside it: copy both again.")
     return classifier
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #64c5c8ac
 def _texts(values, path: Path, what: str) -> tuple[str, ...]:
     if (
         not isinstance(values, list)
@@ -732,7 +732,7 @@ _FOREIGN = {  # endings of what other programs keep networks in
 }
 _BEGINS = {".keras": b"PK\3\4", ".h5": b"\x89HDF", ".hdf5": b"\x89HDF"}
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #7daf4470
 def _foreign(path: Path) -> str:
     "What a file is, by its ending, that is not of a bundle; or empty."
     ending = path.suffix.lower()
@@ -742,7 +742,7 @@ def _foreign(path: Path) -> str:
     endings = (what for known, what in _FOREIGN.items() if ending in known)
     return next(endings, "")
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #da8cb089
 def _no_bundle(path: Path) -> str:
     "Why a path is not the folder of a bundle, as the rest of a sentence."
     if path.is_file():
@@ -767,7 +767,7 @@ def _no_bundle(path: Path) -> str:
     held = (f"holds {what}" for file in sorted(path.iterdir()) if (what := _foreign(file)))
     return next(held, f"holds neither {' nor '.join(_NETWORKS)}")
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #a133835f
 def bundle_folder(
     folder: str | Path,  # `model` of a run, or the run's folder
 ) -> Path:
@@ -797,7 +797,7 @@ def bundle_folder(
         )
     return folder
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #468ec2cf
 def load_bundle(
     folder: str | Path,  # `model` of a run, or the run's folder
     model=None,  # what model.keras holds, where it is at hand: else that is loaded
@@ -805,7 +805,7 @@ def load_bundle(
     "A network or an ensemble, ready to predict; runs no code from its files."
     return _load(bundle_folder(folder), model)
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #22a05497
 def is_complete(folder: str | Path) -> bool:
     "Whether a `model` folder has all that a bundle needs, its members' too."
     folder = Path(folder)
@@ -818,7 +818,7 @@ def is_complete(folder: str | Path) -> bool:
         return all(place and (folder / "members" / place).is_dir() for place in places)
     return (folder / "model.keras").is_file()
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #c5a9ae04
 def _load(folder: Path, model=None) -> Bundle:
     path = folder / "decision.json"
     about = read_json(path) if path.is_file() else {}
@@ -857,7 +857,7 @@ def _load(folder: Path, model=None) -> Bundle:
         **shared,
     )
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #de73689f
 def _load_ensemble(folder: Path, about: Mapping, shared: dict) -> Bundle:
     path = folder / "ensemble.json"
     ensemble = read_json(path)

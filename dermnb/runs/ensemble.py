@@ -62,7 +62,7 @@ class Member:
             table = table[table["split"] == split]
         return table[probability_columns(self.classes)].to_numpy(dtype=np.float64)
 
-
+# %% ../../nbs/runs/04_ensemble.ipynb #65ab701b
 def load_members(
     folders: Mapping[str, str | Path] | Sequence[str | Path],  # by name, or run folders
 ) -> list[Member]:
@@ -90,7 +90,7 @@ def load_members(
         members.append(Member(name, folder, record, metrics, table))
     return members
 
-
+# %% ../../nbs/runs/04_ensemble.ipynb #895ed771
 def _align(name: str, record: dict, table: pd.DataFrame, first: Member) -> pd.DataFrame:
     def refuse(what: str):
         pair = f"runs {first.name!r} and {name!r}"
@@ -206,7 +206,7 @@ def combine(
     table[own] = mixed
     return table, weights
 
-
+# %% ../../nbs/runs/04_ensemble.ipynb #bd97ce41
 def _given_weights(members, how: str, weights) -> np.ndarray:
     if not len(weights):
         return np.full(len(members), 1 / len(members))
@@ -274,7 +274,7 @@ def _common_config(members: Sequence[Member]) -> dict:
         common["allow_leakage"] = True
     return common
 
-
+# %% ../../nbs/runs/04_ensemble.ipynb #704ee259
 def save_ensemble(
     folder: str | Path,  # filled with the results; made if absent
     config: ExperimentConfig,  # suite, run, seed, members, combine, bootstrap
@@ -356,7 +356,7 @@ def save_ensemble(
     write_json(folder / "run.json", record)
     return metrics
 
-
+# %% ../../nbs/runs/04_ensemble.ipynb #89e4e57a
 def find_members(
     config: ExperimentConfig,  # members: names of runs, or paths of their folders
     suite_dir: str | Path,  # where runs of that name are
@@ -368,7 +368,7 @@ def find_members(
         )
     return load_members({name: find_run(name, suite_dir) for name in config.members})
 
-
+# %% ../../nbs/runs/04_ensemble.ipynb #0cb8d6f8
 def run_ensemble(
     config: ExperimentConfig,  # members, combine, member_weights, bootstrap
     folder: str | Path | None = None,  # default: reports/<suite>/<run>

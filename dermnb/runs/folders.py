@@ -96,7 +96,7 @@ def file_hash(path: str | Path) -> str:
     "SHA-256 of a file's bytes."
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
-
+# %% ../../nbs/runs/00_folders.ipynb #615e2834
 def find_run(
     name: str,  # a run of the same suite, or the path of a run's folder
     suite_dir: str | Path,  # reports/<suite>
@@ -111,7 +111,7 @@ def find_run(
         )
     return folder
 
-
+# %% ../../nbs/runs/00_folders.ipynb #2f2af29d
 def runs_of(
     folder: str | Path,  # of a run, or of a suite
 ) -> list[Path]:
@@ -126,7 +126,7 @@ def runs_of(
         raise ConfigError(f"{folder} is neither a finished run nor a folder of some.")
     return sorted(found, key=lambda run: (run / "model" / "ensemble.json").is_file())
 
-
+# %% ../../nbs/runs/00_folders.ipynb #4cd076a3
 def validate_run(
     folder: str | Path,  # reports/<suite>/<run>
 ) -> dict:
@@ -155,7 +155,7 @@ def validate_run(
         raise ConfigError(f"{folder} is not a finished run: its model is incomplete.")
     return record
 
-
+# %% ../../nbs/runs/00_folders.ipynb #b5780e01
 def _is_whole_network(folder: Path) -> bool:
     with zipfile.ZipFile(folder / "model" / "model.keras") as archive:
         weights = "model.weights.h5" in archive.namelist()
@@ -176,7 +176,7 @@ def finish_run(
     os.replace(part, folder)
     return folder
 
-
+# %% ../../nbs/runs/00_folders.ipynb #21e0f8bf
 def is_done(
     folder: str | Path,
     config: ExperimentConfig,  # what is wanted there

@@ -77,7 +77,7 @@ def _measured_by() -> list[Path]:
 def _level(run: "RunResult") -> float:
     return run.metrics.get("level", 0.95)
 
-
+# %% ../../nbs/runs/02_results.ipynb #85fce402
 @dataclass(frozen=True)
 class RunResult:
     "One run of a suite, as far as it came."
@@ -262,7 +262,7 @@ class RunResult:
         rows = sorted(zip(table["image_id"].astype(str), table["y_true"].astype(str), strict=True))
         return hashlib.sha256(repr(rows).encode()).hexdigest()
 
-
+# %% ../../nbs/runs/02_results.ipynb #3256e491
 def load_run(
     folder: str | Path,  # reports/<suite>/<run>
     name: str = "",  # shown on pages; default: the folder's name
@@ -304,7 +304,7 @@ def load_run(
         )
     return run
 
-
+# %% ../../nbs/runs/02_results.ipynb #0803e9a4
 def _of_these_answers(run: RunResult) -> bool:
     "Whether the metrics count the answers of the predictions, split by split."
     classes, table = list(run.record["classes"]), run.predictions
@@ -323,7 +323,7 @@ def _of_these_answers(run: RunResult) -> bool:
         np.array_equal(found[s], counted[s]) for s in found
     )
 
-
+# %% ../../nbs/runs/02_results.ipynb #ba9f8cb2
 def _is_old(metrics: Mapping, record: Mapping) -> bool:
     "Whether it was written before all of today's metrics, or with another positive class."
     try:
@@ -340,7 +340,7 @@ def _is_old(metrics: Mapping, record: Mapping) -> bool:
     except (AttributeError, KeyError, TypeError):
         return False  # no metrics at all, which `load_run` says
 
-
+# %% ../../nbs/runs/02_results.ipynb #1d2ce1bb
 def _renewed(folder: Path, record: Mapping, old: Mapping) -> dict:
     "Metrics of the same predictions with the same draws, written back; and what follows."
     try:
@@ -367,7 +367,7 @@ def _renewed(folder: Path, record: Mapping, old: Mapping) -> dict:
             write_bundle(folder / "model", record, metrics, table)
     return metrics
 
-
+# %% ../../nbs/runs/02_results.ipynb #5af766ac
 def name_positive(
     folder: str | Path,  # of a finished run
     config: ExperimentConfig,  # what is wanted there
@@ -391,7 +391,7 @@ def name_positive(
     write_json(folder / "run.json", named)
     return True
 
-
+# %% ../../nbs/runs/02_results.ipynb #badd07d0
 def load_suite_runs(
     suite_dir: str | Path,  # reports/<suite>
 ) -> tuple[dict, list[RunResult]]:
@@ -418,7 +418,7 @@ def load_suite_runs(
         raise ConfigError(f"{suite_dir} holds neither suite.json nor finished runs.")
     return suite, [_suite_run(suite_dir, state) for state in suite["runs"]]
 
-
+# %% ../../nbs/runs/02_results.ipynb #d5ecc11c
 def _suite_run(suite_dir: Path, state: Mapping) -> RunResult:
     name, status = str(state["run"]), state.get("status", "missing")
     place = {"group": str(state.get("group") or name), "repeat": str(state.get("repeat") or "")}
@@ -476,7 +476,7 @@ def example_suite(
     write_json(folder / "suite.json", suite)
     return folder
 
-
+# %% ../../nbs/runs/02_results.ipynb #abfa1e8c
 def _example_run(folder: Path, skill: float, seed: int) -> None:
     rng, classes = np.random.default_rng(seed), ["MEL", "NV", "BCC"]
     truth = np.random.default_rng(9).choice(3, 240, p=[0.25, 0.6, 0.15])
@@ -532,7 +532,7 @@ def number(
     "Three decimals, or a dash where there is no value."
     return EN_DASH if value is None else f"{value:.3f}".replace("-", MINUS)
 
-
+# %% ../../nbs/runs/02_results.ipynb #19a5e7e3
 def interval(
     estimate: Mapping,  # value, low, high
 ) -> str:
@@ -542,7 +542,7 @@ def interval(
     to = EN_DASH if estimate["low"] >= 0 else " to "
     return f"{number(estimate['low'])}{to}{number(estimate['high'])}"
 
-
+# %% ../../nbs/runs/02_results.ipynb #a56d8803
 def spelled(estimate: Mapping, digits: int = 3, sign: str = "") -> str:
     "0.905 (0.881 to 0.927)"
     if estimate["value"] is None:
@@ -552,7 +552,7 @@ def spelled(estimate: Mapping, digits: int = 3, sign: str = "") -> str:
         text += f" ({estimate['low']:{sign}.{digits}f} to {estimate['high']:{sign}.{digits}f})"
     return text.replace("-", MINUS)
 
-
+# %% ../../nbs/runs/02_results.ipynb #14bdbe5b
 def count(
     value: float | None,
 ) -> str:
@@ -570,7 +570,7 @@ def ranked(
     "By balanced accuracy on the test split, best first; runs whose predictions are unsound last."
     return sorted(runs, key=lambda r: (bool(r.unsound), -(r.score()["value"] or 0.0)))
 
-
+# %% ../../nbs/runs/02_results.ipynb #bb94e985
 def judged(
     runs: Sequence[RunResult],  # done
 ) -> list[RunResult]:
@@ -578,7 +578,7 @@ def judged(
     clean = [r for r in runs if not r.leaks] or list(runs)
     return [r for r in clean if not r.unsound] or clean
 
-
+# %% ../../nbs/runs/02_results.ipynb #bbdacb60
 def grouped(
     runs: Sequence[RunResult],  # done
 ) -> dict[str, list[RunResult]]:
@@ -588,7 +588,7 @@ def grouped(
         groups.setdefault(run.group or run.name, []).append(run)
     return dict(sorted(groups.items(), key=lambda g: -group_score(g[1])["value"]))
 
-
+# %% ../../nbs/runs/02_results.ipynb #760063ba
 def group_score(runs: Sequence[RunResult]) -> dict:
     "Mean, and the ends of all intervals together."
     cells = [r.score() for r in runs]
@@ -597,18 +597,18 @@ def group_score(runs: Sequence[RunResult]) -> dict:
     low = min((c["low"] for c in ends), default=None)
     return {"value": mean, "low": low, "high": max((c["high"] for c in ends), default=None)}
 
-
+# %% ../../nbs/runs/02_results.ipynb #dc970fa4
 def best_of(done: Sequence[RunResult]) -> RunResult:
     "The best run of those that are `judged`."
     return ranked(judged(done))[0]
 
-
+# %% ../../nbs/runs/02_results.ipynb #21755c29
 def same_test(runs: Sequence[RunResult]) -> bool:
     "Whether all recipes were measured on the same images, as far as the records say."
     keys = {tuple(sorted({r.test_key for r in g})) for g in grouped(runs).values()}
     return len(keys) <= 1
 
-
+# %% ../../nbs/runs/02_results.ipynb #c9df27a6
 def data_key(run: RunResult) -> str:
     "Equal for runs on the same images in the same split."
     sizes = [
@@ -618,15 +618,15 @@ def data_key(run: RunResult) -> str:
     data = {k: v for k, v in run.get("dataset", default={}).items() if k not in told}
     return json.dumps([data, run.get("split"), sizes], sort_keys=True)
 
-
+# %% ../../nbs/runs/02_results.ipynb #0000de5d
 def chance_of(run: RunResult) -> float:
     return 1 / sum(row["n"] > 0 for row in run.test["per_class"])
 
-
+# %% ../../nbs/runs/02_results.ipynb #0a26f95a
 def size_text(scored: Mapping) -> str:
     return f"{plural(scored['n'], 'image')} of {plural(scored['lesions'], 'lesion')}"
 
-
+# %% ../../nbs/runs/02_results.ipynb #07e4483c
 def measured_on(
     runs: Sequence[RunResult],  # done
 ) -> str:
@@ -636,7 +636,7 @@ def measured_on(
         return "test (or else validation)"
     return "validation" if found == {"val"} else "test"
 
-
+# %% ../../nbs/runs/02_results.ipynb #1c8ef6c9
 def intervals_overlap(a: Mapping, b: Mapping) -> bool:
     "Whether two intervals share a value; without an interval it is the value alone."
     ends = [
@@ -645,13 +645,13 @@ def intervals_overlap(a: Mapping, b: Mapping) -> bool:
     ]
     return ends[0][0] <= ends[1][1] and ends[1][0] <= ends[0][1]
 
-
+# %% ../../nbs/runs/02_results.ipynb #78c44535
 def members_of(runs: Sequence[RunResult], name: str) -> list[RunResult]:
     "The finished runs of a group; or the run of that name."
     done = [r for r in runs if r.status == "done"]
     return [r for r in done if r.group == name] or [r for r in done if r.name == name]
 
-
+# %% ../../nbs/runs/02_results.ipynb #9fc2dceb
 def without_results(runs: Sequence[RunResult], name: str) -> str:
     "Why a group or run has no results."
     mine = [r for r in runs if name in (r.group, r.name)]
@@ -664,7 +664,7 @@ def split_name(run: RunResult, wanted: str) -> str:
     "The split of a claim, where it says one and the run has it; else that of `test`."
     return wanted if wanted in run.splits else run.split
 
-
+# %% ../../nbs/runs/02_results.ipynb #d35eb8ad
 def lesions_per_class(run: RunResult) -> dict[tuple[str, str], int]:
     "Lesions by (split, class), from the saved split or else from the metrics."
     found = {
@@ -679,7 +679,7 @@ def lesions_per_class(run: RunResult) -> dict[tuple[str, str], int]:
         found = {key: int(n) for key, n in sizes.items()} | found
     return found
 
-
+# %% ../../nbs/runs/02_results.ipynb #4869a7b1
 def train_lesions(run: RunResult) -> dict[str, int]:
     lesions = lesions_per_class(run)
     images = run.get("split", "train", "per_class", default={})
@@ -687,14 +687,14 @@ def train_lesions(run: RunResult) -> dict[str, int]:
         c: lesions.get(("train", c), images.get(c, 0)) for c in run.record["classes"]
     }
 
-
+# %% ../../nbs/runs/02_results.ipynb #71a87ba9
 def metric_title(metric: str) -> str:
     kind, _, name = metric.partition(":")
     if name:
         return f"{CLASS_METRICS[kind].title} of {name}"
     return {**METRICS, **BINARY_METRICS}[metric].title
 
-
+# %% ../../nbs/runs/02_results.ipynb #c5434407
 def member_rows(run: RunResult) -> list[tuple[str, str]]:
     "Members of an ensemble with their weights; empty for other runs."
     members = run.get("ensemble", "members", default=[])
@@ -706,7 +706,7 @@ def member_rows(run: RunResult) -> list[tuple[str, str]]:
 
     return [(forget_paths(str(m.get("run"))), text(m.get("weight"))) for m in members]
 
-
+# %% ../../nbs/runs/02_results.ipynb #ab72cb14
 ARROW = "\N{LEFTWARDS ARROW}"
 
 
@@ -727,7 +727,7 @@ def origin_of(run: RunResult, runs: Sequence[RunResult]) -> str:
         parents = [known[n] for n in found if n in known]
     return " ".join(parts)
 
-
+# %% ../../nbs/runs/02_results.ipynb #efb113ea
 def _changed(run: RunResult, digest: str) -> bool:
     "Whether its predictions are no longer those of the digest."
     path = run.folder / "predictions.parquet"
@@ -744,7 +744,7 @@ class Certainty:
     summary: Mapping  # of val and test, as `calibration_summary` gives it
     curves: Mapping  # split -> `risk_coverage` of calibrated probabilities
 
-
+# %% ../../nbs/runs/02_results.ipynb #3ee7157a
 def _calibration_of(run: RunResult) -> dict:
     "What `calibrate` fits and says, or None for each where the predictions do not allow it."
     nothing = {"decision": None, "calibration": None}
@@ -784,7 +784,7 @@ def _explained(value: Mapping) -> dict:
         ends |= {"low": None, "high": None}
     return ends | {"n": int(value["n"])}
 
-
+# %% ../../nbs/runs/02_results.ipynb #81f350ba
 def _read_explanation(raw: Mapping) -> dict:
     "The parts that are there, each whole; raises what Python raises on anything else."
     read = {k: str(raw.get(k, "")) for k in ("split", "method", "license", "masks")}
@@ -833,7 +833,7 @@ def _read_explanation(raw: Mapping) -> dict:
     ]
     return read
 
-
+# %% ../../nbs/runs/02_results.ipynb #de4a6730
 SHORTCUT_METRICS = ("accuracy", "balanced_accuracy")
 
 

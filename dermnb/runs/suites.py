@@ -65,7 +65,7 @@ class Suite(BaseModel):
     profiles: dict[str, dict[str, object]] = {}  # runs: what differs for one, or skip
     runs: dict[str, dict[str, object]] = Field(min_length=1)
 
-
+# %% ../../nbs/runs/05_suites.ipynb #6721e2cf
 @dataclass(frozen=True)
 class PlannedRun:
     "One run of a suite, and what it repeats."
@@ -79,7 +79,7 @@ class PlannedRun:
         "Runs of the suite or folders that must be finished before."
         return [*self.config.members, *filter(None, [self.config.base])]
 
-
+# %% ../../nbs/runs/05_suites.ipynb #4233c788
 def notebooks_dir() -> Path:
     "Suite files and experiment notebooks: the project's around us, or those that came with dermnb."
     import dermnb
@@ -97,12 +97,12 @@ def notebooks_dir() -> Path:
         "within its project, or install it again."
     )
 
-
+# %% ../../nbs/runs/05_suites.ipynb #3c35799d
 def suites_dir() -> Path:
     "Where the suite files that come with the project lie."
     return notebooks_dir() / "suites"
 
-
+# %% ../../nbs/runs/05_suites.ipynb #b6361f61
 class _Text(yaml.SafeLoader):
     "YAML in which all is text, and means what its place says: a run may be called no or 2019."
 
@@ -119,7 +119,7 @@ class _Text(yaml.SafeLoader):
                 )
         return node
 
-
+# %% ../../nbs/runs/05_suites.ipynb #9e637e70
 def load_suite(
     path: str | Path,  # a YAML file, or the name of one in nbs/suites
 ) -> Suite:
@@ -167,7 +167,7 @@ def load_suite(
     typed = [claim.model_dump(exclude_unset=True) for claim in claims]
     return suite.model_copy(update={"claims": typed})
 
-
+# %% ../../nbs/runs/05_suites.ipynb #ad624104
 def parse_overrides(
     pairs: list[str],  # "key=value"; a list as in YAML
 ) -> dict[str, object]:
@@ -187,12 +187,12 @@ def parse_overrides(
                 values[key] = yaml.load(text, _Text)
     return values
 
-
+# %% ../../nbs/runs/05_suites.ipynb #a32c0124
 def default_profile() -> str:
     "`gpu` where one answers, else `cpu`."
     return "gpu" if shutil.which("nvidia-smi") else "cpu"
 
-
+# %% ../../nbs/runs/05_suites.ipynb #c1246ec7
 def resolve_suite(
     suite: Suite,
     profile: str = "",  # a key of the file's profiles; empty: by the hardware
@@ -244,7 +244,7 @@ def resolve_suite(
             plan.append(PlannedRun(checked, name, repeat))
     return _in_order(suite, plan)
 
-
+# %% ../../nbs/runs/05_suites.ipynb #ea29eeb7
 def _special_runs(suite: Suite, profile: str, special: object) -> dict[str, dict | str]:
     "What a profile says of single runs."
     where = f"suite {suite.name}, profile {profile!r}"
@@ -261,7 +261,7 @@ def _special_runs(suite: Suite, profile: str, special: object) -> dict[str, dict
 def _run_name(group: str, repeat: str) -> str:
     return f"{group}-{repeat.replace(' ', '')}" if repeat else group
 
-
+# %% ../../nbs/runs/05_suites.ipynb #7f42673f
 def _repeats(
     wanted: dict[str, int],  # seeds or folds, and how many
     name: str,
@@ -288,7 +288,7 @@ def _repeats(
         return [("", {})]  # its test images are fixed: there is nothing to fold
     return [(f"fold {f}", {"split": "kfold", "folds": k, "fold": f}) for f in range(k)]
 
-
+# %% ../../nbs/runs/05_suites.ipynb #435a1fd7
 def _in_order(suite: Suite, plan: list[PlannedRun]) -> list[PlannedRun]:
     "The runs, each after its parents; parents that are not there are an error."
     names = {p.config.run: p.config for p in plan}
@@ -331,7 +331,7 @@ def experiment_notebook(config: ExperimentConfig) -> Path:
     name = "ensemble" if config.members else "transfer" if config.base else "train"
     return notebooks_dir() / "experiments" / f"{name}.ipynb"
 
-
+# %% ../../nbs/runs/05_suites.ipynb #a800e2cf
 def execute_run(
     config: ExperimentConfig,
     reports: str,  # the folder of all suites
@@ -392,7 +392,7 @@ def execute_run(
     seconds = round(time.monotonic() - start, 1)
     return {"run": config.run, "status": status, "error": error, "seconds": seconds}
 
-
+# %% ../../nbs/runs/05_suites.ipynb #6ab0e653
 def _load_notebook_tools() -> None:
     "Import what reads notebooks, without a grammar of web addresses that it never needs."
     # jsonschema uses it if it is there, as it is with Jupyter, and it takes 2 s to build.
@@ -420,7 +420,7 @@ def _kernel_with(env: dict[str, str], stderr) -> type:
 
     return KernelManager
 
-
+# %% ../../nbs/runs/05_suites.ipynb #02133565
 def _kill_kernels() -> None:
     for manager in list(_KERNELS):
         if process := getattr(manager.provisioner, "process", None):
@@ -447,7 +447,7 @@ def _one_sentence(problem: Exception) -> str:
     said = lines[0] if lines else "no message"
     return said if name == "ConfigError" else f"{name}: {said}"
 
-
+# %% ../../nbs/runs/05_suites.ipynb #b48db7fa
 def make_publishable(
     notebook: str | Path,  # an executed notebook, rewritten in place
     pictures: bool,  # keep them: only where they show generated images
@@ -492,7 +492,7 @@ CALM = {
     "distributed.admin.system-monitor.interval": "5s",
 }
 
-
+# %% ../../nbs/runs/05_suites.ipynb #575cefc1
 def gather_weights(
     configs: Sequence[ExperimentConfig],
     where: str = "the suite",  # named in the error
@@ -513,7 +513,7 @@ def gather_weights(
         file = fetched[name] if weights == "imagenet" else find_weights(name, weights)
         say(f"weights of {BACKBONES[name].title}: {weights_origin(name, file)}, {file}")
 
-
+# %% ../../nbs/runs/05_suites.ipynb #8068bc84
 def run_suite(
     path: str | Path,  # a suite file or name
     data_dir: str = "",
@@ -568,7 +568,7 @@ def run_suite(
     say("building the report")
     return build(folder), ended
 
-
+# %% ../../nbs/runs/05_suites.ipynb #147f44c3
 def _build_meanwhile(build, folder: Path, say) -> None:
     "The pages with what has ended so far; a fault in them is for the last building to raise."
     try:
@@ -576,7 +576,7 @@ def _build_meanwhile(build, folder: Path, say) -> None:
     except Exception as problem:  # the other runs are worth more than a page
         say(f"the report waits for the other runs: {_one_sentence(problem)}")
 
-
+# %% ../../nbs/runs/05_suites.ipynb #a0a31ac5
 def _write_suite_record(folder, suite, profile, plan, states) -> None:
     runs = []
     # As the file has them, whatever order they are executed in.
@@ -618,7 +618,7 @@ def _write_suite_record(folder, suite, profile, plan, states) -> None:
         },
     )
 
-
+# %% ../../nbs/runs/05_suites.ipynb #a5d04b53
 def _has_results(folder: Path) -> bool:
     try:
         return bool(validate_run(folder))
@@ -633,7 +633,7 @@ def _of_before(state: dict, same: bool) -> str:
         return f"Earlier results: a repetition{how} failed on {state['when'][:10]} ({why})."
     return "" if same else "Earlier results: it is to be repeated with other settings."
 
-
+# %% ../../nbs/runs/05_suites.ipynb #f619405c
 def _execute_all(todo, total, reports, workers, scheduler, say):
     import dask
     from distributed import Client, LocalCluster, as_completed
@@ -694,7 +694,7 @@ def _execute_all(todo, total, reports, workers, scheduler, say):
         if cluster is not None:
             cluster.close()
 
-
+# %% ../../nbs/runs/05_suites.ipynb #2957234f
 def _in_turn(todo: dict[str, PlannedRun]) -> list[PlannedRun]:
     """The smallest first, so that there soon is a page; then what others wait for, and the
     largest before others, so that it does not run alone at the end.
@@ -715,7 +715,7 @@ def _depth(planned: PlannedRun, todo: dict[str, PlannedRun]) -> int:
     "How many runs in a row must be finished before."
     return max((1 + _depth(todo[p], todo) for p in planned.parents if p in todo), default=0)
 
-
+# %% ../../nbs/runs/05_suites.ipynb #e8ecf6f1
 class _Watch:
     "Turns the progress files of the runs into lines for a person."
 
@@ -757,7 +757,7 @@ class _Watch:
             f" ({_minutes(spent)} in all{left})"
         )
 
-
+# %% ../../nbs/runs/05_suites.ipynb #22b6040c
 def _describe(state: dict) -> str:
     parts = [state["step"]]
     if "epoch" in state:

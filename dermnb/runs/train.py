@@ -130,7 +130,7 @@ class Data:
         labels = self.labels(self.train_positions)
         return np.bincount(labels, minlength=len(self.classes))
 
-
+# %% ../../nbs/runs/03_train.ipynb #79ea73ea
 def prepare_data(
     config: ExperimentConfig,
     base: Path | None = None,  # folder of the run that `config.base` names
@@ -174,7 +174,7 @@ def prepare_data(
     data = Data(dataset, manifest, store, np.asarray(rows), audit=found)
     return data if config.metadata == "none" else _with_metadata(config, data)
 
-
+# %% ../../nbs/runs/03_train.ipynb #f3eac629
 def check_leakage(
     config: ExperimentConfig,
     manifest: pd.DataFrame,  # with its split, after `merge_found`
@@ -199,7 +199,7 @@ def check_leakage(
         )
     return record
 
-
+# %% ../../nbs/runs/03_train.ipynb #b04af2c8
 def _shared(
     manifest: pd.DataFrame,
     audit: Audit,
@@ -217,7 +217,7 @@ def _shared(
     audit = replace(audit, note="; ".join(dict.fromkeys(n for n in notes if n)))
     return findings, audit_record(audit, pairs, findings, refused_across(manifest, pairs))
 
-
+# %% ../../nbs/runs/03_train.ipynb #c1936e13
 def trained_before(
     manifest: pd.DataFrame,  # with its split
     base: Path,  # folder of the run it starts from
@@ -253,7 +253,7 @@ def trained_before(
     pairs["detail"] = pairs["kind"] + ": " + pairs["part_a"] + " and " + pairs["part_b"]
     return pairs.assign(finding="across parts")[nothing.columns], "; ".join(notes)
 
-
+# %% ../../nbs/runs/03_train.ipynb #412182c2
 def _content(prints: pd.DataFrame) -> pd.Series:
     "Id and bytes of each image: two datasets may give one id to different pictures."
     return prints["image_id"].astype(str) + "\n" + prints["bytes"].fillna("")
@@ -282,7 +282,7 @@ def _split_of(base: Path) -> pd.DataFrame:
         base = find_run(name, base.parent) if name else None
     return pd.concat(tables).drop_duplicates("image_id")  # the nearest run's word counts
 
-
+# %% ../../nbs/runs/03_train.ipynb #13ce7f72
 def _with_metadata(config: ExperimentConfig, data: Data) -> Data:
     trained = data.manifest["split"] == "train"
     encoder = fit_metadata(data.manifest[trained])
@@ -307,7 +307,7 @@ def _other_patient(manifest: pd.DataFrame, seed: int) -> np.ndarray:
         rows[inside] = inside[first[other[of]]]
     return rows
 
-
+# %% ../../nbs/runs/03_train.ipynb #e74253b7
 def _leave_out(dataset: Dataset, store: ImageStore) -> tuple[Dataset, pd.DataFrame]:
     "The dataset and its rows without images that turned out to be unreadable."
     manifest = dataset.manifest
@@ -321,7 +321,7 @@ def _leave_out(dataset: Dataset, store: ImageStore) -> tuple[Dataset, pd.DataFra
     manifest = manifest[~broken].reset_index(drop=True)
     return replace(dataset, manifest=manifest, problems=problems), manifest
 
-
+# %% ../../nbs/runs/03_train.ipynb #87900fdd
 def split_batches(
     config: ExperimentConfig,
     data: Data,
@@ -378,7 +378,7 @@ def build_model(
         copy_trunk(base, model, config.backbone)
     return model
 
-
+# %% ../../nbs/runs/03_train.ipynb #ffb7171b
 def copy_trunk(
     base: Path,  # folder of a finished run
     model: keras.Model,  # from `build_classifier`; changed in place
@@ -397,7 +397,7 @@ def copy_trunk(
         layer.set_weights(trained.get_layer(layer.name).get_weights())
     return len(layers)
 
-
+# %% ../../nbs/runs/03_train.ipynb #5d1d295c
 def train_model(
     config: ExperimentConfig, data: Data, model: keras.Model
 ) -> pd.DataFrame:
@@ -414,7 +414,7 @@ def train_model(
         config,
     )
 
-
+# %% ../../nbs/runs/03_train.ipynb #04da272d
 def predict_splits(
     config: ExperimentConfig,
     data: Data,
@@ -477,7 +477,7 @@ def _draw_summary(config: ExperimentConfig, data: Data) -> dict | None:
     drawn = data.manifest["image_id"].iloc[data.train_positions]
     return {"per_class": config.balance, "hash": table_hash(drawn.to_frame())}
 
-
+# %% ../../nbs/runs/03_train.ipynb #d1f12f74
 def _metadata_summary(config: ExperimentConfig, data: Data) -> dict | None:
     if data.encoder is None:
         return None
@@ -501,14 +501,14 @@ def _weights_summary(config: ExperimentConfig) -> dict | None:
         "sha256": file_hash(file),
     }
 
-
+# %% ../../nbs/runs/03_train.ipynb #341ae390
 def _network_title(config: ExperimentConfig) -> str:
     if config.metadata == "only":
         return "Age, sex and site alone"
     title = BACKBONES[config.backbone].title
     return title if config.metadata == "none" else f"{title} and metadata"
 
-
+# %% ../../nbs/runs/03_train.ipynb #68a5270f
 def save_run(
     folder: str | Path,  # filled with the results; made if absent
     config: ExperimentConfig,
@@ -622,7 +622,7 @@ def save_run(
     write_json(folder / "run.json", record)
     return metrics
 
-
+# %% ../../nbs/runs/03_train.ipynb #8058cda5
 def run_experiment(
     config: ExperimentConfig,
     folder: str | Path | None = None,  # default: reports/<suite>/<run>
@@ -693,7 +693,7 @@ def audit_run(
     write_json(folder / "run.json", record | {"audit": found})
     return found
 
-
+# %% ../../nbs/runs/03_train.ipynb #7e92e00e
 def _bases(folder: Path, config: dict, notes: list[str]) -> Iterator[Path]:
     "The runs that a run, or the members of an ensemble, started from."
     members = config.get("members") or ()

@@ -71,7 +71,7 @@ def _percent(share: float) -> str:
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
-
+# %% ../../nbs/serve/03_app.ipynb #9210df37
 def _set_sentence(answer, bundle) -> str:
     "What the set of classes says, in Markdown."
     decision, codes = bundle.decision, answer.classes_90
@@ -140,7 +140,7 @@ class _Result:
     answer: object = None  # of dermnb.serve.predict; None if there is none
     error: str = ""  # or one sentence
 
-
+# %% ../../nbs/serve/03_app.ipynb #8fbc8d2a
 def _load(folder: str) -> tuple:
     "The predictor, and the lock that sessions share: one image at a time is computed."
     from dermnb.serve.predict import Predictor
@@ -157,7 +157,7 @@ def _table(people: Sequence[tuple]) -> pd.DataFrame | None:
     ]
     return pd.DataFrame(rows, columns=["age", "sex", "site"])
 
-
+# %% ../../nbs/serve/03_app.ipynb #100e99ef
 def _ask(
     predictor, lock, files: Sequence[_File], people: Sequence[tuple]
 ) -> list[_Result]:
@@ -179,7 +179,7 @@ def _ask(
         )
         return [_Result(people[0], error=reason)]
 
-
+# %% ../../nbs/serve/03_app.ipynb #5460744e
 def _results(
     predictor, lock, files: Sequence[_File], people: dict
 ) -> dict[str, _Result]:
@@ -205,7 +205,7 @@ def _results(
         bar.empty()
     return known
 
-
+# %% ../../nbs/serve/03_app.ipynb #fdf47eeb
 def _reading(done: int, total: int) -> str:
     return "Reading the image" if total == 1 else f"Reading images: {done} of {total}"
 
@@ -219,7 +219,7 @@ _SYNTHETIC = (
     "means nothing."
 )
 
-
+# %% ../../nbs/serve/03_app.ipynb #8b052b3f
 def page(
     model: str | Path,  # a model folder
 ) -> None:
@@ -254,11 +254,11 @@ def page(
         _detail(predictor, lock, chosen, results[chosen.key])
     _about(bundle)
 
-
+# %% ../../nbs/serve/03_app.ipynb #565de57a
 # Also of images that are not read: a browser would only say that they are not allowed.
 _ENDINGS = [*IMAGE_SUFFIXES, *(s for known in UNREAD_FORMATS.values() for s in known)]
 
-
+# %% ../../nbs/serve/03_app.ipynb #2735cf32
 def _choose_files() -> list[_File]:
     import streamlit as st
 
@@ -289,7 +289,7 @@ def _choose_files() -> list[_File]:
         for title in examples
     ]
 
-
+# %% ../../nbs/serve/03_app.ipynb #d759a009
 def _short(bundle, result: _Result) -> str:
     "A result in a few words."
     if result.error:
@@ -298,7 +298,7 @@ def _short(bundle, result: _Result) -> str:
         return "no answer"
     return f"{result.answer.title}, {_percent(result.answer.confidence)}"
 
-
+# %% ../../nbs/serve/03_app.ipynb #208b98aa
 def _overview(bundle, files: list[_File], results: dict[str, _Result]) -> _File:
     "One line a file, if there are several; the file to show in full."
     import streamlit as st
@@ -342,7 +342,7 @@ def _overview(bundle, files: list[_File], results: dict[str, _Result]) -> _File:
     )
     return by_key[key]
 
-
+# %% ../../nbs/serve/03_app.ipynb #82552ae2
 def _detail(predictor, lock, file: _File, result: _Result) -> None:
     "One file in full."
     import streamlit as st
@@ -382,7 +382,7 @@ def _detail(predictor, lock, file: _File, result: _Result) -> None:
     _members(bundle, answer)
     st.fragment(_map)(predictor, lock, file, result)
 
-
+# %% ../../nbs/serve/03_app.ipynb #4018451d
 def _square(bundle, file: _File) -> np.ndarray:
     "The part of the image that the networks see, uint8 (448, 448, 3); kept while on view."
     import streamlit as st
@@ -398,7 +398,7 @@ def _square(bundle, file: _File) -> np.ndarray:
         st.session_state["square"] = file.key, square
     return square
 
-
+# %% ../../nbs/serve/03_app.ipynb #f52242a0
 def _say(bundle, answer) -> None:
     "The answer in words."
     import streamlit as st
@@ -416,7 +416,7 @@ def _say(bundle, answer) -> None:
         )
     st.markdown(_set_sentence(answer, bundle))
 
-
+# %% ../../nbs/serve/03_app.ipynb #5b6884be
 def _ask_person(bundle, file: _File) -> None:
     "Age, sex and site, for networks that use them."
     import streamlit as st
@@ -457,7 +457,7 @@ def _probabilities(bundle, answer) -> None:
             name = f"**{name}**" if code == answer.predicted else name
             st.progress(min(p, 1.0), f"{name}, {_percent(p)}")
 
-
+# %% ../../nbs/serve/03_app.ipynb #d3a59699
 def _members(bundle, answer) -> None:
     import streamlit as st
 
@@ -481,7 +481,7 @@ def _members(bundle, answer) -> None:
         alt="What each network of the ensemble says",
     )
 
-
+# %% ../../nbs/serve/03_app.ipynb #0da74496
 def _map(predictor, lock, file: _File, result: _Result) -> None:
     "Where the networks find what speaks for a class."
     import streamlit as st
@@ -528,7 +528,7 @@ def _map(predictor, lock, file: _File, result: _Result) -> None:
     with controls:
         _downloads(bundle, file, result, pixels, target)
 
-
+# %% ../../nbs/serve/03_app.ipynb #4c8b3ecf
 def _cam(predictor, lock, file: _File, person: tuple, target: str) -> np.ndarray:
     "The map of one class, float32 (S, S); kept while its file is on view."
     import streamlit as st
@@ -557,7 +557,7 @@ def _where(cam: np.ndarray) -> str:
     place = " ".join(w for w in place if w) or "middle"
     return f"centered in the {place}, high on {_percent(float((cam > 0.5).mean()))} of the image"
 
-
+# %% ../../nbs/serve/03_app.ipynb #219af48d
 @lru_cache
 def _legend() -> np.ndarray:
     "The colors of the map from low to high, uint8 (12, 512, 3)."
@@ -586,7 +586,7 @@ def _record(bundle, file: _File, result: _Result) -> dict:
         "image": file.name,
     }
 
-
+# %% ../../nbs/serve/03_app.ipynb #f1694b98
 def _json(value) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False)
 
@@ -614,7 +614,7 @@ def _downloads(
                 on_click="ignore",
             )
 
-
+# %% ../../nbs/serve/03_app.ipynb #ea239aef
 def _about(bundle) -> None:
     import streamlit as st
 
@@ -649,7 +649,7 @@ _OPTIONS = {
 }
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-
+# %% ../../nbs/serve/03_app.ipynb #6c10eb27
 def serve(
     model: str | Path,  # a model folder
     host: str = "127.0.0.1",  # the address to listen on
@@ -698,7 +698,7 @@ def serve(
         if before is not None:
             signal.signal(signal.SIGTERM, before)
 
-
+# %% ../../nbs/serve/03_app.ipynb #2f822a8b
 def _check_port(host: str, port: int) -> None:
     try:
         family = socket.getaddrinfo(host, port)[0][0]

@@ -43,7 +43,7 @@ def _kind(name: str, classifier) -> tuple:
         return "image", classifier.image_size, classifier.resize
     return name, classifier.encoder
 
-
+# %% ../../nbs/serve/02_export.ipynb #7c4579ad
 def _name_inputs(networks: Sequence) -> dict[tuple, str]:
     "A name for each kind of input of all networks."
     kinds = dict.fromkeys(
@@ -58,7 +58,7 @@ def _name_inputs(networks: Sequence) -> dict[tuple, str]:
     names |= {kinds[0]: kinds[0][0] for kinds in (images, others) if len(kinds) == 1}
     return names
 
-
+# %% ../../nbs/serve/02_export.ipynb #f078a8f8
 def _describe(kind: tuple, name: str) -> dict:
     "What export.json says about an input."
     if kind[0] == "image":
@@ -151,7 +151,7 @@ def _write_litert(graph, path: Path) -> None:
         converter = tf.lite.TFLiteConverter.from_saved_model(f"{folder}/saved_model")
         path.write_bytes(converter.convert())
 
-
+# %% ../../nbs/serve/02_export.ipynb #07f21ad6
 def _open_litert(path: Path) -> Callable:
     import tensorflow as tf
 
@@ -163,7 +163,7 @@ def _open_litert(path: Path) -> Callable:
         runner = model.get_signature_runner("serving_default")
     return lambda inputs: runner(**inputs)["probabilities"].copy()
 
-
+# %% ../../nbs/serve/02_export.ipynb #1ad39b76
 def _write_onnx(graph, path: Path) -> None:
     import tensorflow as tf
     from tensorflow.python.framework import convert_to_constants
@@ -203,7 +203,7 @@ def _write_onnx(graph, path: Path) -> None:
         value.type.tensor_type.shape.dim[0].dim_param = "N"
     path.write_bytes(model.SerializeToString())
 
-
+# %% ../../nbs/serve/02_export.ipynb #adb92b90
 def _open_onnx(path: Path) -> Callable:
     import onnxruntime
 
@@ -222,7 +222,7 @@ class _Form:
     packages: tuple[str, ...]  # that it needs, first of all those of an extra
     use: str  # Python that opens and asks it, for the README
 
-
+# %% ../../nbs/serve/02_export.ipynb #4a59b196
 _FORMS = {
     "onnx": _Form(
         "model.onnx",
@@ -260,6 +260,8 @@ inputs = {name: tf.constant(value) for name, value in inputs.items()}
 probabilities = network(**inputs)["probabilities"].numpy()""",
     ),
 }
+
+# %% ../../nbs/serve/02_export.ipynb #2134a836
 FORMS = tuple(_FORMS)
 
 # %% ../../nbs/serve/02_export.ipynb #8b532731
@@ -283,7 +285,7 @@ def _samples(images: Sequence[np.ndarray] | None) -> list[Image.Image]:
         raise ConfigError("no image to check an export on: give some, or None.")
     return [Image.fromarray(image) for image in images]
 
-
+# %% ../../nbs/serve/02_export.ipynb #ce857385
 def _patients(networks: Sequence, n: int) -> pd.DataFrame:
     "Made-up age, sex and site of n images: what encoders know, and missing values."
     rng = np.random.default_rng(0)
@@ -306,7 +308,7 @@ def _questions(names: Mapping, pictures: Sequence, patients: pd.DataFrame) -> di
             given[name] = how[0].encode(patients)
     return {name: value.astype("float32") for name, value in given.items()}
 
-
+# %% ../../nbs/serve/02_export.ipynb #800db690
 @contextmanager
 def _full_precision():
     "Without the 10-bit products that a GPU else uses for float32."
@@ -332,7 +334,7 @@ def _answers(networks, temperature: float, names, given, patients) -> np.ndarray
     mixed = mix_probabilities(each, [weight for _, weight, _ in networks])
     return temper(mixed, temperature)
 
-
+# %% ../../nbs/serve/02_export.ipynb #545b5e3e
 def _greatest_difference(ask: Callable, given: Mapping, expected: np.ndarray) -> float:
     "Of any probability, of the first image alone and of all together."
     greatest = []
@@ -428,7 +430,7 @@ With {package} {version}, on {n} images ({of}), one alone and all at once. No pr
 from dermnb's by more than {difference:.1g}; {tolerance:g} would have been refused.
 """
 
-
+# %% ../../nbs/serve/02_export.ipynb #a61ace03
 def _thresholds(decision: Mapping) -> str:
     "What of a decision is set, in a sentence."
     said, share = [], f"{decision['coverage']:.0%}"
@@ -449,7 +451,7 @@ def _thresholds(decision: Mapping) -> str:
         )
     return ("; ".join(said) or "none") + "."
 
-
+# %% ../../nbs/serve/02_export.ipynb #3377e012
 def _page(record: Mapping) -> str:
     "README.md beside an exported file."
     lines, example = [], []
@@ -499,7 +501,7 @@ def _page(record: Mapping) -> str:
 def _ranked(bundle: Bundle) -> bool:
     return bundle.combine == "rank" or any(_ranked(m.bundle) for m in bundle.members)
 
-
+# %% ../../nbs/serve/02_export.ipynb #bfe7111c
 def _check(bundle: Bundle, path: Path, form: str) -> None:
     "ConfigError if this cannot be exported, before anything is loaded or written."
     if form not in FORMS:
@@ -540,7 +542,7 @@ def _check(bundle: Bundle, path: Path, form: str) -> None:
                 "exactly: export it as 'saved_model'."
             )
 
-
+# %% ../../nbs/serve/02_export.ipynb #0e727527
 def export_bundle(
     bundle: Bundle,  # from `load_bundle`: a network, or an ensemble not of ranks
     path: str | Path,  # folder to write; must not exist

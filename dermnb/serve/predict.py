@@ -73,7 +73,7 @@ def read_image(
 # %% ../../nbs/serve/00_predict.ipynb #8bd5cb80
 CAM_SIZE = 448  # pixels a side of the map, and of the image under it
 
-
+# %% ../../nbs/serve/00_predict.ipynb #3a197059
 @dataclass
 class Answer:
     "What a bundle says of one image."
@@ -117,7 +117,7 @@ class Answer:
             known["positive"] = self.positive
         return known | ({"members": self.members} if self.members else {})
 
-
+# %% ../../nbs/serve/00_predict.ipynb #392368d2
 def _refuse(answer: Answer, error: Exception) -> Answer:
     "The answer where there can be none; whatever happened, the others go on."
     reason = str(error)
@@ -136,7 +136,7 @@ def check_method(method: str) -> None:
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
 
-
+# %% ../../nbs/serve/00_predict.ipynb #798eff9e
 def _reasons(
     bundle: Bundle, confidence: float, novelty: float | None, least: float
 ) -> list[str]:
@@ -461,7 +461,7 @@ class Predictor:
             rows = None if metadata is None else metadata.iloc[part]
             yield from self(paths[part], metadata=rows, **options)
 
-
+# %% ../../nbs/serve/00_predict.ipynb #2e16e5a1
 def _pool() -> ThreadPoolExecutor:
     cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
     return ThreadPoolExecutor(len(cores), thread_name_prefix="read")
@@ -517,7 +517,7 @@ def _understood(
                 notes[row].append(f"The {column} {text!r} was read as {cells.changed[text]}.")
     return pd.DataFrame(values, index=table.index), faults, notes
 
-
+# %% ../../nbs/serve/00_predict.ipynb #47b90857
 def read_metadata(
     path: str | Path,  # a CSV with the names of images and any of age (years), sex and site
     images: Sequence[str | Path],  # paths; the table has them, or their names or stems
@@ -592,7 +592,7 @@ def find_images(
         tell(f"not asked about: {_counted(beside)}.")
     return list(found.values())
 
-
+# %% ../../nbs/serve/00_predict.ipynb #e92ae06d
 def _place(path: str) -> str:
     "Where a file lies, the same by whatever folders and links to them it is reached."
     file, inside, member = path.rpartition("::")
@@ -605,7 +605,7 @@ def _has_files(path: str) -> bool:
     "Whether it is a folder or a zip archive."
     return os.path.isdir(path) or (path.lower().endswith(".zip") and os.path.isfile(path))
 
-
+# %% ../../nbs/serve/00_predict.ipynb #480868cc
 def _below(
     source: str, left: collections.Counter, tell: Callable[[str], None], inside: str = ""
 ) -> list[str]:
@@ -623,7 +623,7 @@ def _below(
         left["lesion mask(s), by their names"] += len(files.masks)
     return sorted(f.path for f in images or files.masks if f.rel.startswith(inside))
 
-
+# %% ../../nbs/serve/00_predict.ipynb #cdec5325
 def _is_image(file: ImageFile) -> bool:
     "Whether a file with another ending is an image all the same, read or not."
     if unread_kind(file.name):
@@ -650,7 +650,7 @@ def _matches(pattern: str) -> list[str]:
     # With ** the files of a folder match by themselves.
     return [p for p in found if "**" not in rest or not os.path.isdir(p)]
 
-
+# %% ../../nbs/serve/00_predict.ipynb #7739cff0
 def _of_match(path: str, left: collections.Counter, tell: Callable[[str], None]) -> list[str]:
     return _below(path, left, tell) if _has_files(path) else [path]
 
@@ -658,7 +658,7 @@ def _of_match(path: str, left: collections.Counter, tell: Callable[[str], None])
 def _counted(left: collections.Counter) -> str:
     return ", ".join(f"{n:,} {what}" for what, n in left.items() if n)
 
-
+# %% ../../nbs/serve/00_predict.ipynb #9a669a47
 def answers_table(
     answers: Iterable[Answer],
     classes: Sequence[str],  # of the bundle
@@ -691,7 +691,7 @@ def answers_table(
     columns = list(rows[0]) if rows else None
     return pd.DataFrame(rows, columns=columns).astype(numbers | texts if rows else {})
 
-
+# %% ../../nbs/serve/00_predict.ipynb #f20836ce
 def isic_table(
     answers: Iterable[Answer],
     classes: Sequence[str],  # of the bundle
@@ -708,7 +708,7 @@ def isic_table(
     # ISIC 2019 also asks for the probability of none of these.
     return table.assign(UNK=0.0) if set(columns) == _ISIC_2019 else table
 
-
+# %% ../../nbs/serve/00_predict.ipynb #d53eced5
 _ISIC_2019 = set("image MEL NV BCC AK BKL DF VASC SCC".split())
 FORMS = {"dermnb": answers_table, "isic": isic_table}
 TABLES = (".csv", ".parquet")
@@ -724,7 +724,7 @@ def check_table(path: str | Path) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
-
+# %% ../../nbs/serve/00_predict.ipynb #0a8d5b98
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:
@@ -733,7 +733,7 @@ def _writing(path: Path) -> Iterator[None]:
         reason = error.strerror or str(error)
         raise ConfigError(f"{path} cannot be written: {reason.lower()}.") from None
 
-
+# %% ../../nbs/serve/00_predict.ipynb #c82087d6
 def write_answers(
     answers: Iterable[Answer],
     path: str | Path,  # .csv or .parquet
@@ -764,7 +764,7 @@ def write_answers(
         part.unlink(missing_ok=True)
     return path
 
-
+# %% ../../nbs/serve/00_predict.ipynb #7544d603
 def _writer(
     part: Path, suffix: str, stack: contextlib.ExitStack
 ) -> Callable[[pd.DataFrame], None]:
@@ -786,7 +786,7 @@ def _writer(
 
     return write
 
-
+# %% ../../nbs/serve/00_predict.ipynb #ed3761dc
 def cam_picture(
     answer: Answer,  # asked for with a map
     opacity: float = 0.5,  # of the map, 0 to 1
@@ -825,7 +825,7 @@ def cam_paths(
             raise ConfigError(f"the map would replace the image {target}: give another name.")
     return targets
 
-
+# %% ../../nbs/serve/00_predict.ipynb #2871e6c6
 def save_cam(
     answer: Answer,  # asked for with a map
     path: str | Path,  # of a PNG file
@@ -837,7 +837,7 @@ def save_cam(
         cam_picture(answer).save(path, "PNG")
     return path
 
-
+# %% ../../nbs/serve/00_predict.ipynb #0b281b65
 def short_names(paths: Sequence[str | Path]) -> list[str]:
     "Names of files, with as many of their folders as tell them apart."
     parts = [re.split(r"::|/", shown(str(path)).replace(os.sep, "/")) for path in paths]
@@ -851,7 +851,7 @@ def short_names(paths: Sequence[str | Path]) -> list[str]:
             names[i] = "/".join(parts[i][-depth:])
     return names
 
-
+# %% ../../nbs/serve/00_predict.ipynb #53663aab
 def sentence(
     answer: Answer,
     bundle: Bundle,

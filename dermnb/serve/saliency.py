@@ -79,7 +79,7 @@ def redrawn_weights(
         for layer, weights in trained.items():
             layer.set_weights(weights)
 
-
+# %% ../../nbs/serve/01_saliency.ipynb #8e312074
 def rank_correlation(
     a: np.ndarray,  # (N, h, w), maps
     b: np.ndarray,  # (N, h, w), maps of the same images
@@ -104,7 +104,7 @@ def rank_correlation(
             found[i] = x @ y / size
     return found.clip(-1, 1)
 
-
+# %% ../../nbs/serve/01_saliency.ipynb #829ab8a1
 def randomization(
     models: Sequence,  # keras models: one, or the members of an ensemble
     maps_of: Callable,  # () -> their maps (N, h, w), always of the same images and classes
@@ -135,7 +135,7 @@ def randomization(
         found[part], found[f"{part}_chance"] = _known_mean(same), _known_mean(other)
     return found
 
-
+# %% ../../nbs/serve/01_saliency.ipynb #47a2424f
 def _known_mean(values: Sequence[np.ndarray]) -> np.ndarray:
     "The mean over the first axis of what is no NaN."
     values = np.asarray(values)
@@ -206,7 +206,7 @@ def deletion_insertion(
             part[f"{order}area"] = np.trapezoid(each, share, axis=1)
     return found
 
-
+# %% ../../nbs/serve/01_saliency.ipynb #449a2562
 def _ranks(maps: np.ndarray, fields: np.ndarray) -> np.ndarray:
     "Place of each pixel in its image's order, 0 the most important."
     n, side = maps.shape[:2]
@@ -225,7 +225,7 @@ def _random_field(rng, cells: int, side: int) -> np.ndarray:
 def _blur(image: np.ndarray, radius: float) -> np.ndarray:
     return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius)))
 
-
+# %% ../../nbs/serve/01_saliency.ipynb #ffb41900
 def _fits(images: np.ndarray, given: np.ndarray, what: str) -> None:
     if images.ndim != 4 or images.dtype != "uint8" or images.shape[1] != images.shape[2]:
         raise ConfigError(
@@ -281,7 +281,7 @@ def cover_lesion(
             out[i][box] = _mean_color(images[i], ~box)
     return out
 
-
+# %% ../../nbs/serve/01_saliency.ipynb #3b7af3d7
 def border_only(
     images: np.ndarray,  # uint8 (N, S, S, 3)
     width: float = 0.1,  # of the frame that stays, as a share of the side, below 0.5
@@ -299,7 +299,7 @@ def border_only(
         out[i][inner] = _mean_color(image, ~inner)
     return out
 
-
+# %% ../../nbs/serve/01_saliency.ipynb #c1e0110d
 def _mean_color(image: np.ndarray, where: np.ndarray) -> np.ndarray:
     pixels = image[where] if where.any() else image.reshape(-1, 3)
     return pixels.mean(axis=0).round().astype("uint8")
@@ -348,7 +348,7 @@ def _rows(manifest: pd.DataFrame, image_ids, run: Path) -> pd.DataFrame:
         )
     return manifest.loc[image_ids]
 
-
+# %% ../../nbs/serve/01_saliency.ipynb #01488d6e
 def complete_bundle(
     folder: str | Path,  # of a finished run
     manifest: pd.DataFrame,  # of its images, by image id
@@ -373,7 +373,7 @@ def complete_bundle(
             )
     return model
 
-
+# %% ../../nbs/serve/01_saliency.ipynb #d79edf5d
 def _complete_members(folder: Path, manifest: pd.DataFrame) -> None:
     ensemble = read_json(folder / "model" / "ensemble.json")
     runs = {m["run"]: find_run(m["run"], folder.parent) for m in ensemble["members"]}
@@ -384,7 +384,7 @@ def _complete_members(folder: Path, manifest: pd.DataFrame) -> None:
         references = {m.name: m.probabilities("val") for m in load_members(runs)}
     take_members(folder / "model", runs, references)
 
-
+# %% ../../nbs/serve/01_saliency.ipynb #0cae88f6
 def _novelty_of(folder: Path, manifest: pd.DataFrame) -> Novelty | None:
     from dermnb.nets.gradcam import CamNetwork
     from dermnb.nets.models import load_classifier
@@ -421,7 +421,7 @@ class _Sample:
     y: np.ndarray  # (N,) true class
     group: np.ndarray  # (N,) lesion, whole numbers from 0
 
-
+# %% ../../nbs/serve/01_saliency.ipynb #d3c5e828
 def _draw(folder: Path, record: Mapping, manifest, predictor, images: int) -> _Sample:
     table = pd.read_parquet(folder / "predictions.parquet")
     table = table[table["split"] == "test"].reset_index(drop=True)
@@ -448,7 +448,7 @@ def _draw(folder: Path, record: Mapping, manifest, predictor, images: int) -> _S
     y = pd.Index(record["classes"]).get_indexer(table["y_true"])
     return _Sample(table, rows, squares, masks, has_masks, y, lesion_numbers(table))
 
-
+# %% ../../nbs/serve/01_saliency.ipynb #37b8ee3c
 def _mean(values: np.ndarray, group: np.ndarray) -> dict:
     "The mean over images, with an interval by bootstrap over lesions."
     values = np.asarray(values, float)
@@ -472,7 +472,7 @@ def _accuracy(y: np.ndarray, p: np.ndarray, group: np.ndarray) -> dict:
     names = ("accuracy", "balanced_accuracy")
     return {m: estimate(float(once[m][0]), many[m], len(y), 0.95) for m in names}
 
-
+# %% ../../nbs/serve/01_saliency.ipynb #1c35b240
 def foreign_pictures(n: int = 12, size: int = 128) -> dict[str, np.ndarray]:
     "Pictures that are no skin, by kind: uint8 (n, size, size, 3)."
     rng = np.random.default_rng(0)
@@ -550,7 +550,7 @@ def _gallery(
         )
     return entries
 
-
+# %% ../../nbs/serve/01_saliency.ipynb #0c4e1a6f
 def explain_run(
     folder: str | Path,  # of a finished run or ensemble
     data_dir: str = "",  # of the images that it was trained on
@@ -632,7 +632,7 @@ def explain_run(
     write_json(folder / "explain.json", report)
     return report
 
-
+# %% ../../nbs/serve/01_saliency.ipynb #1aaf945b
 def _curve(found: Mapping, share: np.ndarray, group: np.ndarray) -> dict:
     return {
         "share": share.round(4).tolist(),
