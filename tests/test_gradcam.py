@@ -12,7 +12,8 @@ import pytest
 from tolerances import BFLOAT16, FLOAT32
 
 from dermnb.core import ConfigError
-from dermnb.nets.gradcam import METHODS, CamNetwork, cam_network, class_maps, combine_maps, resize_maps
+from dermnb.core import CAM_METHODS
+from dermnb.nets.gradcam import CamNetwork, cam_network, class_maps, combine_maps, resize_maps
 from dermnb.nets.models import (
     build_classifier,
     load_classifier,
@@ -100,7 +101,7 @@ def test_gradient_with_metadata(fusion):
         network.explain(given["image"])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CAM_METHODS)
 def test_maps(method):
     "High is important, at each image's own class, whatever else is in the batch."
     model = build_classifier("cnn", 3, 32, seed=3)
@@ -136,7 +137,7 @@ def test_published_equations():
     expected = found / found.max((1, 2), keepdims=True)
     np.testing.assert_allclose(class_maps(maps, g, "gradcam++"), expected, atol=FLOAT32)
     # Scale is lost, even that of gradients which are hardly numbers any more.
-    for method in METHODS:
+    for method in CAM_METHODS:
         tiny = class_maps(maps * 1e-20, g * 1e-30, method)
         assert tiny.max() == 1
     np.testing.assert_array_equal(class_maps(maps, -np.abs(g)), 0)
@@ -217,6 +218,7 @@ def test_combined_and_resized():
 OTHER = "jax" if BACKEND == "tensorflow" else "tensorflow"
 CODE = """
 import sys, numpy as np
+from dermnb.core import CAM_METHODS
 from dermnb.nets.gradcam import CamNetwork
 from dermnb.nets.models import load_classifier
 folder = sys.argv[1]
@@ -243,7 +245,7 @@ def test_backends_agree(tmp_path):
         check=True,
     )
     network = CamNetwork(model)
-    here = [y for m in METHODS for y in network.explain(given, [0, 1, 2], m)]
+    here = [y for m in CAM_METHODS for y in network.explain(given, [0, 1, 2], m)]
     here += network.predict(given)
     there = np.load(tmp_path / "found.npz")
     for a, b in zip(here, there.values(), strict=True):

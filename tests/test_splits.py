@@ -11,9 +11,8 @@ import pandas as pd
 import pytest
 
 from dermnb.data import splits
-from dermnb.core import ConfigError, ExperimentConfig
+from dermnb.core import SPLITS, ConfigError, ExperimentConfig
 from dermnb.data.splits import (
-    PARTS,
     balance_training,
     balance_validation,
     check_split,
@@ -393,7 +392,7 @@ def test_a_specialist_tests_on_nothing_that_its_base_trained_on(tmp_path, seed, 
         trained = set(base.loc[base["split"] == "train", column].dropna())
         assert not result.loc[result["split"] != "train", column].isin(trained).any()
     fresh = result[~result["lesion_id"].isin(base["lesion_id"])]
-    assert set(fresh["split"]) == set(PARTS)
+    assert set(fresh["split"]) == set(SPLITS)
     moved = inherit_split(manifest.sample(frac=1, random_state=seed), base, config)
     again = moved.set_index("image_id")["split"].sort_index()
     assert again.equals(result.set_index("image_id")["split"].sort_index())
@@ -453,5 +452,5 @@ def test_ham10000_as_published():
     shares = pd.crosstab(split["label"], split["split"], normalize="index")
     assert (shares[["test", "val"]] - 0.15).abs().max(axis=None) < 0.005
     table = split_table(split).loc["all"]
-    assert sum(table[part, "lesions"] for part in PARTS) == 7470
+    assert sum(table[part, "lesions"] for part in SPLITS) == 7470
     assert np.ptp(np.bincount(folds)) <= 4

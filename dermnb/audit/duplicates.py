@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'WAVES', 'BITS', 'FINGERPRINTS', 'PIECE_BITS', 'SHEAR', 'LAYER', 'FEATURES', 'NETWORK', 'KINDS', 'SURE_BITS',
-           'HASH_BITS', 'SAME_PHOTO', 'SAME_LESION', 'PER_IMAGE', 'AT_MOST', 'CHAIN', 'FOUND', 'LEAKS', 'METHODS',
+           'HASH_BITS', 'SAME_PHOTO', 'SAME_LESION', 'PER_IMAGE', 'AT_MOST', 'CHAIN', 'FOUND', 'LEAKS', 'AUDIT_METHODS',
            'miniature', 'hash_bits', 'turned_hashes', 'fingerprint', 'fingerprints', 'near_hashes', 'Looks',
            'prepare_looks', 'agreement', 'audit_weights', 'embed', 'whiten', 'near_vectors', 'find_pairs',
            'merge_found', 'audit_split', 'refused_across', 'Audit', 'audit_images', 'audit_record', 'join_records',
@@ -1089,7 +1089,7 @@ def refused_across(
     return int((pd.notna(a) & pd.notna(b) & (a != b)).sum())
 
 # %% ../../nbs/audit/03_duplicates.ipynb #91bbe1bd
-METHODS = ("none", "hashes", "network")
+AUDIT_METHODS = ("none", "hashes", "network")
 _EXAMPLES = 50  # pairs of a record
 
 
@@ -1097,7 +1097,7 @@ _EXAMPLES = 50  # pairs of a record
 class Audit:
     "Which images of a dataset show the same, and how they were looked for."
 
-    method: str  # of METHODS: how they were looked for
+    method: str  # of AUDIT_METHODS: how they were looked for
     pairs: pd.DataFrame = field(repr=False)  # of `find_pairs`
     images: int  # looked at
     unreadable: int  # without pixels; compared by bytes at most
@@ -1108,15 +1108,15 @@ class Audit:
 def audit_images(
     manifest: pd.DataFrame,  # image_id and path
     cache: str | Path,  # folder that remembers fingerprints
-    method: str = "hashes",  # of METHODS
+    method: str = "hashes",  # of AUDIT_METHODS
     workers: int = 0,  # threads; 0: one a core
 ) -> Audit:
     """Look for images that show the same, by hashes, and with a network where asked.
 
     Raises `ConfigError` where the weights of the network cannot be had.
     """
-    if method not in METHODS:
-        raise unknown_name("audit", method, METHODS)
+    if method not in AUDIT_METHODS:
+        raise unknown_name("audit", method, AUDIT_METHODS)
     start = time.perf_counter()
     if method == "none":
         nothing = pd.DataFrame(columns=["a", "b", "kind", "bits", "agreement"])
@@ -1214,7 +1214,7 @@ def join_records(
     plain = [{k: v for k, v in r.items() if k != "seconds"} for r in every]
     if not absent and all(p == plain[0] for p in plain):
         return every[0]
-    weakest = min(every, key=lambda r: METHODS.index(r["method"]))
+    weakest = min(every, key=lambda r: AUDIT_METHODS.index(r["method"]))
     notes = [r.get("note") for r in every] + absent
     joined = dict(weakest)
     joined["note"] = "; ".join(dict.fromkeys(n for n in notes if n))
@@ -1236,7 +1236,7 @@ def join_records(
 def audit_datasets(
     manifests: dict[str, pd.DataFrame],  # by a name for each; split where there is one
     cache: str | Path,  # folder that remembers fingerprints
-    method: str = "hashes",  # of METHODS
+    method: str = "hashes",  # of AUDIT_METHODS
     workers: int = 0,  # threads; 0: one a core
 ) -> tuple[pd.DataFrame, dict]:  # findings, the worst first, and a record
     """All that is shared within datasets and between them.

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'METRICS', 'CLASS_METRICS', 'TARGET_SENSITIVITY', 'TARGET_SPECIFICITY', 'FLOOR_SENSITIVITY',
-           'BINARY_METRICS', 'SPLITS', 'ROW_SUM_TOLERANCE', 'BINS', 'LEAST', 'CHUNK', 'MetricSpec',
-           'probability_columns', 'check_predictions', 'scores_from_counts', 'RankedScores', 'confidence_bins',
-           'log_losses', 'draw_groups', 'TableScores', 'bootstrap_scores', 'estimate', 'centered', 'lesion_numbers',
-           'resampling_unit', 'unit_numbers', 'choose_threshold', 'choose_specific_threshold', 'positive_class',
-           'recorded_positive', 'evaluate', 'metrics_table', 'class_table']
+           'BINARY_METRICS', 'ROW_SUM_TOLERANCE', 'BINS', 'LEAST', 'CHUNK', 'MetricSpec', 'probability_columns',
+           'check_predictions', 'scores_from_counts', 'RankedScores', 'confidence_bins', 'log_losses', 'draw_groups',
+           'TableScores', 'bootstrap_scores', 'estimate', 'centered', 'lesion_numbers', 'resampling_unit',
+           'unit_numbers', 'choose_threshold', 'choose_specific_threshold', 'positive_class', 'recorded_positive',
+           'evaluate', 'metrics_table', 'class_table']
 
 # %% ../../nbs/metrics/00_scores.ipynb #ca85c5e1
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ..core import ConfigError, unknown_name
+from ..core import SPLITS, ConfigError, unknown_name
 
 # %% ../../nbs/metrics/00_scores.ipynb #046d3244
 SCHEMA = 2  # of `metrics.json`; 1 had fewer metrics
@@ -214,7 +214,6 @@ BINARY_METRICS = _table(
 )
 
 # %% ../../nbs/metrics/00_scores.ipynb #ce1cfda2
-SPLITS = ("train", "val", "test")
 ROW_SUM_TOLERANCE = 1e-4  # float32 softmax stays within 1e-6
 
 

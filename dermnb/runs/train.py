@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from dermnb.audit.duplicates import (
-    METHODS,
+    AUDIT_METHODS,
     Audit,
     audit_images,
     audit_record,
@@ -684,7 +684,7 @@ def audit_run(
     notes: list[str] = []
     bases = dict.fromkeys(_bases(folder, config, notes))
     _, found = _shared(manifest, audit, pairs, bases, notes)
-    known = before.get("method") in METHODS[METHODS.index(method) :]
+    known = before.get("method") in AUDIT_METHODS[AUDIT_METHODS.index(method) :]
     if before.get("afterwards") or not known:  # the split was made without these pairs
         found["afterwards"] = True
     written = folder / ".split.parquet"
