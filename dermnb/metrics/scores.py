@@ -55,9 +55,6 @@ METRICS = _table(
         "mean of precision weighted by class size",
     ),
     MetricSpec(
-        "macro_recall", "Macro recall", "mean over classes of recall: balanced accuracy"
-    ),
-    MetricSpec(
         "weighted_recall",
         "Weighted recall",
         "mean of recall weighted by class size: accuracy",
@@ -327,7 +324,7 @@ def scores_from_counts(
         overall[f"weighted_{metric}"] = _ratio(
             (np.where(present, values, 0.0) * support).sum(-1), total, np.nan
         )
-    overall["balanced_accuracy"] = overall["macro_recall"]
+    overall["balanced_accuracy"] = overall.pop("macro_recall")
     square = total**2
     chance = (support * called).sum(-1)
     beyond = total * hits.sum(-1) - chance

@@ -20,18 +20,20 @@ import pandas as pd
 
 from ..core import ConfigError, duration, listing, plural
 from ..data.datasets import load_taxonomy
-from dermnb.metrics.comparison import (
-    SIGNIFICANT,
+from dermnb.metrics.claims import (
     Claim,
     check_claims,
     claim_verdict,
+    load_claims,
+    resolve_metric,
+)
+from dermnb.metrics.comparison import (
+    SIGNIFICANT,
     compare_all,
     comparison_verdict,
     leak_effect,
-    load_claims,
     paired_differences,
     rank_ranges,
-    resolve_metric,
     summarize_repeats,
 )
 from ..metrics.scores import BINARY_METRICS, CLASS_METRICS, METRICS

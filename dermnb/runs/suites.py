@@ -36,7 +36,7 @@ from dermnb.core import (
     unknown_name,
     write_json,
 )
-from ..metrics.comparison import load_claims
+from ..metrics.claims import load_claims
 from ..nets.backbones import BACKBONES, fetch_weights, find_weights, weights_origin
 from dermnb.runs.folders import (
     check_config,

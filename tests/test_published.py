@@ -1,0 +1,75 @@
+"""Published results: the predictions give the metrics beside them, and these are those of published.json.
+
+A suite that is published anew changes published.json as well, and so on purpose.
+"""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from dermnb.metrics.claims import ALIASES
+from dermnb.metrics.scores import METRICS, evaluate, recorded_positive
+
+REPORTS = Path(__file__).resolve().parent.parent / "reports"
+RUNS = sorted(path.parent for path in REPORTS.glob("*/*/metrics.json"))
+FIRST = [min(r for r in RUNS if r.parent == suite) for suite in sorted({r.parent for r in RUNS})]
+PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
+OLD_NAMES = {old: new for old, new in ALIASES.items() if old not in METRICS}
+EXACT = 1e-12  # sums of a few thousand numbers below 1 in another order
+
+
+def read(run: Path, resamples: int | None = None) -> tuple[dict, dict]:
+    "metrics.json, and what `evaluate` makes of predictions.parquet."
+    record, kept = (json.loads((run / f).read_text()) for f in ("run.json", "metrics.json"))
+    table = pd.read_parquet(run / "predictions.parquet")
+    resamples = resamples or kept["resamples"]
+    settings = {"level": kept["level"], "seed": kept["seed"], "resamples": resamples}
+    positive = recorded_positive(record)
+    return kept, evaluate(table, record["classes"], **settings, positive=positive)
+
+
+def differing(kept, made, without=(), place="") -> list[str]:
+    "Where two records of metrics are not the same."
+    if isinstance(made, dict):
+        names = [n for n in kept.keys() | made.keys() if n not in (*without, *OLD_NAMES)]
+        return [
+            fault
+            for n in names
+            for fault in differing(kept.get(n, "absent"), made.get(n), without, f"{place}/{n}")
+        ]
+    if isinstance(made, list) and isinstance(kept, list) and len(kept) == len(made):
+        pairs = enumerate(zip(kept, made, strict=True))
+        return [f for i, pair in pairs for f in differing(*pair, without, f"{place}/{i}")]
+    number = isinstance(made, float) and isinstance(kept, float)
+    same = abs(kept - made) <= EXACT if number else kept == made
+    return [] if same else [f"{place}: {kept} is published, {made} follows"]
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda r: f"{r.parent.name}/{r.name}")
+def test_values_follow_from_the_predictions(run):
+    kept, made = read(run, 1)
+    assert differing(kept, made, ("low", "high", "resamples")) == []
+    for split in kept["splits"].values():  # of runs that list one quantity by two names
+        for name in OLD_NAMES.keys() & split["metrics"].keys():
+            assert differing(split["metrics"][name], split["metrics"][OLD_NAMES[name]]) == []
+
+
+@pytest.mark.parametrize("run", FIRST, ids=lambda r: f"{r.parent.name}/{r.name}")
+def test_intervals_follow_from_the_predictions(run):
+    assert differing(*read(run)) == []
+
+
+def test_published_values_stay():
+    found = {}
+    for run in RUNS:
+        splits = json.loads((run / "metrics.json").read_text())["splits"]
+        found.setdefault(run.parent.name, {})[run.name] = splits
+    assert {s: set(runs) for s, runs in found.items()} == {s: set(r) for s, r in PUBLISHED.items()}
+    for suite, runs in PUBLISHED.items():
+        for run, splits in runs.items():
+            for split, metrics in splits.items():
+                for name, value in metrics.items():
+                    now = found[suite][run][split]["metrics"][name]
+                    assert [now["value"], now["low"], now["high"]] == value, (suite, run, name)
