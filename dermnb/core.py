@@ -7,10 +7,9 @@ __all__ = ['SPLITS', 'CAM_METHODS', 'Rate', 'NO_FOLDER', 'ENSEMBLE_FIELDS', 'PAC
            'unknown_name', 'listing', 'plural', 'DataConfig', 'NetworkConfig', 'TrainingConfig', 'EvaluationConfig',
            'ExperimentConfig', 'make_config', 'write_json', 'read_json', 'set_seed', 'keep_graphs', 'provenance',
            'peak_memory_mb', 'now', 'duration', 'table_hash', 'progress', 'greeting_filter', 'project_root',
-           'cache_dir', 'EnergyMeter']
+           'cache_dir']
 
 # %% ../nbs/00_core.ipynb #344c01c0
-import ctypes
 import difflib
 import hashlib
 import importlib.metadata
@@ -22,12 +21,11 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -549,125 +547,3 @@ def project_root() -> Path:
 def cache_dir() -> Path:
     "Where decoded images are kept: DERMNB_CACHE, or data/cache in the project."
     return Path(os.environ.get("DERMNB_CACHE") or project_root() / "data" / "cache")
-
-# %% ../nbs/00_core.ipynb #20f5eacf
-def _package_counters(root: Path) -> dict[str, tuple[float, float]]:
-    "Joules that each processor package has counted, and where it starts again."
-    found = {}
-    for zone in sorted(root.glob("intel-rapl:*")):
-        # Parts of a package, and the platform that it is part of, would count it twice.
-        if zone.name.count(":") == 1 and _text(zone / "name").startswith("package"):
-            count, most = (_text(zone / f) for f in ("energy_uj", "max_energy_range_uj"))
-            found[zone.name] = int(count) / 1e6, int(most) / 1e6
-    if not found:
-        raise OSError("the machine shows no counter of theirs")
-    return found
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except PermissionError:
-        raise OSError("only root may read their counters here") from None
-
-# %% ../nbs/00_core.ipynb #795e1ccd
-def _gpu_counters() -> dict[str, tuple[float, float]]:
-    "Joules that each NVIDIA GPU has used since its driver was loaded; no end to it."
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        raise OSError("there is no NVIDIA driver") from None
-
-    def ask(function: str, *given):
-        if code := getattr(nvml, function)(*given):
-            raise OSError(f"{function} answered {code}")
-
-    count, device, used = ctypes.c_uint(), ctypes.c_void_p(), ctypes.c_ulonglong()
-    ask("nvmlInit_v2")
-    try:
-        ask("nvmlDeviceGetCount_v2", ctypes.byref(count))
-        found = {}
-        for i in range(count.value):
-            ask("nvmlDeviceGetHandleByIndex_v2", i, ctypes.byref(device))
-            ask("nvmlDeviceGetTotalEnergyConsumption", device, ctypes.byref(used))
-            found[f"gpu:{i}"] = used.value / 1e3, 0.0
-    finally:
-        nvml.nvmlShutdown()
-    if not found:
-        raise OSError("the driver knows none")
-    return found
-
-# %% ../nbs/00_core.ipynb #f1fe295e
-class EnergyMeter:
-    """Energy that the processors and NVIDIA GPUs of this machine use within a `with`.
-
-    What cannot be read has a reason in place of a value, and never stops the work.
-    """
-
-    def __init__(
-        self,
-        root: str | Path = "/sys/class/powercap",  # where the packages' counters are
-        every: float = 5.0,  # seconds between two looks
-    ):
-        self.every = every
-        self._read = {"cpu": lambda: _package_counters(Path(root)), "gpu": _gpu_counters}
-        self._joules = dict.fromkeys(self._read, 0.0)
-        self._last: dict[str, float] = {}
-        self._fault: dict[str, str] = {}
-        self._lock, self._end = threading.Lock(), threading.Event()
-        self._started = self._seconds = 0.0
-
-    def __enter__(self) -> Self:
-        self._started = time.monotonic()
-        self._look()
-        if len(self._fault) < len(self._read):
-            threading.Thread(target=self._watch, daemon=True).start()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._look()
-        self._end.set()
-
-    def _watch(self) -> None:
-        while not self._end.wait(self.every):
-            self._look()
-
-    def _look(self) -> None:
-        with self._lock:
-            if self._end.is_set():
-                return
-            self._seconds = time.monotonic() - self._started
-            for part, read in self._read.items():
-                try:
-                    counters = {} if part in self._fault else read()
-                except (OSError, ValueError, AttributeError) as error:
-                    self._fault[part] = str(error)
-                    continue
-                for name, (count, most) in counters.items():
-                    step = count - self._last.get(name, count)
-                    self._joules[part] += step + most * (step < 0)
-                    self._last[name] = count
-
-    def result(self) -> dict:
-        """Plain values: seconds, cpu_joules, gpu_joules, joules (of both), note.
-
-        Joules are None where they cannot be read; the note is a sentence that says what
-        was counted and why the rest was not. May be asked within the `with`.
-        """
-        self._look()
-        with self._lock:
-            known = {p: j for p, j in self._joules.items() if p not in self._fault}
-            titles = {"cpu": "processor packages", "gpu": "NVIDIA GPUs"}
-            note = " and ".join(titles[p] for p in known)
-            note = (
-                f"Energy of all {note} of the machine, whatever else ran on it"
-                if known
-                else "No energy could be read"
-            )
-            faults = [f"; {titles[p]} not counted: {why}" for p, why in self._fault.items()]
-            return {
-                "seconds": round(self._seconds, 3),
-                **{f"{p}_joules": known.get(p) for p in self._joules},
-                "joules": sum(known.values()) if known else None,
-                "note": "".join([note, *faults]) + ".",
-            }
