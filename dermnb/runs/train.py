@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FACTS', 'Stopwatch', 'Data', 'prepare_data', 'trained_before', 'split_batches', 'build_model', 'copy_trunk',
-           'train_model', 'predict_splits', 'novelty_of', 'save_run', 'run_experiment', 'audit_run']
+           'train_model', 'predict_splits', 'novelty_of', 'save_run', 'metrics_table', 'conclusion', 'run_experiment',
+           'audit_run']
 
 # %% ../../nbs/runs/03_train.ipynb #7a43f5d6
 import contextlib
@@ -627,6 +628,40 @@ def save_run(
     write_bundle(folder / "model", record, metrics, predictions, novelty)
     write_json(folder / "run.json", record)
     return metrics
+
+# %% ../../nbs/runs/03_train.ipynb #4ad1ba13
+def metrics_table(
+    metrics: dict,  # of `save_run`
+) -> pd.DataFrame:  # a row for each metric of each split; value, low, high, n
+    "All metrics with their intervals, to three digits."
+    return pd.DataFrame(
+        {
+            (split, name): value
+            for split, scored in metrics["splits"].items()
+            for name, value in scored["metrics"].items()
+        }
+    ).T.round(3)
+
+
+def conclusion(
+    name: str,  # of the network
+    metrics: dict,  # of `save_run`
+    history: pd.DataFrame,
+) -> str:
+    "Balanced accuracy on the test images beside the chance level, and the best epoch."
+    test = metrics["splits"]["test"]
+    score = test["metrics"]["balanced_accuracy"]
+    interval = "no interval, as one class takes all"
+    if score["low"] is not None:
+        interval = f"95 % interval {score['low']:.3f} to {score['high']:.3f}"
+    classes = len(test["confusion"]) - len(test["absent"])
+    best = history.loc[history["val_loss"].idxmin()]
+    return (
+        f"{name} reached a balanced accuracy of {score['value']:.3f} ({interval}, n = "
+        f"{score['n']}) on the test images; the chance level is {1 / classes:.3f}.\n"
+        f"The best validation loss was {best['val_loss']:.3f}, in epoch {best['epoch']:.0f} of "
+        f"{len(history)}."
+    )
 
 # %% ../../nbs/runs/03_train.ipynb #8058cda5
 def run_experiment(
