@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'CAM_METHODS', 'Rate', 'NO_FOLDER', 'ENSEMBLE_FIELDS', 'PACKAGES', 'GREETINGS', 'ConfigError', 'the_error',
-           'unknown_name', 'listing', 'plural', 'ExperimentConfig', 'make_config', 'write_json', 'read_json',
-           'set_seed', 'keep_graphs', 'provenance', 'peak_memory_mb', 'now', 'duration', 'table_hash', 'progress',
-           'greeting_filter', 'project_root', 'cache_dir', 'EnergyMeter']
+           'unknown_name', 'listing', 'plural', 'DataConfig', 'NetworkConfig', 'TrainingConfig', 'EvaluationConfig',
+           'ExperimentConfig', 'make_config', 'write_json', 'read_json', 'set_seed', 'keep_graphs', 'provenance',
+           'peak_memory_mb', 'now', 'duration', 'table_hash', 'progress', 'greeting_filter', 'project_root',
+           'cache_dir']
 
 # %% ../nbs/00_core.ipynb #344c01c0
-import ctypes
 import difflib
 import hashlib
 import importlib.metadata
@@ -21,12 +21,11 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -84,7 +83,7 @@ def plural(
     "1 image, 2,000 images"
     return f"{n:,} {word if n == 1 else many or word + 's'}"
 
-# %% ../nbs/00_core.ipynb #a74a70f0
+# %% ../nbs/00_core.ipynb #3853dc39
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 # What no folder can be called on one system or another: hidden, with a character that parts
@@ -95,18 +94,29 @@ NO_FOLDER = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 
-# %% ../nbs/00_core.ipynb #00cfc6b7
-class ExperimentConfig(BaseModel):
-    "Everything that decides the outcome of one run."
 
+class _Part(BaseModel):
     # Classes may be called 0 and 1, which YAML reads as numbers.
     model_config = ConfigDict(
         frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False
     )
 
+
+class _Named(_Part):
     suite: str = Field("adhoc", min_length=1)  # the folder of runs it belongs to
     run: str = Field("run", min_length=1)  # its own name, and the name of its folder
-    seed: int = Field(0, ge=0)  # initial weights, order of batches, augmentation
+
+    @model_validator(mode="after")
+    def _possible_names(self):
+        for field in ("suite", "run"):
+            name = getattr(self, field)
+            if NO_FOLDER.match(name):
+                raise ValueError(f"{field} {name!r} cannot be the name of a folder")
+        return self
+
+# %% ../nbs/00_core.ipynb #cc53fb10
+class DataConfig(_Part):
+    "Which images a run uses, how they are read, and how they are split."
 
     dataset: str = "demo"  # a row of the dataset table
     data_dir: str = ""  # where its files are; empty: data/<dataset>
@@ -122,18 +132,32 @@ class ExperimentConfig(BaseModel):
     folds: int = Field(5, ge=2, le=50)
     fold: int = Field(0, ge=0)
     test_list: str = ""  # CSV of the image ids that are the test; the rest is split
-    balance: int = Field(0, ge=0)  # training images a class, drawn once; 0: as they are
+    balance: int = Field(0, ge=0)  # training images per class, sampled once; 0: as they are
     balance_val: bool = False  # as many validation images of each class as the rarest has
     audit: Literal["hashes", "network", "none"] = "hashes"  # how the same lesion is found
-    allow_leakage: bool = False  # go on where test images are in training; pages say so
+    allow_leakage: bool = False  # continue where test images are in training; pages say so
 
     image_size: int = Field(96, ge=16, le=1024)  # pixels, square
     resize: Literal["stretch", "crop", "pad"] = "crop"
-    augment: Literal["none", "light", "dermoscopy"] = "light"
-    mix: Literal["none", "mixup", "cutmix"] = "none"
-
     metadata: Literal["none", "concat", "metablock", "only"] = "none"  # age, sex, site
     shuffle_metadata: bool = False  # give each patient another's: a control
+
+    @model_validator(mode="after")
+    def _possible_data(self):
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError("val_fraction and test_fraction leave nothing to train on")
+        if self.split == "kfold" and self.fold >= self.folds:
+            raise ValueError(f"fold {self.fold} of {self.folds}: folds count from 0")
+        if self.split == "image" and not self.allow_leakage:
+            raise ValueError(
+                "split 'image' puts photographs of one lesion on both sides: say "
+                "allow_leakage true, or take split 'lesion'"
+            )
+        return self
+
+# %% ../nbs/00_core.ipynb #93767444
+class NetworkConfig(_Part):
+    "What answers: a backbone with its head and first weights, or finished runs combined."
 
     base: str = ""  # a finished run to start from: its name in the suite, or its folder
     backbone: str = "cnn"  # a row of the backbone table
@@ -142,6 +166,37 @@ class ExperimentConfig(BaseModel):
     dropout: Rate | list[Rate] = 0.2  # one rate, or one before each dense layer
     head_batch_norm: bool = False  # between the dense layers of the head and their ReLU
     batch_norm_momentum: float = Field(0.0, ge=0, lt=1)  # 0: the network's own
+    members: list[str] = []  # finished runs to combine instead of training
+    combine: Literal["mean", "rank", "learned"] = "mean"  # how to combine them
+    member_weights: list[Annotated[float, Field(ge=0)]] = []  # of mean; empty: equal
+
+    @model_validator(mode="after")
+    def _possible_network(self):
+        if isinstance(self.dropout, list) and len(self.dropout) != len(self.head) + 1:
+            raise ValueError(
+                f"{len(self.dropout)} dropout rates for a head of {len(self.head)} dense "
+                f"layers: give one rate, or {len(self.head) + 1}"
+            )
+        if self.members and self.base:
+            raise ValueError("members are combined and a base is trained on: give one")
+        if len(set(self.members)) < len(self.members) or len(self.members) == 1:
+            raise ValueError(f"members {self.members} must name two different runs or more")
+        if self.member_weights and len(self.member_weights) != len(self.members):
+            raise ValueError(
+                f"{len(self.member_weights)} member_weights for {len(self.members)} "
+                "members: give one each, in order"
+            )
+        if self.member_weights and (self.combine != "mean" or not sum(self.member_weights)):
+            raise ValueError("member_weights belong to combine 'mean' and are not all 0")
+        return self
+
+# %% ../nbs/00_core.ipynb #bf695cab
+class TrainingConfig(_Part):
+    "How a network learns: augmentation, loss, schedule and optimizer."
+
+    seed: int = Field(0, ge=0)  # initial weights, order of batches, augmentation
+    augment: Literal["none", "light", "dermoscopy"] = "light"
+    mix: Literal["none", "mixup", "cutmix"] = "none"
 
     loss: Literal["cross_entropy", "focal"] = "cross_entropy"
     class_weights: Literal["none", "balanced", "effective"] = "none"
@@ -163,71 +218,74 @@ class ExperimentConfig(BaseModel):
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     deterministic: bool = True
 
-    members: list[str] = []  # finished runs to combine instead of training
-    combine: Literal["mean", "rank", "learned"] = "mean"  # how to combine them
-    member_weights: list[Annotated[float, Field(ge=0)]] = []  # of mean; empty: equal
-
-    bootstrap: int = Field(1000, ge=100)  # resamples for the intervals
-    explain: int = Field(0, ge=0)  # test images to look into with Grad-CAM; 0: none
-
     @model_validator(mode="after")
-    def _possible(self):
-        if self.val_fraction + self.test_fraction >= 1:
-            raise ValueError("val_fraction and test_fraction leave nothing to train on")
-        if self.split == "kfold" and self.fold >= self.folds:
-            raise ValueError(f"fold {self.fold} of {self.folds}: folds count from 0")
+    def _possible_training(self):
         if self.schedule == "head_then_top" and self.head_epochs >= self.epochs:
             raise ValueError(
                 f"head_epochs {self.head_epochs} leaves none of {self.epochs} epochs "
                 "for the top layers"
             )
+        if self.schedule == "gradual" and self.unfreeze == "all":
+            raise ValueError("schedule 'gradual' needs a count, such as unfreeze 'layers:5'")
+        return self
+
+# %% ../nbs/00_core.ipynb #1337ca24
+class EvaluationConfig(_Part):
+    "How a finished network is measured."
+
+    bootstrap: int = Field(1000, ge=100)  # resamples for the intervals
+    explain: int = Field(0, ge=0)  # test images to explain with Grad-CAM; 0: none
+
+
+# The fields stand in the order of the bases from the last to the first.
+class ExperimentConfig(EvaluationConfig, TrainingConfig, NetworkConfig, DataConfig, _Named):
+    "Everything that decides the outcome of one run: all four parts, and the run's names."
+
+    @property
+    def data(self) -> DataConfig:
+        "Which images, and how they are split."
+        return self._only(DataConfig)
+
+    @property
+    def network(self) -> NetworkConfig:
+        "What answers."
+        return self._only(NetworkConfig)
+
+    @property
+    def training(self) -> TrainingConfig:
+        "How it learns."
+        return self._only(TrainingConfig)
+
+    @property
+    def evaluation(self) -> EvaluationConfig:
+        "How it is measured."
+        return self._only(EvaluationConfig)
+
+    def _only(self, part: type[_Part]):
+        return part.model_construct(**{f: getattr(self, f) for f in part.model_fields})
+
+    @model_validator(mode="after")
+    def _possible_together(self):
         freezes = self.schedule in ("head", "head_then_top", "gradual")
         if freezes and self.weights == "none" and not self.base:
             raise ValueError(
                 f"schedule {self.schedule!r} freezes the backbone, which needs "
                 "pretrained weights: give weights or a base, or schedule 'scratch'"
             )
-        if self.split == "image" and not self.allow_leakage:
-            raise ValueError(
-                "split 'image' puts photographs of one lesion on both sides: say "
-                "allow_leakage true, or take split 'lesion'"
-            )
         if self.test_list and self.base:
             raise ValueError("a run with a base has its base's test images: no test_list")
         if self.metadata != "none" and self.mix != "none":
             raise ValueError(f"mix {self.mix!r} mixes images but cannot mix two patients")
-        if self.schedule == "gradual" and self.unfreeze == "all":
-            raise ValueError("schedule 'gradual' needs a count, such as unfreeze 'layers:5'")
-        if isinstance(self.dropout, list) and len(self.dropout) != len(self.head) + 1:
-            raise ValueError(
-                f"{len(self.dropout)} dropout rates for a head of {len(self.head)} dense "
-                f"layers: give one rate, or {len(self.head) + 1}"
-            )
-        if self.members and self.base:
-            raise ValueError("members are combined and a base is trained on: give one")
-        if len(set(self.members)) < len(self.members) or len(self.members) == 1:
-            raise ValueError(f"members {self.members} must name two different runs or more")
-        if self.member_weights and len(self.member_weights) != len(self.members):
-            raise ValueError(
-                f"{len(self.member_weights)} member_weights for {len(self.members)} "
-                "members: give one each, in order"
-            )
-        if self.member_weights and (self.combine != "mean" or not sum(self.member_weights)):
-            raise ValueError("member_weights belong to combine 'mean' and are not all 0")
-        for field in ("suite", "run"):
-            name = getattr(self, field)
-            if NO_FOLDER.match(name):
-                raise ValueError(f"{field} {name!r} cannot be the name of a folder")
         return self
 
-# %% ../nbs/00_core.ipynb #520f253b
+# %% ../nbs/00_core.ipynb #e4ed0486
 # All that matters to a run that combines others and trains nothing.
 ENSEMBLE_FIELDS = (
     *("suite", "run", "seed", "members", "combine", "member_weights", "bootstrap"),
     *("positive", "explain"),
 )
 
-# %% ../nbs/00_core.ipynb #3ac4810c
+# %% ../nbs/00_core.ipynb #20583594
 def make_config(
     values: dict[str, Any],  # parameter names and their values
     where: str = "the configuration",  # named in the error
@@ -489,125 +547,3 @@ def project_root() -> Path:
 def cache_dir() -> Path:
     "Where decoded images are kept: DERMNB_CACHE, or data/cache in the project."
     return Path(os.environ.get("DERMNB_CACHE") or project_root() / "data" / "cache")
-
-# %% ../nbs/00_core.ipynb #20f5eacf
-def _package_counters(root: Path) -> dict[str, tuple[float, float]]:
-    "Joules that each processor package has counted, and where it starts again."
-    found = {}
-    for zone in sorted(root.glob("intel-rapl:*")):
-        # Parts of a package, and the platform that it is part of, would count it twice.
-        if zone.name.count(":") == 1 and _text(zone / "name").startswith("package"):
-            count, most = (_text(zone / f) for f in ("energy_uj", "max_energy_range_uj"))
-            found[zone.name] = int(count) / 1e6, int(most) / 1e6
-    if not found:
-        raise OSError("the machine shows no counter of theirs")
-    return found
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except PermissionError:
-        raise OSError("only root may read their counters here") from None
-
-# %% ../nbs/00_core.ipynb #795e1ccd
-def _gpu_counters() -> dict[str, tuple[float, float]]:
-    "Joules that each NVIDIA GPU has used since its driver was loaded; no end to it."
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        raise OSError("there is no NVIDIA driver") from None
-
-    def ask(function: str, *given):
-        if code := getattr(nvml, function)(*given):
-            raise OSError(f"{function} answered {code}")
-
-    count, device, used = ctypes.c_uint(), ctypes.c_void_p(), ctypes.c_ulonglong()
-    ask("nvmlInit_v2")
-    try:
-        ask("nvmlDeviceGetCount_v2", ctypes.byref(count))
-        found = {}
-        for i in range(count.value):
-            ask("nvmlDeviceGetHandleByIndex_v2", i, ctypes.byref(device))
-            ask("nvmlDeviceGetTotalEnergyConsumption", device, ctypes.byref(used))
-            found[f"gpu:{i}"] = used.value / 1e3, 0.0
-    finally:
-        nvml.nvmlShutdown()
-    if not found:
-        raise OSError("the driver knows none")
-    return found
-
-# %% ../nbs/00_core.ipynb #f1fe295e
-class EnergyMeter:
-    """Energy that the processors and NVIDIA GPUs of this machine use within a `with`.
-
-    What cannot be read has a reason in place of a value, and never stops the work.
-    """
-
-    def __init__(
-        self,
-        root: str | Path = "/sys/class/powercap",  # where the packages' counters are
-        every: float = 5.0,  # seconds between two looks
-    ):
-        self.every = every
-        self._read = {"cpu": lambda: _package_counters(Path(root)), "gpu": _gpu_counters}
-        self._joules = dict.fromkeys(self._read, 0.0)
-        self._last: dict[str, float] = {}
-        self._fault: dict[str, str] = {}
-        self._lock, self._end = threading.Lock(), threading.Event()
-        self._started = self._seconds = 0.0
-
-    def __enter__(self) -> Self:
-        self._started = time.monotonic()
-        self._look()
-        if len(self._fault) < len(self._read):
-            threading.Thread(target=self._watch, daemon=True).start()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._look()
-        self._end.set()
-
-    def _watch(self) -> None:
-        while not self._end.wait(self.every):
-            self._look()
-
-    def _look(self) -> None:
-        with self._lock:
-            if self._end.is_set():
-                return
-            self._seconds = time.monotonic() - self._started
-            for part, read in self._read.items():
-                try:
-                    counters = {} if part in self._fault else read()
-                except (OSError, ValueError, AttributeError) as error:
-                    self._fault[part] = str(error)
-                    continue
-                for name, (count, most) in counters.items():
-                    step = count - self._last.get(name, count)
-                    self._joules[part] += step + most * (step < 0)
-                    self._last[name] = count
-
-    def result(self) -> dict:
-        """Plain values: seconds, cpu_joules, gpu_joules, joules (of both), note.
-
-        Joules are None where they cannot be read; the note is a sentence that says what
-        was counted and why the rest was not. May be asked within the `with`.
-        """
-        self._look()
-        with self._lock:
-            known = {p: j for p, j in self._joules.items() if p not in self._fault}
-            titles = {"cpu": "processor packages", "gpu": "NVIDIA GPUs"}
-            note = " and ".join(titles[p] for p in known)
-            note = (
-                f"Energy of all {note} of the machine, whatever else ran on it"
-                if known
-                else "No energy could be read"
-            )
-            faults = [f"; {titles[p]} not counted: {why}" for p, why in self._fault.items()]
-            return {
-                "seconds": round(self._seconds, 3),
-                **{f"{p}_joules": known.get(p) for p in self._joules},
-                "joules": sum(known.values()) if known else None,
-                "note": "".join([note, *faults]) + ".",
-            }
