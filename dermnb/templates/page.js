@@ -1,24 +1,24 @@
 "use strict";
 (function () {
-  var looks = null, boxes = [], paper = false;
+  var styles = null, boxes = [], paper = false;
   var scheme = window.matchMedia("(prefers-color-scheme: dark)");
 
   function dark() {
     return scheme.matches && !paper;
   }
 
-  // The figure in the colors of the page; one with a look of its own keeps it.
+  // The figure in the colors of the page; one with a style of its own keeps it.
   function read(box) {
     var text = document.getElementById(box.dataset.figure).textContent;
     var figure = JSON.parse(text);
     if (figure.layout.template) return figure;
     if (dark()) {
       text = text.replace(/"(#[0-9A-F]{6})"/g, function (all, color) {
-        return looks.swap[color] ? '"' + looks.swap[color] + '"' : all;
+        return styles.swap[color] ? '"' + styles.swap[color] + '"' : all;
       });
       figure = JSON.parse(text);
     }
-    figure.layout.template = dark() ? looks.dark : looks.light;
+    figure.layout.template = dark() ? styles.dark : styles.light;
     if (paper) figure.layout.width = Math.min(box.clientWidth, 660);
     return figure;
   }
@@ -120,12 +120,14 @@
   // A link into a fold opens it.
   function unfold() {
     var target = location.hash.length > 1 && document.getElementById(location.hash.slice(1));
+    var part = target && target.querySelector(":scope > details.part");
+    if (part) part.open = true;
     for (var at = target; at; at = at.parentElement) if (at.tagName === "DETAILS") at.open = true;
     if (target) target.scrollIntoView();
   }
 
   document.addEventListener("DOMContentLoaded", function () {
-    looks = JSON.parse(document.getElementById("figure-looks").textContent);
+    styles = JSON.parse(document.getElementById("figure-style").textContent);
     boxes = Array.prototype.slice.call(document.querySelectorAll("[data-figure]"));
     if ("IntersectionObserver" in window) {
       var near = new IntersectionObserver(
