@@ -11,14 +11,9 @@ import json
 from collections.abc import Mapping, Sequence
 
 from ..core import ConfigError, listing, plural
+from ..metrics.errors import label_doubts, worst_errors
 from ..metrics.scores import BINARY_METRICS, METRICS
-from dermnb.metrics.subgroups import (
-    GUIDELINES,
-    STATUSES,
-    checklist,
-    label_doubts,
-    worst_errors,
-)
+from .checklist import GUIDELINES, STATUSES, checklist
 from .figures import SPLIT_TITLES, subgroup_figure
 from dermnb.report.pages import (
     estimate_cell,
