@@ -117,9 +117,9 @@ def _frame(title: str, notes: Sequence[str], height: int, legend: int = 0) -> di
             "text": "<br>".join(head),
             "font": {"size": 16},
             "subtitle": {"text": "<br>".join(sub), "font": {"size": 12.5, "color": INK}},
-            **{"x": 0, "xref": "container", "xanchor": "left", "pad": {"t": 8, "l": 0}},
-            **{"y": 1, "yref": "container", "yanchor": "top"},
-        },
+        }
+        | {"x": 0, "xref": "container", "xanchor": "left", "pad": {"t": 8, "l": 0}}
+        | {"y": 1, "yref": "container", "yanchor": "top"},
         "height": height + top + bottom,
         "margin": {"l": 8, "r": 12, "t": top, "b": bottom},
         "legend": _LEGEND,
@@ -155,10 +155,10 @@ def _n(n: int | None, unit: str = "image") -> str:
     return f"n = {plural(n, unit)}" if n else ""
 
 
-def _axis(title: str, ticks: Sequence[str] = (), **more) -> dict:
-    "An axis; with ticks it counts names from 0."
-    named = {"tickvals": list(range(len(ticks))), "ticktext": list(ticks), "showgrid": False}
-    return {"title": {"text": title}} | (named if ticks else {}) | more
+def _axis(title: str, names: Sequence[str] = (), **more) -> dict:
+    "An axis; names are counted from 0."
+    named = {"tickvals": list(range(len(names))), "ticktext": list(names), "showgrid": False}
+    return {"title": {"text": title}} | (named if names else {}) | more
 
 
 _SHARE = {"range": [0, 1.02]}
