@@ -25,7 +25,6 @@ from dermnb.report.sections import (
     Page,
     best_of,
     drawn,
-    found_text,
     group_score,
     grouped,
     judged,
@@ -219,7 +218,7 @@ def answer(page: Page) -> dict:
         many = "has results yet" if len(page.runs) > 1 else "has no results yet"
         return {"answer": [f"{none} {many}; see the reasons below."], "context": []}
     found = KINDS.get(page.suite.get("answer", "best"), _best)(page)
-    context = [_basis(page), _leakage_words(page), _baseline(page), _weakest(page), _references(page)]
+    context = [_basis(page), _audit_words(page), _baseline(page), _weakest(page), _references(page)]
     return {"answer": found, "context": [c for c in context if c]}
 
 
@@ -247,18 +246,11 @@ def _basis(page: Page) -> str:
     return f"{said}."
 
 
-def _leakage_words(page: Page) -> str:
-    "What is known of lesions that several splits share."
-    leaky = [r for r in page.done if r.leaks]
-    if leaky:
-        every = len(leaky) == len(page.done)
-        names = "Every run leaks" if every else f"{listing([r.name for r in leaky])} {'leaks' if len(leaky) == 1 else 'leak'}"
-        what = "test" if any(r.leaks_into_test for r in leaky) else "validation"
-        end = "" if every or what == "validation" else "; these figures are optimistic and not ranked"
-        return f"{names}: lesions of {what} images are in training too{end}."
-    found, looked = [r for r in page.done if r.found_late], [r for r in page.done if r.audited]
-    if found:
-        return found_text(max(found, key=lambda r: sum(r.found_late.values())))
+def _audit_words(page: Page) -> str:
+    "What is known of lesions that several splits share, where no banner says it."
+    looked = [r for r in page.done if r.audited]
+    if any(r.leaks or r.found_late for r in page.done):
+        return ""
     if len(looked) < len(page.done):
         silent = len(page.done) - len(looked)
         return f"Lesions with several ids were not looked for in {'one run' if silent == 1 else f'{silent} runs'}."

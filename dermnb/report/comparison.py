@@ -257,7 +257,7 @@ def leaderboard_blocks(page: Page, found: Mapping) -> list:
         return boards
     others = [m for m in METRICS if m not in LEADERBOARD]
     more = [_board(page, found, "val", LEADERBOARD)] if first == "test" and rows["val"] else []
-    more += [_board(page, found, s, others) for s in ("test", "val") if rows[s]]
+    more.append(_board(page, found, first, others))  # of the other split on the pages of the runs
     chances = {r.chance for r in page.done}
     figure = leaderboard_figure(
         {shown_name(r): r.splits for r in page.done},
@@ -269,7 +269,7 @@ def leaderboard_blocks(page: Page, found: Mapping) -> list:
     best = best_of(page.done)
     alt = f"Highest: {best.name}, {number(best.score()['value'])}. The tables have these numbers."
     blocks += [*boards, *([Text(found["absent"])] if found["absent"] else []), plot(figure, "leaderboard-plot", alt)]
-    blocks.append(Fold("Validation split and all other metrics" if more else "All other metrics", more))
+    blocks.append(Fold("All other metrics" if len(more) == 1 else "Validation split and all other metrics", more))
     return [*blocks, Fold("Definitions", [Facts([(m.title, m.definition) for m in METRICS.values()]), Text(interval_note(page.done[0].metrics))])]
 
 # %% ../../nbs/report/05_comparison.ipynb #73cf14b6

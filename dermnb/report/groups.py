@@ -125,7 +125,7 @@ def _overview_blocks(page: Page, found: Mapping) -> list:
     return blocks
 
 # %% ../../nbs/report/10_groups.ipynb #9ab1567f
-MOST_ERRORS = 20  # rows of a table
+MOST_ERRORS = 20  # rows of a table; on a suite's page half of it
 
 
 def errors(page: Page) -> dict | None:
@@ -140,7 +140,7 @@ def errors(page: Page) -> dict | None:
     sound = [r.predictions for r in runs if not r.leaks and list(r.record["classes"]) == classes]
     try:
         worst = worst_errors(run.predictions, classes, MOST_ERRORS, run.split)
-        doubts = label_doubts(sound, classes, MOST_ERRORS) if sound else None
+        doubts = label_doubts(sound, classes, MOST_ERRORS // (1 if page.one else 2)) if sound else None
     except ConfigError as error:
         return {"error": str(error)}
     return {"run": run, "worst": worst, "doubts": doubts}
@@ -176,5 +176,5 @@ def _doubt_tables(doubts: Mapping) -> list:
     caption = f"Doubtful labels, the most doubtful first ({len(doubts['rows'])} of {doubts['found']:,})."
     shown = table(doubts["rows"], heads, caption)
     columns = {"given": "Label", "suggested": "Suggested", "counted": Column("Images", COUNT), "expected": Column("Expected in all", DECIMAL)}
-    pairs = table(doubts["pairs"][:MOST_ERRORS], columns, "Which labels are doubted in favor of which.")
+    pairs = table(doubts["pairs"][: len(doubts["rows"])], columns, "Which labels are doubted in favor of which.")
     return [Fold(f"Doubtful labels ({len(doubts['rows'])})", [shown, pairs])]

@@ -32,7 +32,6 @@ from dermnb.report.blocks import (
     command,
     number,
     plot,
-    style,
     table,
 )
 from .checklist import GUIDELINES, STATUSES, checklist
@@ -358,8 +357,11 @@ def reporting_blocks(page: Page, rows: Sequence[Mapping]) -> list:
     counts = [(s, sum(row["status"] == s for row in rows)) for s in STATUSES]
     said = listing([f"{n} {status}" for status, n in counts if n], 9)
     names = " and ".join(f"{name} ({source})" for name, source in GUIDELINES.items())
-    status = style(lambda s: Cell(s, STATUSES.index(s), num=False), num=False)
-    columns = {"item": "Item", "asked": Column("Asked", WORDS), "answer": Column("Answer", WORDS), "status": Column("Status", status)}
-    shown = table(rows, columns, "What is asked and what the records answer, in our words.")
+    columns = {"item": "Item", "asked": Column("Asked", WORDS), "answer": Column("Answer", WORDS), "status": "Status"}
+    told = [row for row in rows if row["status"] == STATUSES[0]]
+    tables = [table([r for r in rows if r not in told], columns, "What is not, or only in part, reported, and why.")]
+    if told:
+        columns = {k: columns[k] for k in ("item", "asked")}
+        tables.append(table(told, columns, "What is reported, on this page or in run.json."))
     text = f"Of {len(rows)} items of {names}: {said}. A checklist says what was reported, not that it was done well."
-    return [Text(text), Fold("The items", [shown])]
+    return [Text(text), Fold("The items", tables)]
