@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EN_DASH', 'MINUS', 'TEXT', 'NAME', 'WORDS', 'COUNT', 'SIZE', 'SHARE', 'ESTIMATE', 'DIFFERENCE', 'P_VALUE', 'SHORT',
            'DECIMAL', 'DURATION', 'number', 'interval', 'spelled', 'count', 'short_count', 'Cell', 'style', 'Text',
-           'Items', 'Facts', 'Heading', 'Fold', 'Group', 'Html', 'Column', 'Table', 'table', 'Plot', 'plot',
+           'Items', 'Facts', 'Heading', 'Fold', 'Group', 'Html', 'Column', 'Table', 'table', 'turned', 'Plot', 'plot',
            'script_json', 'command']
 
 # %% ../../nbs/report/01_blocks.ipynb #2e908e11
@@ -220,6 +220,14 @@ def table(
     written = [_row(row, shown) for row in frame.to_dict("records")]
     feet = [c.style(foot.get(k)) for k, c in shown.items()] if foot else ()
     return Table(caption, list(shown.values()), written, title, feet, sortable and len(written) > 1)
+
+
+def turned(rows: Sequence[Mapping], columns: Mapping[str, Column], caption: str) -> Table:
+    "The same with the columns below each other and a column for each row, named by the first column."
+    (first, head), *rest = columns.items()
+    names = [head.style(row[first]).text for row in rows]
+    written = [[NAME((c.title, c.about)), *(c.style(row[k]) for row in rows)] for k, c in rest]
+    return Table(caption, [Column(""), *(Column(name, ESTIMATE) for name in names)], written, sortable=False)
 
 
 def _row(row: Mapping, columns: Mapping[str, Column]) -> list[Cell]:

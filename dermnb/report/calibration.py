@@ -28,6 +28,7 @@ from dermnb.report.blocks import (
     plot,
     spelled,
     table,
+    turned,
 )
 from dermnb.report.figures import (
     SPLIT_TITLES,
@@ -180,10 +181,10 @@ def _table(page: Page, rows: Sequence[Mapping]) -> Table:
         "single": Column("Sets of one class", ESTIMATE),
         "n": Column("n", SIZE),
     }
-    if not page.one:
-        columns = {k: c for k, c in columns.items() if not k.startswith("brier") and k != "single"}
-    where = "" if page.one else f", {page.where} split"
-    return table(rows, columns, f"Calibration and prediction sets{where}, with {page.level:.0%} intervals.")
+    if page.one:  # two splits, side by side
+        return turned(rows, columns, f"Calibration and prediction sets, with {page.level:.0%} intervals.")
+    columns = {k: c for k, c in columns.items() if not k.startswith("brier") and k != "single"}
+    return table(rows, columns, f"Calibration and prediction sets, {page.where} split, with {page.level:.0%} intervals.")
 
 # %% ../../nbs/report/09_calibration.ipynb #b2bcbea8
 def _point(run: RunResult, split: str) -> dict | None:
@@ -219,7 +220,8 @@ def _risk_plot(page: Page, found: Mapping) -> Plot:
     best = min(runs, key=lambda r: r.calibration.summary["splits"][r.split]["aurc"]["value"])
     said = best.calibration.summary["splits"][best.split]["risk"]
     alt = f"{best.name}: error rate {number(said[0]['risk']['value'])} of all images, {number(said[-1]['risk']['value'])} of the more confident half."
-    return plot(figure, "risk-coverage", alt, table(rows, columns, f"Abstention and risk by coverage, with {page.level:.0%} intervals."))
+    made = turned if page.one else table
+    return plot(figure, "risk-coverage", alt, made(rows, columns, f"Abstention and risk by coverage, with {page.level:.0%} intervals."))
 
 
 def _class_table(page: Page, rows: Sequence[Mapping]) -> Table:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TAGS', 'PICTURE_LEFT_OUT', 'MANY_CELLS', 'PLOTLY_JS', 'clean_html', 'notebook_html', 'template_folder', 'row_html',
-           'render_page', 'write_page', 'write_plotly_js', 'build_notebook_page']
+           'breakable', 'render_page', 'write_page', 'write_plotly_js', 'build_notebook_page']
 
 # %% ../../nbs/report/02_pages.ipynb #4855e758
 import json
@@ -233,8 +233,13 @@ def row_html(cells: Sequence[Cell]) -> Markup:
     return Markup(f"<tr>{''.join(_cell_html(c, not i) for i, c in enumerate(cells))}</tr>")
 
 
+def breakable(text: str) -> Markup:
+    "A name that is broken, if at all, after an underline."
+    return Markup(str(escape(text)).replace("_", "_<wbr>"))
+
+
 def _cell_html(cell: Cell, first: bool) -> str:
-    text, tag = escape(cell.text), "th" if first else "td"
+    text, tag = escape(cell.text) if cell.num else breakable(cell.text), "th" if first else "td"
     kind = ' scope="row"' if first else ' class="reason"' if cell.span else ' class="n"' if cell.num else ""
     if not kind:
         kind = f' class="text{" long" if cell.wrap else ""}"'
@@ -265,7 +270,7 @@ def _is_number(text: str) -> bool:
 def _template() -> jinja2.Template:
     loader = jinja2.FileSystemLoader(template_folder())
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["row"] = row_html
+    environment.filters |= {"row": row_html, "breakable": breakable}
     return environment.get_template("page.html.j2")
 
 

@@ -128,6 +128,7 @@ def provenance_of(run: RunResult) -> dict[str, str]:
         if value in (None, ""):
             continue
         text = (listing(value, 8) or "none") if isinstance(value, list) else str(value)
+        text = text[:16] if key in ("git_commit", "manifest_hash") else text
         if key == "git_commit" and source.get("git_dirty"):
             text += " with uncommitted changes"
         if key in ("started", "finished"):
@@ -149,8 +150,8 @@ def split_shared(
 def _differing(caption: str, values: Mapping, names: Sequence[str]) -> list:
     if not names:
         return []
-    rows = [{"run": run} | {n: v.get(n, EN_DASH) for n in names} for run, v in values.items()]
-    return [table(rows, {"run": "Run"} | {n: n for n in names}, caption)]
+    rows = [{"name": n} | {run: v.get(n, EN_DASH) for run, v in values.items()} for n in names]
+    return [table(rows, {"name": ""} | {run: run for run in values}, caption, sortable=False)]
 
 
 def settings(page: Page) -> dict[str, dict]:
