@@ -215,7 +215,8 @@ def table(
     "A table of a data frame; columns that `columns` does not name are left out."
     shown = {k: Column(c) if isinstance(c, str) else c for k, c in columns.items()}
     frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows), dtype=object)
-    if missing := [name for name in shown if len(frame) and name not in frame]:
+    reasons = "reason" in frame and frame["reason"].notna().all()  # no row has figures
+    if missing := [name for name in shown if len(frame) and not reasons and name not in frame]:
         raise ConfigError(f"the rows of {caption!r} have no column {missing[0]!r}.")
     written = [_row(row, shown) for row in frame.to_dict("records")]
     feet = [c.style(foot.get(k)) for k, c in shown.items()] if foot else ()
@@ -231,10 +232,10 @@ def turned(rows: Sequence[Mapping], columns: Mapping[str, Column], caption: str)
 
 
 def _row(row: Mapping, columns: Mapping[str, Column]) -> list[Cell]:
-    cells = [column.style(row[name]) for name, column in columns.items()]
+    cells = [column.style(row.get(name)) for name, column in columns.items()]
     if _unknown(row.get("reason")):
         return cells
-    known = next((i for i, (name, _) in enumerate(columns.items()) if i and _unknown(row[name])), len(cells))
+    known = next((i for i, (name, _) in enumerate(columns.items()) if i and _unknown(row.get(name))), len(cells))
     return [*cells[:known], Cell(row["reason"], "", num=False, bad=bool(row.get("bad")), span=len(cells) - known)]
 
 # %% ../../nbs/report/01_blocks.ipynb #6493bb03

@@ -140,7 +140,7 @@ def _fingerprint(folder: Path, photographs: bool) -> str:
     made_of = [folder / name for name in RUN_INPUTS] + sorted((folder / "gallery").glob("*"))
     for part in ("templates", "checklists", "metrics", "report", "runs"):
         made_of += sorted(p for p in (package / part).iterdir() if p.name != PLOTLY_JS and p.is_file())
-    linked = (folder.parent / "index.html").is_file() or (folder.parent / "suite.json").is_file()
+    linked = (folder.parent / "suite.json").is_file()
     state = hashlib.sha256(f"{__version__} {linked} {photographs}".encode())
     for path in made_of:
         state.update(path.read_bytes() if path.is_file() else b"absent")

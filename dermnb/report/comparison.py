@@ -114,7 +114,7 @@ def _claim_row(claim: Claim, check: ClaimCheck, page: Page) -> dict:
     "Claimed, measured, the verdict and what bears on it."
     shown = f"{claim.value:.{claim.digits}f}" if claim.value is not None else f"above {claim.better_than}"
     of = SPLIT_TITLES.get(claim.split, "split not said").lower()
-    row = {"run": claim.run, "metric": metric_title(claim.metric), "claimed": Cell(shown, claim.value or "", of)}
+    row = {"run": claim.run, "metric": metric_title(claim.metric), "claimed": Cell(shown, claim.value or "", of), "measured": None}
     fault = f"cannot be true: {check.fault.rstrip('.')}" if check.fault else ""
     try:
         mine = members_of(page.runs, claim.run)

@@ -141,7 +141,7 @@
         { rootMargin: "600px" }
       );
       boxes.forEach(function (box) {
-        var seen = box.getClientRects().length > 0; // not inside a closed fold
+        var seen = box.checkVisibility ? box.checkVisibility() : box.getClientRects().length > 0; // in no closed fold
         if (seen && box.getBoundingClientRect().top < window.innerHeight) draw(box);
         else near.observe(box);
       });
