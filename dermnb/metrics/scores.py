@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'METRICS', 'CLASS_METRICS', 'TARGET_SENSITIVITY', 'TARGET_SPECIFICITY', 'FLOOR_SENSITIVITY',
-           'BINARY_METRICS', 'ROW_SUM_TOLERANCE', 'BINS', 'LEAST', 'CHUNK', 'MetricSpec', 'probability_columns',
+           'BINARY_METRICS', 'ROW_SUM_TOLERANCE', 'BINS', 'LEAST', 'MetricSpec', 'probability_columns',
            'check_predictions', 'scores_from_counts', 'RankedScores', 'confidence_bins', 'log_losses', 'draw_groups',
            'lesion_numbers', 'resampling_unit', 'unit_numbers', 'TableScores', 'estimate', 'centered',
            'choose_threshold', 'choose_specific_threshold', 'positive_class', 'recorded_positive', 'evaluate',
@@ -286,7 +286,8 @@ def _probabilities(table: pd.DataFrame, columns: list[str]) -> np.ndarray:
     ):
         if bad.any():
             raise ConfigError(
-                f"predictions: a probability of {_first(table, bad)} {what} ({bad.sum()} such rows)."
+                f"predictions: a probability of {_first(table, bad)} {what} "
+                f"({bad.sum()} such rows)."
             )
     if (bad := np.abs(sums - 1) > ROW_SUM_TOLERANCE).any():
         raise ConfigError(
@@ -440,7 +441,7 @@ def log_losses(
     return np.log(p.sum(axis=1)) - np.log(p[np.arange(len(y)), y])
 
 # %% ../../nbs/metrics/00_scores.ipynb #3e3f476c
-CHUNK = 2**18  # weights at a time: as many as stay in cache
+_CHUNK = 2**18  # weights at a time: as many as stay in cache
 
 
 def draw_groups(
@@ -449,7 +450,7 @@ def draw_groups(
     rng: np.random.Generator,
 ) -> Iterator[np.ndarray]:
     "Arrays (groups, up to 512): how often each lesion occurs in each resample."
-    chunk = min(max(CHUNK // groups, 32), 512)
+    chunk = min(max(_CHUNK // groups, 32), 512)
     for first in range(0, resamples, chunk):
         r = min(chunk, resamples - first)
         times = np.empty((r, groups), dtype=np.int32)
