@@ -52,7 +52,7 @@ def check_metric(metric: str) -> str:
         return ALIASES[metric]
     raise unknown_name("metric", metric, [*known, *(f"{m}:CLASS" for m in CLASS_METRICS)])
 
-
+# %% ../../nbs/metrics/02_claims.ipynb #4aba2ced
 def metric_spec(metric: str) -> MetricSpec:
     "What is known of a metric by its name, also of `recall:CLASS`; else a `ConfigError`."
     kind, colon, _ = check_metric(metric).partition(":")
@@ -154,7 +154,7 @@ _COUNTED = {
     "test_images": ("evaluated image", "evaluated images"),
 }
 
-
+# %% ../../nbs/metrics/02_claims.ipynb #b35f09ea
 def _short(name: str, value: str | int) -> str:
     return f"{value:,}" if name in _COUNTED else _NAMES[name].get(value, value)
 
@@ -171,7 +171,7 @@ DECISIVE = ("dataset", "classes", "weights")  # whenever they differ
 DECISIVE_BY_FACTOR = ("epochs", "image_size", "images")
 BY_LESION = ("lesion", "kfold")
 
-
+# %% ../../nbs/metrics/02_claims.ipynb #47a0003e
 @dataclass(frozen=True)
 class Difference:
     "One condition that is not the same there (of the claim) and here."
@@ -186,7 +186,7 @@ class Difference:
         "Here against there: 2 epochs against 400."
         return f"{_phrase(self.name, self.here)} against {_short(self.name, self.there)}"
 
-
+# %% ../../nbs/metrics/02_claims.ipynb #9b8e2c25
 def _decides(name: str, there: str | int, here: str | int) -> bool:
     if name in DECISIVE_BY_FACTOR:
         return max(there, here) >= FACTOR * min(there, here)
@@ -194,7 +194,7 @@ def _decides(name: str, there: str | int, here: str | int) -> bool:
         return "image" in (there, here) and bool({there, here} & set(BY_LESION))
     return name in DECISIVE
 
-
+# %% ../../nbs/metrics/02_claims.ipynb #6d6f1ca4
 def condition_differences(
     there: Conditions,  # of the claim; `Claim.stated` adds the images it was measured on
     here: Conditions,  # of the run
@@ -211,6 +211,16 @@ def condition_differences(
 def _plain(value: str | int) -> str | int:
     "A name without what people spell differently: HAM10000 and Ham 10000 are one."
     return re.sub(r"[^a-z0-9]", "", value.lower()) if isinstance(value, str) else value
+
+# %% ../../nbs/metrics/02_claims.ipynb #06ee1049
+def _in_range(value: float | None, spec: MetricSpec) -> float | None:
+    "The value, or a `ValueError` that says where it must lie."
+    if value is None or spec.lowest <= value <= spec.highest:
+        return value
+    if (spec.lowest, spec.highest) == (0, 1):
+        hint = f": {value:g} % is {value / 100:g}" if 1 < value <= 100 else ""
+        raise ValueError(f"a value is a share from 0 to 1{hint}")
+    raise ValueError(f"it lies from {spec.lowest:g} to {spec.highest:g}")
 
 # %% ../../nbs/metrics/02_claims.ipynb #289c7652
 class Claim(BaseModel):
@@ -237,15 +247,9 @@ class Claim(BaseModel):
 
     @field_validator("value")
     @classmethod
-    def _in_range(cls, value: float | None, info) -> float | None:
+    def _possible(cls, value: float | None, info) -> float | None:
         # Without a valid metric there is an error already.
-        spec = metric_spec(info.data.get("metric", "accuracy"))
-        if value is None or spec.lowest <= value <= spec.highest:
-            return value
-        if (spec.lowest, spec.highest) == (0, 1):
-            hint = f": {value:g} % is {value / 100:g}" if 1 < value <= 100 else ""
-            raise ValueError(f"a value is a share from 0 to 1{hint}")
-        raise ValueError(f"it lies from {spec.lowest:g} to {spec.highest:g}")
+        return _in_range(value, metric_spec(info.data.get("metric", "accuracy")))
 
     @field_validator("confusion")
     @classmethod
@@ -303,7 +307,7 @@ def _claim(values: Mapping, groups: Sequence[str], place: str) -> Claim:
             raise ConfigError(f"{place}: {unknown_name('run', name, groups)}")
     return claim
 
-
+# %% ../../nbs/metrics/02_claims.ipynb #7b5ad581
 def _misfit(error: ValidationError) -> str:
     "The first fault in words; a name that is not known comes before all others."
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
@@ -337,7 +341,7 @@ def check_claims(
     "One check a claim, in order; comparative claims have nothing to check."
     return [_check(claim, claims) for claim in claims]
 
-
+# %% ../../nbs/metrics/02_claims.ipynb #c88f0091
 def _check(claim: Claim, claims: Sequence[Claim]) -> ClaimCheck:
     if claim.value is None:
         return ClaimCheck()
@@ -371,7 +375,7 @@ def _from_confusion(claim: Claim, near: Mapping) -> str:
         return ""
     return f"Its confusion matrix gives {value:.{claim.digits}f}, not {_printed(claim)}."
 
-
+# %% ../../nbs/metrics/02_claims.ipynb #65ccecbb
 def _same_quantity(claim: Claim, near: Mapping) -> str:
     for other in near[_own(claim.metric)]:
         apart = abs(claim.value - other.value)
@@ -478,7 +482,7 @@ def claim_verdict(
         return f"measured {where} the claim in all {len(sides)} repeats"
     return "repeats lie on both sides of the claim"
 
-
+# %% ../../nbs/metrics/02_claims.ipynb #c0621986
 def _side(claim: Claim, measured: Mapping) -> int:
     "1 where the claim lies above the interval, -1 below it, else 0."
     ends = [measured["value"] if measured.get(e) is None else measured[e] for e in ("low", "high")]

@@ -235,7 +235,7 @@ def _check_paired(metric: str, classes: Sequence[str], positive: int | None) -> 
     if positive is None and len(classes) == 2:
         raise ConfigError(
             f"metric {metric!r} is of a positive class, and none is named: say which of "
-            f"{' and '.join(classes)} is looked for."
+            f"{' and '.join(classes)} it is."
         )
     if positive is None:
         raise ConfigError(f"metric {metric!r} is for two classes; here are {len(classes)}.")
@@ -266,8 +266,8 @@ def paired_differences(
     with training as they do. p is that of no difference, two-sided, from
     the bootstrap's standard error and Student's t (of repeats the same t, else as
     `_freedom` says). Where patients are known they are resampled in place of lesions.
-    Raises `ConfigError` where the tables are not of the same images with the same truth and lesions, and for
-    a metric that has no paired difference. Keys: metric, a, b, value, low, high, n
+    Raises `ConfigError` where the tables are not of the same images with the same truth and
+    lesions, and for a metric that has no paired difference. Keys: metric, a, b, value, low, high, n
     (images), p, lesions.
     """
     a, b = ([t] if isinstance(t, pd.DataFrame) else list(t) for t in (a, b))

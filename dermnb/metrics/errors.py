@@ -148,7 +148,7 @@ def _doubt_rows(table, p, y, joint: _Joint, classes: Sequence[str], most: int) -
         for i in order[: max(most, 0)]
     ]
 
-
+# %% ../../nbs/metrics/05_errors.ipynb #8364bc76
 def _doubt_pairs(joint: _Joint, classes: Sequence[str]) -> list[dict]:
     "What stands off the diagonal, the largest expected number first."
     off = [(i, j) for i, j in np.argwhere(joint.counted > 0) if i != j]
@@ -181,7 +181,7 @@ def _doubt_notes(n: int, validation: int, tables: Sequence) -> list[str]:
     )
     return notes
 
-
+# %% ../../nbs/metrics/05_errors.ipynb #333311bb
 def _doubt_summary(found: int, judged: int, wrong: float, error: float) -> str:
     return (
         f"{found:,} of {judged:,} labels are contradicted with confidence. Confident learning "

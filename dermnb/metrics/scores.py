@@ -687,7 +687,7 @@ def _class_rows(scores: tuple, many: tuple, counts, lesion, y, classes, level) -
         rows.append(row)
     return rows
 
-
+# %% ../../nbs/metrics/00_scores.ipynb #239e5e86
 def _binary_part(scores: tuple, many: tuple, counts, classes, positive, thresholds, level) -> dict:
     "Of two classes what is said of the positive one, at which thresholds."
     support = counts.sum(1)
@@ -797,7 +797,7 @@ def metrics_table(
     table = pd.DataFrame([{"metric": METRICS[m].title, **rows[m]} for m in METRICS])
     return table.astype({"value": float, "low": float, "high": float})
 
-
+# %% ../../nbs/metrics/00_scores.ipynb #eadb96b7
 def class_table(
     metrics: dict,  # as `evaluate` gives
     split: str = "test",
