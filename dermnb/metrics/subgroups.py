@@ -387,7 +387,7 @@ def _summary(rows: Sequence[Mapping], metric: str = "balanced_accuracy") -> str:
 
 def _silent(kinds: Sequence[Mapping]) -> list[str]:
     return [
-        f"{kind['title']} is not known, so nothing is said about {of.unknown}."
+        f"Nothing is said about {of.unknown}: {kind['title'].lower()} is not known."
         for kind, of in zip(kinds, FACT_KINDS, strict=True)
         if not kind["known"]
     ]
