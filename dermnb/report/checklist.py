@@ -114,7 +114,7 @@ def _question(r: _Records) -> Answer:
         return f"{asked} Expected beforehand: {expected}"
     return ("partly", f"{asked} What was expected is not recorded.") if asked else None
 
-
+# %% ../../nbs/report/07_checklist.ipynb #b32b9de8
 @_fact
 def _design(r: _Records) -> Answer:
     if r.generated:
@@ -146,7 +146,7 @@ def _eligibility(r: _Records) -> Answer:
         parts.append("the test images were given as a list")
     return "partly", "; ".join(parts) + ". The criteria of the dataset itself are not known here."
 
-
+# %% ../../nbs/report/07_checklist.ipynb #2268d146
 @_fact
 def _preprocessing(r: _Records) -> Answer:
     if not (sizes := r.say("config", "image_size")):
@@ -170,7 +170,7 @@ def _missing(r: _Records) -> Answer:
     gaps = _listed([f"{k} of {n} images" for k, n in r.counts("metadata", "missing").items()])
     return status, f"A missing value is a category of its own; missing: {gaps or 'none'}. {images}"
 
-
+# %% ../../nbs/report/07_checklist.ipynb #32dbf87f
 @_fact
 def _inputs(r: _Records) -> Answer:
     kinds = {*r.config("metadata")} - {"none"}
@@ -202,7 +202,7 @@ def _agreement(r: _Records) -> Answer:
     )
     return "not known", f"The dataset gives one label an image.{more}"
 
-
+# %% ../../nbs/report/07_checklist.ipynb #511059cd
 _WAYS = {
     "lesion": "at random by lesion and patient",
     "official": "as the dataset's publishers did",
@@ -263,7 +263,7 @@ def _software(r: _Records) -> Answer:
     named = [f"{k} {v}" for p in r.each("provenance", "packages") for k, v in p.items()]
     return f"{_listed(named, 12)}; in run.json." if named else None
 
-
+# %% ../../nbs/report/07_checklist.ipynb #f7d4143e
 @_fact
 def _training(r: _Records) -> Answer:
     if not r.config("epochs"):
@@ -277,7 +277,7 @@ def _training(r: _Records) -> Answer:
         f"seed {r.say('config', 'seed') or 0}; the rest is in run.json."
     )
 
-
+# %% ../../nbs/report/07_checklist.ipynb #832bc026
 @_fact
 def _imbalance(r: _Records) -> Answer:
     how = [f"class weights ({w})" for w in r.config("class_weights") if w != "none"]
@@ -306,7 +306,7 @@ def _selection(r: _Records) -> Answer:
         )
     return "partly", f"The weights are {how}. {chosen}"
 
-
+# %% ../../nbs/report/07_checklist.ipynb #d2188b1a
 @_fact
 def _ensemble(r: _Records) -> Answer:
     named = [
@@ -343,7 +343,7 @@ def _uncertainty(r: _Records) -> Answer:
         f"resamples by {first.get('unit', 'image')}; runs are compared in pairs on the same images."
     )
 
-
+# %% ../../nbs/report/07_checklist.ipynb #6294b08b
 @_fact
 def _robustness(r: _Records) -> Answer:
     seeds = {(c.get("seed"), c.get("fold")) for c in r.each("config")}
@@ -358,7 +358,7 @@ def _explanation(r: _Records) -> Answer:
         return "Saliency maps (Grad-CAM) of test images, and whether they can be relied on."
     return "not done", "No saliency maps were made."
 
-
+# %% ../../nbs/report/07_checklist.ipynb #ed9477b6
 @_fact
 def _external(r: _Records) -> Answer:
     if r.config("test_list"):
@@ -380,7 +380,7 @@ def _fairness(r: _Records) -> Answer:
 def _kinds(r: _Records, known: bool) -> list[str]:
     return [k["title"].lower() for k in r.found.get("kinds", ()) if bool(k["known"]) == known]
 
-
+# %% ../../nbs/report/07_checklist.ipynb #d13007ba
 @_fact
 def _numbers(r: _Records) -> Answer:
     if not (splits := r.each("split")):
@@ -411,7 +411,7 @@ def _performance(r: _Records) -> Answer:
     first = f" of the first of {len(r.metrics)} runs" if len(r.metrics) > 1 else ""
     return f"{text} on {plural(r.measured['n'], 'image')}{first}; all in the tables."
 
-
+# %% ../../nbs/report/07_checklist.ipynb #ee95cce5
 @_fact
 def _limitations(r: _Records) -> Answer:
     caveats = len(r.suite.get("caveats") or ())
@@ -440,7 +440,7 @@ def _asked() -> list[dict]:
     text = (package_files("dermnb") / "checklists" / "reporting.yaml").read_text("utf-8")
     return yaml.safe_load(text)
 
-
+# %% ../../nbs/report/07_checklist.ipynb #4fbc4ffd
 def _answer(item: Mapping, records: _Records) -> tuple[str, str]:
     "Status and sentence of one item."
     if "fact" not in item:
