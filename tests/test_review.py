@@ -420,6 +420,6 @@ def test_review_loads_no_framework():
 
 
 def test_every_kind_of_fact_is_a_column_of_runs():
-    from dermnb.data.datasets import MANIFEST_COLUMNS
+    from dermnb.data.tables import MANIFEST_COLUMNS
 
     assert {k.column for k in FACT_KINDS} <= {*MANIFEST_COLUMNS}

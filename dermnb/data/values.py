@@ -222,7 +222,7 @@ KINDS: dict[str, ValueKind] = {
         ),
         ValueKind(
             "size_mm",
-            "a number of millimetres above 0, up to 500",
+            "a number of millimeters above 0, up to 500",
             _NUMBERS_UNKNOWN | {"0", "0.0", "0.00"},
             1e-9,
             500,

@@ -19,7 +19,7 @@ from contextlib import suppress
 import pandas as pd
 
 from ..core import ConfigError, duration, listing, plural
-from ..data.datasets import load_taxonomy
+from ..data.taxonomies import load_taxonomy
 from dermnb.metrics.comparison import (
     SIGNIFICANT,
     Claim,
