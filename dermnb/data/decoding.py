@@ -127,29 +127,6 @@ def _refuse_dark(top: int) -> None:
             "all 16 bits, or save it with 8"
         )
 
-# %% ../../nbs/data/01_decoding.ipynb #b7d4419c
-def to_rgb(
-    image: Image.Image,  # as Pillow opened it
-    stated: int = 0,  # bits in use of 16-bit gray, as the file says; 0: nothing said
-) -> Image.Image:
-    "The image upright and in mode RGB, 8 bits a channel; ValueError for an unknown range."
-    deep = _is_deep(image)
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits, or 16 kept in 32
-        gray = _brightness(np.asarray(image), stated)
-        return Image.fromarray(gray).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("pixels are floating-point numbers of unknown range")
-    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        rgb = Image.alpha_composite(white, image).convert("RGB")
-    else:
-        rgb = image.convert("RGB")
-    if deep:  # Pillow has kept the upper 8 bits
-        _refuse_dark(256 * max(high for _, high in rgb.getextrema()) + 255)
-    return rgb
-
 # %% ../../nbs/data/01_decoding.ipynb #65d38246
 def _is_deep(image: Image.Image) -> bool:
     "Whether an image that was opened, and not decoded yet, has more than 8 bits a channel."
@@ -172,6 +149,29 @@ def _stated_bits(image: Image.Image, data: bytes) -> int:
             return data[place + 8]
         place += 12 + int.from_bytes(data[place : place + 4], "big")
     return 0
+
+# %% ../../nbs/data/01_decoding.ipynb #b7d4419c
+def to_rgb(
+    image: Image.Image,  # as Pillow opened it
+    stated: int = 0,  # bits in use of 16-bit gray, as the file says; 0: nothing said
+) -> Image.Image:
+    "The image upright and in mode RGB, 8 bits a channel; ValueError for an unknown range."
+    deep = _is_deep(image)
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, or 16 kept in 32
+        gray = _brightness(np.asarray(image), stated)
+        return Image.fromarray(gray).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point numbers of unknown range")
+    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        rgb = Image.alpha_composite(white, image).convert("RGB")
+    else:
+        rgb = image.convert("RGB")
+    if deep:  # Pillow has kept the upper 8 bits
+        _refuse_dark(256 * max(high for _, high in rgb.getextrema()) + 255)
+    return rgb
 
 # %% ../../nbs/data/01_decoding.ipynb #23b4aec7
 def _open_dicom(data: bytes):
@@ -203,7 +203,7 @@ def _dicom_rgb(data: bytes) -> Image.Image:
         pixels = np.stack([_brightness(pixels[..., i], 16) for i in range(3)], axis=-1)
     return Image.fromarray(pixels.astype(np.uint8))
 
-# %% ../../nbs/data/01_decoding.ipynb #00884d17
+# %% ../../nbs/data/01_decoding.ipynb #2a858c59
 MAX_BYTES = 250 * 10**6  # of a file: as MAX_PIXELS have without compression
 MAX_PIXELS = 80 * 10**6
 MIN_SIDE = 16  # pixels
@@ -216,12 +216,12 @@ if hasattr(os, "register_at_fork"):  # or a fork may find it locked by nobody
         after_in_child=_opening.release,
     )
 
-
+# %% ../../nbs/data/01_decoding.ipynb #b091f7ee
 def shown(text: str) -> str:
     "Text that can be printed and written, whatever bytes a file's name is made of."
     return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
 
-# %% ../../nbs/data/01_decoding.ipynb #b57c5537
+
 def file_name(path: str | os.PathLike) -> str:
     "The last part of a path, also of one inside an archive."
     return os.path.basename(str(path).rpartition("::")[2])
@@ -250,6 +250,13 @@ def _reading(name: str):
 
 _AT_MOST = f": images may have at most {MAX_PIXELS // 10**6} million."
 
+# %% ../../nbs/data/01_decoding.ipynb #a40e60aa
+def _open(data: bytes) -> Image.Image:
+    with _opening, warnings.catch_warnings():
+        # Pillow warns of a size that is refused here, in words of our own.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(data), formats=_PILLOW)
+
 # %% ../../nbs/data/01_decoding.ipynb #8917eb68
 @dataclass(frozen=True, eq=False)
 class Picture:
@@ -275,41 +282,6 @@ class Picture:
                 if shortest:
                     image.draft("RGB", (shortest, shortest))  # others than JPEG ignore it
             return to_rgb(image, self.stated)
-
-# %% ../../nbs/data/01_decoding.ipynb #a40e60aa
-def _open(data: bytes) -> Image.Image:
-    with _opening, warnings.catch_warnings():
-        # Pillow warns of a size that is refused here, in words of our own.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(data), formats=_PILLOW)
-
-# %% ../../nbs/data/01_decoding.ipynb #d188f0d2
-def open_picture(
-    source: bytes | Image.Image,  # content of an image file, or an opened image
-    name: str = "",  # of the file, in messages and notes
-) -> Picture:
-    "Look at an image before it is decoded; ConfigError with one sentence if it is refused."
-    name = shown(name) or "the image"
-    if isinstance(source, Image.Image):
-        with _reading(name):
-            return _looked_at(source, name, source, b"")
-    if not source:
-        raise ConfigError(f"{name} is empty: it holds no image.")
-    if len(source) > MAX_BYTES:
-        raise ConfigError(
-            f"{name} has {len(source) / 1e6:.0f} MB: images may have at most "
-            f"{MAX_BYTES // 10**6} MB."
-        )
-    kind, said = kind_of(source), unread_kind(name)
-    if said and (not kind or (kind, said) in _PREVIEWS):
-        kind = said
-    if kind and kind not in FORMATS:
-        raise ConfigError(f"{name} {unread_reason(kind)}.")
-    with _reading(name):
-        if kind == "DICOM":
-            return _dicom_looked_at(_open_dicom(source), name, source)
-        image = _open(source)
-        return _looked_at(image, name, source, source)
 
 # %% ../../nbs/data/01_decoding.ipynb #01a3f671
 _PREVIEWS = ("TIFF", "camera raw"), ("TIFF", "whole slide")  # hold a small picture first
@@ -383,3 +355,31 @@ def _wrong_suffix(name: str, form: str | None) -> tuple[str, ...]:
     if form in FORMATS and suffix and suffix not in FORMATS[form]:
         return (f"Its name ends in {suffix}, but it is a {form} file, and was read as one.",)
     return ()
+
+# %% ../../nbs/data/01_decoding.ipynb #d188f0d2
+def open_picture(
+    source: bytes | Image.Image,  # content of an image file, or an opened image
+    name: str = "",  # of the file, in messages and notes
+) -> Picture:
+    "Look at an image before it is decoded; ConfigError with one sentence if it is refused."
+    name = shown(name) or "the image"
+    if isinstance(source, Image.Image):
+        with _reading(name):
+            return _looked_at(source, name, source, b"")
+    if not source:
+        raise ConfigError(f"{name} is empty: it holds no image.")
+    if len(source) > MAX_BYTES:
+        raise ConfigError(
+            f"{name} has {len(source) / 1e6:.0f} MB: images may have at most "
+            f"{MAX_BYTES // 10**6} MB."
+        )
+    kind, said = kind_of(source), unread_kind(name)
+    if said and (not kind or (kind, said) in _PREVIEWS):
+        kind = said
+    if kind and kind not in FORMATS:
+        raise ConfigError(f"{name} {unread_reason(kind)}.")
+    with _reading(name):
+        if kind == "DICOM":
+            return _dicom_looked_at(_open_dicom(source), name, source)
+        image = _open(source)
+        return _looked_at(image, name, source, source)
