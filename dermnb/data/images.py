@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESIZE_METHODS', 'AUGMENTATIONS', 'MIXES', 'show_images', 'resize_image', 'read_pixels', 'ImageStore', 'build_store',
-           'batch_generator', 'flip_and_turn', 'draw_dermoscopy', 'Policy', 'augment_images', 'mix_batch',
-           'make_batches']
+           'batch_generator', 'flip_and_turn', 'Policy', 'augment_images', 'mix_batch', 'make_batches']
 
 # %% ../../nbs/data/12_images.ipynb #7c6de9a6
 import collections
@@ -56,10 +55,10 @@ def show_images(
     figure.tight_layout(h_pad=1.5)
     plt.show()
 
-# %% ../../nbs/data/12_images.ipynb #806ce279
+# %% ../../nbs/data/12_images.ipynb #f8f890de
 RESIZE_METHODS = ("stretch", "crop", "pad")
 
-# %% ../../nbs/data/12_images.ipynb #5091ffbd
+
 def resize_image(
     picture: Picture | bytes | Image.Image,  # bytes: content of an image file
     size: int,  # pixels, width and height of the result
@@ -98,10 +97,6 @@ def read_pixels(
 ) -> np.ndarray:  # uint8 (size, size, 3), RGB
     "Read and resize one image; a ConfigError names a file that cannot be read."
     return resize_image(open_picture(read_image_bytes(str(path)), str(path)), size, method)
-
-# %% ../../nbs/data/12_images.ipynb #21d24de5
-def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).rstrip(".")
 
 # %% ../../nbs/data/12_images.ipynb #a21527da
 _VERSION = "v2"  # of decoding and resizing: a change of either starts a new store
@@ -246,7 +241,7 @@ def _remember(file: Path, digests: dict[str, str]) -> None:
         with open(file, "ab", buffering=0) as f:
             f.write(b"\n" + lines.encode("utf-8", errors="surrogateescape"))
 
-# %% ../../nbs/data/12_images.ipynb #c14b6de7
+# %% ../../nbs/data/12_images.ipynb #9a43e137
 def build_store(
     manifest: pd.DataFrame,  # columns image_id and path ("archive.zip::member" too)
     size: int,  # pixels, width and height
@@ -262,48 +257,24 @@ def build_store(
     cannot be read, a full disk, a folder that cannot be used.
     """
     start = time.perf_counter()
-    if method not in RESIZE_METHODS:
-        raise unknown_name("resize method", method, RESIZE_METHODS)
-    if on_problem not in ("error", "exclude"):
-        raise unknown_name("on_problem", on_problem, ("error", "exclude"))
-    if not 8 <= size <= 4096:
-        raise ConfigError(f"image size {size} is out of range: 8 to 4096 pixels.")
-    if not len(manifest):
-        raise ConfigError("the manifest has no images: a store needs at least one.")
-    if manifest["image_id"].duplicated().any():
-        name = manifest["image_id"][manifest["image_id"].duplicated()].iloc[0]
-        raise ConfigError(f"image id {name!r} occurs twice: ids have to be unique.")
-    if manifest["path"].isna().any():
-        name = manifest["image_id"][manifest["path"].isna()].iloc[0]
-        raise ConfigError(f"image {name!r} has no path: every image needs its file.")
-    folder = Path(folder)
-    paths = [str(p) for p in manifest["path"]]
+    _refuse(manifest, size, method, on_problem)
+    folder, path_of = Path(folder), dict(zip(manifest["image_id"], map(str, manifest["path"])))
+    paths = list(path_of.values())
     try:
         rows = _Rows(folder / f"{method}-{size}px-{_VERSION}", size)
         digests, missing = _find(paths, rows, folder)
         before, broken = rows.count, {}
         if missing:
             before, broken = _build(digests, missing, rows, method, workers)
-        names = {
-            name: broken[path]
-            for name, path in zip(manifest["image_id"], paths, strict=True)
-            if path in broken
-        }
+        names = {name: broken[path] for name, path in path_of.items() if path in broken}
         if names and (on_problem == "error" or len(names) == len(paths)):
-            raise _unreadable(
-                names, dict(zip(manifest["image_id"], paths, strict=True))
-            )
+            raise _unreadable(names, path_of)
         images = rows.open()
     except OSError as error:
         raise _cannot_write(error, folder, len(set(paths)) * size * size * 3) from error
-    index = {
-        name: rows.row_of[digests[path]]
-        for name, path in zip(manifest["image_id"], paths, strict=True)
-        if path not in broken
-    }
     return ImageStore(
         images,
-        index,
+        {name: rows.row_of[digests[p]] for name, p in path_of.items() if p not in broken},
         size,
         method,
         path=rows.images,
@@ -311,6 +282,24 @@ def build_store(
         seconds=time.perf_counter() - start,
         unreadable={name: _reason(error) for name, error in names.items()},
     )
+
+# %% ../../nbs/data/12_images.ipynb #aaa83a03
+def _refuse(manifest: pd.DataFrame, size: int, method: str, on_problem: str) -> None:
+    if method not in RESIZE_METHODS:
+        raise unknown_name("resize method", method, RESIZE_METHODS)
+    if on_problem not in ("error", "exclude"):
+        raise unknown_name("on_problem", on_problem, ("error", "exclude"))
+    if not 8 <= size <= 4096:
+        raise ConfigError(f"image size {size} is out of range: 8 to 4096 pixels.")
+    ids = manifest["image_id"]
+    if not len(ids):
+        raise ConfigError("the manifest has no images: a store needs at least one.")
+    if ids.duplicated().any():
+        name = ids[ids.duplicated()].iloc[0]
+        raise ConfigError(f"image id {name!r} occurs twice: ids have to be unique.")
+    if manifest["path"].isna().any():
+        name = ids[manifest["path"].isna()].iloc[0]
+        raise ConfigError(f"image {name!r} has no path: every image needs its file.")
 
 # %% ../../nbs/data/12_images.ipynb #73b9637b
 def _find(paths: list[str], rows: _Rows, folder: Path) -> tuple[dict, dict]:
@@ -409,7 +398,11 @@ class _only_builder:
     def __exit__(self, *_):
         self.lock.release()
 
-# %% ../../nbs/data/12_images.ipynb #552062be
+# %% ../../nbs/data/12_images.ipynb #ff1b2972
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).rstrip(".")
+
+
 def _unreadable(broken: dict[str, Exception], paths: dict[str, str]) -> ConfigError:
     name, error = next(iter(broken.items()))
     others = ""
@@ -463,8 +456,18 @@ def flip_and_turn(
                 out[chosen] = np.rot90(part, turn, axes=(1, 2))
     return out
 
-# %% ../../nbs/data/12_images.ipynb #bdc1c809
-def draw_dermoscopy(
+# %% ../../nbs/data/12_images.ipynb #f75c226f
+_SHARES = {
+    "rotate": 0.75,
+    "saturate": 0.5,
+    "shift_hue": 0.5,
+    "blur": 0.25,
+    "compress": 0.25,
+    "cut": 0.5,
+}
+
+
+def _dermoscopy_settings(
     count: int,  # images
     size: int,  # pixels, width and height
     rng: np.random.Generator,
@@ -494,20 +497,9 @@ def draw_dermoscopy(
         "rectangles_height": uniform(0.1, 0.3, cut) * np.float32(size),
     }
 
-# %% ../../nbs/data/12_images.ipynb #18bd205d
-_SHARES = {
-    "rotate": 0.75,
-    "saturate": 0.5,
-    "shift_hue": 0.5,
-    "blur": 0.25,
-    "compress": 0.25,
-    "cut": 0.5,
-}
-
-# %% ../../nbs/data/12_images.ipynb #4ec0f0b7
-@functools.lru_cache(maxsize=8)
-def _dermoscopy_function(size: int) -> Callable:
-    "The policy for one image size as a compiled function (images, settings) -> images."
+# %% ../../nbs/data/12_images.ipynb #94869a01
+def _keras_cv():
+    "TensorFlow and the layers of keras-cv; `ConfigError` where they cannot be imported."
     try:
         import tensorflow as tf
         from keras_cv import layers
@@ -521,17 +513,56 @@ def _dermoscopy_function(size: int) -> Callable:
     if keras.backend.backend() != "tensorflow":
         # TensorFlow only prepares images here: the GPU's memory is another's.
         tf.config.set_visible_devices([], "GPU")
+    return tf, layers
+
+# %% ../../nbs/data/12_images.ipynb #de1b117e
+def _blur_together(tf, layer, width: int) -> Callable:
+    "Blurs a batch side by side as channels of one image: far faster than one by one."
+    margin = width // 2
+
+    def blur(images, sigma):
+        size = images.shape[1]
+        edges = [[0, 0], [margin] * 2, [margin] * 2, [0, 0]]
+        images = tf.pad(images, edges, "REFLECT")
+        side = size + 2 * margin
+        joined = tf.reshape(tf.transpose(images, (1, 2, 0, 3)), (side, side, -1))
+        kernel = layer.get_kernel(sigma[0], width)
+        kernels = tf.reshape(kernel, (-1, 1, 1, 1)), tf.reshape(kernel, (1, -1, 1, 1))
+        joined = layer.augment_image(joined, transformation=kernels)
+        joined = joined[margin:-margin, margin:-margin]
+        return tf.transpose(tf.reshape(joined, (size, size, -1, 3)), (2, 0, 1, 3))
+
+    return blur
+
+
+def _compress_each(tf, layer) -> Callable:
+    "Saves each image of a batch as JPEG in its quality, and opens it."
+
+    def one(args):
+        image, quality = args
+        image = layer.augment_image(image, transformation=quality)
+        return tf.cast(image, tf.float32)
+
+    def compress(images, quality):
+        pixels = tf.cast(tf.round(images), tf.uint8)
+        output = tf.TensorSpec(images.shape[1:], tf.float32)
+        return tf.map_fn(one, (pixels, quality), fn_output_signature=output)
+
+    return compress
+
+# %% ../../nbs/data/12_images.ipynb #6a375af0
+def _dermoscopy_steps(tf, layers, size: int) -> list[tuple]:
+    "(which images: a name of the settings or empty for all, function, its settings)."
     # A dtype of its own: a global mixed-precision policy must not reach the pixels. A
-    # seed, though nothing draws from it: while operations are deterministic, a layer
+    # seed, though nothing samples from it: while operations are deterministic, a layer
     # without one cannot be made.
-    common = {"dtype": "float32", "seed": 1}
+    common, colors = {"dtype": "float32", "seed": 1}, {"value_range": (0, 255)}
     rotate = layers.RandomRotation(0.125, fill_mode="reflect", **common)
     brighten = layers.RandomBrightness(0.1, **common)
-    contrast = layers.RandomContrast(value_range=(0, 255), factor=0.2, **common)
+    contrast = layers.RandomContrast(factor=0.2, **colors, **common)
     saturate = layers.RandomSaturation(0.5, **common)
-    shift_hue = layers.RandomHue(0.02, value_range=(0, 255), **common)
+    shift_hue = layers.RandomHue(0.02, **colors, **common)
     width = 2 * math.ceil(0.024 * size) + 1  # two standard deviations each way
-    margin = width // 2
     blur = layers.RandomGaussianBlur(width, factor=1.0, **common)
     try:
         compress = layers.RandomJpegQuality(factor=(40, 95), **common)
@@ -539,28 +570,23 @@ def _dermoscopy_function(size: int) -> Callable:
         tf.random.set_global_generator(tf.random.Generator.from_seed(1))
         compress = layers.RandomJpegQuality(factor=(40, 95), **common)
     cutout = layers.RandomCutout(0.3, 0.3, fill_value=128.0, **common)
+    return [
+        ("rotate", rotate.augment_images, lambda s: {"angles": s["angles"]}),
+        ("", brighten.augment_images, lambda s: s["brightness"]),
+        ("", contrast.augment_images, lambda s: s["contrast"]),
+        ("saturate", saturate.augment_images, lambda s: s["saturation"]),
+        ("shift_hue", shift_hue.augment_images, lambda s: s["hue"]),
+        ("blur", _blur_together(tf, blur, width), lambda s: s["sigma"]),
+        ("compress", _compress_each(tf, compress), lambda s: s["quality"]),
+        ("cut", cutout.augment_images, lambda s: s),
+    ]
 
-    def blur_together(images, sigma):
-        # Side by side as channels of one image: far faster than one after another.
-        edges = [[0, 0], [margin] * 2, [margin] * 2, [0, 0]]
-        images = tf.pad(images, edges, "REFLECT")
-        side = size + 2 * margin
-        joined = tf.reshape(tf.transpose(images, (1, 2, 0, 3)), (side, side, -1))
-        kernel = blur.get_kernel(sigma[0], width)
-        kernels = tf.reshape(kernel, (-1, 1, 1, 1)), tf.reshape(kernel, (1, -1, 1, 1))
-        joined = blur.augment_image(joined, transformation=kernels)
-        joined = joined[margin:-margin, margin:-margin]
-        return tf.transpose(tf.reshape(joined, (size, size, -1, 3)), (2, 0, 1, 3))
-
-    def compress_one(args):
-        image, quality = args
-        image = compress.augment_image(image, transformation=quality)
-        return tf.cast(image, tf.float32)
-
-    def compress_each(images, quality):
-        pixels = tf.cast(tf.round(images), tf.uint8)
-        output = tf.TensorSpec((size, size, 3), tf.float32)
-        return tf.map_fn(compress_one, (pixels, quality), fn_output_signature=output)
+# %% ../../nbs/data/12_images.ipynb #dce11505
+@functools.lru_cache(maxsize=8)
+def _dermoscopy_function(size: int) -> Callable:
+    "The policy for one image size as a compiled function (images, settings) -> images."
+    tf, layers = _keras_cv()
+    steps = _dermoscopy_steps(tf, layers, size)
 
     def some(images, which, function, settings):
         def change():
@@ -570,19 +596,15 @@ def _dermoscopy_function(size: int) -> Callable:
         return tf.cond(tf.size(which) > 0, change, lambda: images)
 
     def policy(images, s):
-        angles = {"angles": s["angles"]}
         images = tf.cast(images, tf.float32)
-        images = some(images, s["rotate"], rotate.augment_images, angles)
-        images = brighten.augment_images(images, s["brightness"])
-        images = contrast.augment_images(images, s["contrast"])
-        images = some(images, s["saturate"], saturate.augment_images, s["saturation"])
-        images = some(images, s["shift_hue"], shift_hue.augment_images, s["hue"])
-        images = some(images, s["blur"], blur_together, s["sigma"])
-        images = some(images, s["compress"], compress_each, s["quality"])
-        images = some(images, s["cut"], cutout.augment_images, s)
+        for which, function, of in steps:
+            if which:
+                images = some(images, s[which], function, of(s))
+            else:
+                images = function(images, of(s))
         return tf.clip_by_value(images, 0.0, 255.0)
 
-    example = draw_dermoscopy(1, size, np.random.default_rng(0))
+    example = _dermoscopy_settings(1, size, np.random.default_rng(0))
     signature = (
         tf.TensorSpec((None, size, size, 3), tf.uint8),
         {k: tf.TensorSpec((None, *v.shape[1:]), v.dtype) for k, v in example.items()},
@@ -619,7 +641,7 @@ def _dermoscopy(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     size = images.shape[1]
     with _first_use:
         run = _dermoscopy_function(size)
-    return run(_light(images, rng), draw_dermoscopy(len(images), size, rng))
+    return run(_light(images, rng), _dermoscopy_settings(len(images), size, rng))
 
 
 AUGMENTATIONS = {
@@ -642,10 +664,10 @@ def augment_images(
         raise unknown_name("augmentation", policy, AUGMENTATIONS)
     return AUGMENTATIONS[policy].apply(images, rng).astype(np.float32)
 
-# %% ../../nbs/data/12_images.ipynb #55a3327e
+# %% ../../nbs/data/12_images.ipynb #d483750b
 MIXES = ("none", "mixup", "cutmix")
 
-# %% ../../nbs/data/12_images.ipynb #75ebf299
+
 def mix_batch(
     images: np.ndarray,  # float32 (B, S, S, 3)
     labels: np.ndarray,  # float32 (B, K), rows sum to one
@@ -742,7 +764,7 @@ def _batches_class() -> type:
 
     return Batches
 
-# %% ../../nbs/data/12_images.ipynb #b55c8e59
+# %% ../../nbs/data/12_images.ipynb #0cbb72d8
 def make_batches(
     store: ImageStore | None,  # None: batches of metadata alone
     rows: np.ndarray,  # rows of the store, repeats allowed
