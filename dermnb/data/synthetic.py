@@ -398,7 +398,18 @@ class Canvas:
             out[:, edge] = out[:, :, edge] = 0
         return out
 
-# %% ../../nbs/data/02_synthetic.ipynb #0140fff5
+# %% ../../nbs/data/02_synthetic.ipynb #9eac6b20
+_PAINTERS = {}  # structure -> function of a canvas and the structure's strength
+
+
+def _paints(structure: str):
+    def keep(painter):
+        _PAINTERS[structure] = painter
+        return painter
+
+    return keep
+
+# %% ../../nbs/data/02_synthetic.ipynb #d491ca1f
 def _net(rng, side, spacing, disorder):
     "Honeycomb of dark lines, 0..1: three waves at 60 degrees, bent by noise."
     _, x, y, _, _ = _grid(side)
@@ -414,104 +425,112 @@ def _net(rng, side, spacing, disorder):
     width = -0.1 + (0.25 + 0.45 * disorder) * smooth_noise(rng, 6, side)
     return 1 / (1 + np.exp(np.clip((waves - width) * 2.2, -15, 15)))
 
+# %% ../../nbs/data/02_synthetic.ipynb #b9940690
+@_paints("network")
+def _network(c: Canvas, strength: float) -> None:
+    lines = _net(c.rng, c.side, c.rng.uniform(0.14, 0.21), c.disorder)
+    patches = (0.35 + 1.0 * c.disorder) * smooth_noise(c.rng, 3, c.side) + 0.15 * c.fine
+    where = np.clip(0.85 + patches, 0.05, 1.4)
+    tone = strength * where * c.alpha
+    c.melanin = c.melanin * (1 - 0.30 * tone * (1 - lines)) + 0.34 * tone * lines
 
-def _paint_network(c: Canvas) -> None:
-    "The pigment network, all over or in a rim."
-    has, rng, side = c.looks.get, c.rng, c.side
-    if has("network"):
-        lines = _net(rng, side, rng.uniform(0.14, 0.21), c.disorder)
-        patches = (0.35 + 1.0 * c.disorder) * smooth_noise(rng, 3, side) + 0.15 * c.fine
-        where = np.clip(0.85 + patches, 0.05, 1.4)
-        tone = has("network") * where * c.alpha
-        c.melanin = c.melanin * (1 - 0.30 * tone * (1 - lines)) + 0.34 * tone * lines
-    if has("rim_network"):
-        lines = _net(rng, side, rng.uniform(0.13, 0.17), 0.1)
-        rim = np.clip((c.r - 0.35) / 0.3, 0, 1) * c.alpha * has("rim_network")
-        c.melanin = c.melanin * (1 - 0.25 * rim * (1 - lines)) + 0.28 * rim * lines
 
-# %% ../../nbs/data/02_synthetic.ipynb #a2d0e010
-def _paint_melanocytic(c: Canvas) -> None:
-    "Globules, streaks, blotches, blue-white veil, regression."
-    has, rng = c.looks.get, c.rng
-    if has("globules"):
-        n = int(rng.uniform(18, 42))
-        if c.disorder < 0.45:  # evenly spread, even in size
-            k = np.arange(n)
-            t = 2.39996 * k + rng.normal(0, 0.12, n)
-            at = np.sqrt((k + 0.5) / n) * 0.85 * c.shape.radius(t)
-            gx, gy = at * np.cos(t), at * np.sin(t)
-            size = np.full(n, rng.uniform(0.045, 0.065))
-        else:  # crowded on one side, uneven in size
-            gx, gy = c.points(n)
-            lean = rng.uniform(0, 2 * np.pi)
-            keep = (gx * np.cos(lean) + gy * np.sin(lean)) > rng.normal(0, 0.25, n)
-            gx, gy = gx[keep], gy[keep]
-            size = rng.uniform(0.025, 0.09, len(gx))
-        if len(gx):
-            c.melanin += 0.65 * has("globules") * spots(gx, gy, size, c.axis) * c.alpha
-    if has("streaks"):
-        n = int(rng.uniform(10, 24))
-        middle, spread = rng.uniform(-np.pi, np.pi), np.pi if c.disorder < 0.45 else 0.9
-        t = middle + rng.uniform(-spread, spread, n)
-        edge = np.clip(c.shape.radius(t), 0.45, 1.35)
-        tip = edge + rng.uniform(0.06, 0.24, n)
-        bent = t + rng.normal(0, 0.05, n)
-        paths = [
-            [
-                (a * 0.75 * np.cos(p), a * 0.75 * np.sin(p)),
-                (b * np.cos(q), b * np.sin(q)),
-            ]
-            for a, b, p, q in zip(edge, tip, t, bent)
-        ]
-        c.melanin += 0.75 * has("streaks") * c.lines(paths, [0.05] * n)
-        ends = spots(tip * np.cos(bent), tip * np.sin(bent), np.full(n, 0.04), c.axis)
-        c.melanin += 0.6 * has("streaks") * ends
-    if has("blotch"):
-        n = 1 + int(rng.integers(3))
-        bx, by = c.points(n, 0.15, 0.75)
-        mark = spots(bx, by, rng.uniform(0.16, 0.38, n), c.axis, 1.2)
-        c.melanin += (
-            0.9 * has("blotch") * mark * np.clip(1 + 0.4 * c.fine, 0, 2) * c.alpha
-        )
-    if has("veil"):
-        bx, by = c.points(2, 0.0, 0.6)
-        haze = spots(bx, by, rng.uniform(0.25, 0.5, 2), c.axis, 1.1) * c.alpha
-        c.deep += 0.75 * has("veil") * haze
-        c.melanin *= 1 - 0.45 * haze * has("veil")
-        c.white += 0.16 * has("veil") * haze
-    if has("regression"):
-        bx, by = c.points(2, 0.2, 0.8)
-        scar = spots(bx, by, rng.uniform(0.18, 0.36, 2), c.axis, 1.3) * c.alpha
-        c.melanin *= 1 - 0.8 * scar * has("regression")
-        c.white += 0.28 * scar * has("regression")
-        px, py = c.points(70)
-        pepper = spots(px, py, np.full(70, 0.022), c.axis)
-        c.deep += 0.7 * pepper * scar * has("regression")
+@_paints("rim_network")
+def _rim_network(c: Canvas, strength: float) -> None:
+    lines = _net(c.rng, c.side, c.rng.uniform(0.13, 0.17), 0.1)
+    rim = np.clip((c.r - 0.35) / 0.3, 0, 1) * c.alpha * strength
+    c.melanin = c.melanin * (1 - 0.25 * rim * (1 - lines)) + 0.28 * rim * lines
 
-# %% ../../nbs/data/02_synthetic.ipynb #6e3ed7fa
-def _paint_nests(c: Canvas) -> None:
-    "Blue-gray ovoid nests and leaf-like areas."
-    has, rng = c.looks.get, c.rng
-    if has("nests"):
-        n = int(rng.uniform(4, 11))
-        nx, ny = c.points(n, 0.1, 0.85)
-        jx, jy = nx + rng.normal(0, 0.07, n), ny + rng.normal(0, 0.07, n)
-        size = rng.uniform(0.06, 0.15, n)
-        ovoid = spots(np.r_[nx, jx], np.r_[ny, jy], np.r_[size, size], c.axis, 2.0)
-        ovoid *= np.clip(0.85 + 0.25 * c.fine + 0.3 * c.broad, 0.1, 1.3)
-        c.deep += 0.7 * has("nests") * ovoid * c.alpha
-        c.melanin += 0.25 * has("nests") * ovoid * c.alpha
-    if has("leaves"):  # fingers that fan out from a few points of the border
-        n = int(rng.uniform(2, 5))
-        t0 = rng.uniform(-np.pi, np.pi, n)
-        t = (t0[:, None] + rng.normal(0, 0.22, (n, 5))).ravel()
-        at = np.clip(c.shape.radius(t), 0.45, 1.4) * rng.uniform(0.78, 1.02, t.size)
-        leaf = spots(
-            at * np.cos(t), at * np.sin(t), rng.uniform(0.05, 0.1, t.size), c.axis, 2
-        )
-        leaf *= np.clip(0.9 + 0.3 * c.fine, 0.2, 1.3)
-        c.melanin += 0.55 * has("leaves") * leaf
-        c.deep += 0.3 * has("leaves") * leaf
+# %% ../../nbs/data/02_synthetic.ipynb #9bec7596
+@_paints("globules")
+def _globules(c: Canvas, strength: float) -> None:
+    rng = c.rng
+    n = int(rng.uniform(18, 42))
+    if c.disorder < 0.45:  # evenly spread, even in size
+        k = np.arange(n)
+        t = 2.39996 * k + rng.normal(0, 0.12, n)
+        at = np.sqrt((k + 0.5) / n) * 0.85 * c.shape.radius(t)
+        x, y = at * np.cos(t), at * np.sin(t)
+        size = np.full(n, rng.uniform(0.045, 0.065))
+    else:  # crowded on one side, uneven in size
+        x, y = c.points(n)
+        lean = rng.uniform(0, 2 * np.pi)
+        keep = (x * np.cos(lean) + y * np.sin(lean)) > rng.normal(0, 0.25, n)
+        x, y = x[keep], y[keep]
+        size = rng.uniform(0.025, 0.09, len(x))
+    if len(x):
+        c.melanin += 0.65 * strength * spots(x, y, size, c.axis) * c.alpha
+
+# %% ../../nbs/data/02_synthetic.ipynb #6dc04cd1
+@_paints("streaks")
+def _streaks(c: Canvas, strength: float) -> None:
+    rng = c.rng
+    n = int(rng.uniform(10, 24))
+    middle, spread = rng.uniform(-np.pi, np.pi), np.pi if c.disorder < 0.45 else 0.9
+    t = middle + rng.uniform(-spread, spread, n)
+    edge = np.clip(c.shape.radius(t), 0.45, 1.35)
+    tip = edge + rng.uniform(0.06, 0.24, n)
+    bent = t + rng.normal(0, 0.05, n)
+    inner = np.transpose([edge * 0.75 * np.cos(t), edge * 0.75 * np.sin(t)])
+    outer = np.transpose([tip * np.cos(bent), tip * np.sin(bent)])
+    c.melanin += 0.75 * strength * c.lines(list(zip(inner, outer)), [0.05] * n)
+    ends = spots(*outer.T, np.full(n, 0.04), c.axis)
+    c.melanin += 0.6 * strength * ends
+
+# %% ../../nbs/data/02_synthetic.ipynb #3e540d5d
+@_paints("blotch")
+def _blotch(c: Canvas, strength: float) -> None:
+    n = 1 + int(c.rng.integers(3))
+    x, y = c.points(n, 0.15, 0.75)
+    mark = spots(x, y, c.rng.uniform(0.16, 0.38, n), c.axis, 1.2)
+    c.melanin += 0.9 * strength * mark * np.clip(1 + 0.4 * c.fine, 0, 2) * c.alpha
+
+
+@_paints("veil")
+def _veil(c: Canvas, strength: float) -> None:
+    x, y = c.points(2, 0.0, 0.6)
+    haze = spots(x, y, c.rng.uniform(0.25, 0.5, 2), c.axis, 1.1) * c.alpha
+    c.deep += 0.75 * strength * haze
+    c.melanin *= 1 - 0.45 * haze * strength
+    c.white += 0.16 * strength * haze
+
+# %% ../../nbs/data/02_synthetic.ipynb #311808d1
+@_paints("regression")
+def _regression(c: Canvas, strength: float) -> None:
+    x, y = c.points(2, 0.2, 0.8)
+    scar = spots(x, y, c.rng.uniform(0.18, 0.36, 2), c.axis, 1.3) * c.alpha
+    c.melanin *= 1 - 0.8 * scar * strength
+    c.white += 0.28 * scar * strength
+    pepper = spots(*c.points(70), np.full(70, 0.022), c.axis)
+    c.deep += 0.7 * pepper * scar * strength
+
+# %% ../../nbs/data/02_synthetic.ipynb #bbae004f
+@_paints("nests")
+def _nests(c: Canvas, strength: float) -> None:
+    rng = c.rng
+    n = int(rng.uniform(4, 11))
+    x, y = c.points(n, 0.1, 0.85)
+    jx, jy = x + rng.normal(0, 0.07, n), y + rng.normal(0, 0.07, n)
+    size = rng.uniform(0.06, 0.15, n)
+    ovoid = spots(np.r_[x, jx], np.r_[y, jy], np.r_[size, size], c.axis, 2.0)
+    ovoid *= np.clip(0.85 + 0.25 * c.fine + 0.3 * c.broad, 0.1, 1.3)
+    c.deep += 0.7 * strength * ovoid * c.alpha
+    c.melanin += 0.25 * strength * ovoid * c.alpha
+
+
+@_paints("leaves")
+def _leaves(c: Canvas, strength: float) -> None:
+    # Fingers that fan out from a few points of the border.
+    rng = c.rng
+    n = int(rng.uniform(2, 5))
+    t0 = rng.uniform(-np.pi, np.pi, n)
+    t = (t0[:, None] + rng.normal(0, 0.22, (n, 5))).ravel()
+    at = np.clip(c.shape.radius(t), 0.45, 1.4) * rng.uniform(0.78, 1.02, t.size)
+    size = rng.uniform(0.05, 0.1, t.size)
+    leaf = spots(at * np.cos(t), at * np.sin(t), size, c.axis, 2)
+    leaf *= np.clip(0.9 + 0.3 * c.fine, 0.2, 1.3)
+    c.melanin += 0.55 * strength * leaf
+    c.deep += 0.3 * strength * leaf
 
 # %% ../../nbs/data/02_synthetic.ipynb #adac19be
 def _tree(rng, start, heading, width, length, paths, widths, depth=0):
@@ -531,138 +550,160 @@ def _tree(rng, start, heading, width, length, paths, widths, depth=0):
     paths.append(path)
     widths.append(width)
 
-# %% ../../nbs/data/02_synthetic.ipynb #e9b35282
-def _paint_vessels(c: Canvas) -> None:
-    "Vessels: trees, dots, coils, hairpins; and lacunae."
-    has, rng, side = c.looks.get, c.rng, c.side
-    if has("vessel_tree"):
-        paths, widths = [], []
-        for _ in range(int(rng.integers(2, 5))):
-            t = rng.uniform(-np.pi, np.pi)
-            start = (1.0 * np.cos(t), 1.0 * np.sin(t))
-            heading = t + np.pi + rng.normal(0, 0.5)
-            width, length = rng.uniform(0.035, 0.065), rng.uniform(0.6, 1.2)
-            _tree(rng, start, heading, width, length, paths, widths)
-        focus = np.clip(0.75 + 0.5 * smooth_noise(rng, 3, side), 0.08, 1.2)
-        c.blood += 0.95 * has("vessel_tree") * c.lines(paths, widths) * focus
-    if has("vessel_dots"):
-        n = int(rng.uniform(15, 40))
-        dots = spots(*c.points(n), np.full(n, 0.028), c.axis)
-        c.blood += 0.9 * has("vessel_dots") * c.alpha * dots
-    if has("vessel_coils"):  # glomerular vessels: small coils in groups
-        paths, widths = [], []
-        turns = np.linspace(0, 4 * np.pi, 12)
-        for gx, gy in zip(*c.points(int(rng.uniform(3, 6)), 0.3, 0.85)):
-            for _ in range(int(rng.uniform(6, 14))):
-                cx, cy = gx + rng.normal(0, 0.18), gy + rng.normal(0, 0.18)
-                coil = rng.uniform(0.035, 0.065) * (0.35 + turns / (4 * np.pi))
-                t = turns + rng.uniform(0, 6)
-                paths.append(list(zip(cx + coil * np.cos(t), cy + coil * np.sin(t))))
-                widths.append(0.022)
-        coils = ndimage.gaussian_filter(c.lines(paths, widths), side / 200)
-        c.blood += (
-            1.25 * has("vessel_coils") * coils * np.clip(0.8 + 0.5 * c.broad, 0.2, 1.2)
-        )
-    if has("hairpins"):
-        paths, widths = [], []
-        for hx, hy in zip(*c.points(int(rng.uniform(6, 14)), 0.5, 0.95)):
-            t = np.arctan2(hy, hx) + rng.normal(0, 0.3)
-            u, v = np.array([np.cos(t), np.sin(t)]), np.array([-np.sin(t), np.cos(t)])
-            base = np.array([hx, hy])
-            loop = [
-                (-0.08, 0.025),
-                (0.05, 0.03),
-                (0.08, 0),
-                (0.05, -0.03),
-                (-0.08, -0.025),
-            ]
-            paths.append([tuple(base + a * u + b * v) for a, b in loop])
+# %% ../../nbs/data/02_synthetic.ipynb #ad5122bb
+@_paints("vessel_tree")
+def _vessel_tree(c: Canvas, strength: float) -> None:
+    rng, paths, widths = c.rng, [], []
+    for _ in range(int(rng.integers(2, 5))):
+        t = rng.uniform(-np.pi, np.pi)
+        start = (1.0 * np.cos(t), 1.0 * np.sin(t))
+        heading = t + np.pi + rng.normal(0, 0.5)
+        width, length = rng.uniform(0.035, 0.065), rng.uniform(0.6, 1.2)
+        _tree(rng, start, heading, width, length, paths, widths)
+    focus = np.clip(0.75 + 0.5 * smooth_noise(rng, 3, c.side), 0.08, 1.2)
+    c.blood += 0.95 * strength * c.lines(paths, widths) * focus
+
+
+@_paints("vessel_dots")
+def _vessel_dots(c: Canvas, strength: float) -> None:
+    n = int(c.rng.uniform(15, 40))
+    dots = spots(*c.points(n), np.full(n, 0.028), c.axis)
+    c.blood += 0.9 * strength * c.alpha * dots
+
+# %% ../../nbs/data/02_synthetic.ipynb #a5e9c813
+@_paints("vessel_coils")
+def _vessel_coils(c: Canvas, strength: float) -> None:
+    # Glomerular vessels: small coils in groups.
+    rng, paths, widths = c.rng, [], []
+    turns = np.linspace(0, 4 * np.pi, 12)
+    for gx, gy in zip(*c.points(int(rng.uniform(3, 6)), 0.3, 0.85)):
+        for _ in range(int(rng.uniform(6, 14))):
+            cx, cy = gx + rng.normal(0, 0.18), gy + rng.normal(0, 0.18)
+            coil = rng.uniform(0.035, 0.065) * (0.35 + turns / (4 * np.pi))
+            t = turns + rng.uniform(0, 6)
+            paths.append(list(zip(cx + coil * np.cos(t), cy + coil * np.sin(t))))
             widths.append(0.022)
-        c.blood += 1.1 * has("hairpins") * c.lines(paths, widths)
-    if has("lacunae"):
-        n = int(rng.uniform(10, 34))
-        lx, ly = c.points(n, 0.0, 0.88)
-        size = rng.uniform(0.07, 0.12 + 1.2 / n, n)
-        lake = spots(lx, ly, size, c.axis, 3.0) * c.alpha
-        septa = c.alpha * (1 - lake)
-        dark = np.clip(rng.normal(0.25, 0.35) + 0.4 * c.broad, 0, 1.2)
-        strength = has("lacunae")
-        c.blood += lake * strength * (0.6 + 0.6 * rng.random()) * (1 + 0.2 * c.fine)
-        c.deep += 0.8 * lake * strength * dark
-        c.white += 0.22 * septa * strength
+    coils = ndimage.gaussian_filter(c.lines(paths, widths), c.side / 200)
+    c.blood += 1.25 * strength * coils * np.clip(0.8 + 0.5 * c.broad, 0.2, 1.2)
 
-# %% ../../nbs/data/02_synthetic.ipynb #dd952e59
-def _paint_keratosis(c: Canvas) -> None:
-    "Strawberry pattern, cysts, openings, ridges, fingerprint."
-    has, rng, side = c.looks.get, c.rng, c.side
-    if has("strawberry"):  # red net around pale follicles, each with a yellow plug
-        n = int(rng.uniform(35, 60))
-        k = np.arange(n)
-        t = 2.39996 * k + rng.uniform(0, 6)
-        at = np.sqrt((k + 0.5) / n) * 1.05
-        fx = at * np.cos(t) + rng.normal(0, 0.04, n)
-        fy = at * np.sin(t) + rng.normal(0, 0.04, n)
-        pale = spots(fx, fy, rng.uniform(0.05, 0.075, n), c.axis, 1.8)
-        plug = spots(fx, fy, np.full(n, 0.026), c.axis, 1.5)
-        s = has("strawberry")
-        c.blood = c.blood * (1 - 0.6 * s * pale) + 0.45 * s * c.alpha * (1 - pale)
-        c.melanin *= 1 - 0.5 * s * pale
-        c.white += 0.30 * s * pale * c.alpha
-        c.keratin += 0.45 * s * plug * c.alpha
-    if has("cysts"):
-        n = int(rng.uniform(6, 22))
-        star = spots(*c.points(n), rng.uniform(0.025, 0.06, n), c.axis, 1.2)
-        c.white += 0.62 * has("cysts") * star * c.alpha
-        c.melanin *= 1 - 0.4 * star
-    if has("openings"):
-        n = int(rng.uniform(6, 18))
-        plug = spots(*c.points(n), rng.uniform(0.03, 0.075, n), c.axis, 3.0)
-        c.melanin += 1.1 * has("openings") * plug * c.alpha
-        c.keratin += 0.15 * plug * c.alpha
-    if has("ridges"):  # brain-like folds: the zero lines of noise are the furrows
-        bend = smooth_noise(rng, 11, side) + 0.5 * smooth_noise(rng, 18, side)
-        width = np.clip(0.4 + 0.12 * c.broad, 0.2, 0.7)
-        furrow = np.exp(-((bend / width) ** 2))
-        c.melanin += 0.55 * has("ridges") * furrow * c.alpha
-        c.melanin *= 1 - 0.25 * has("ridges") * (1 - furrow)
-    if has("fingerprint"):
-        turn = rng.uniform(0, np.pi)
-        u = c.x * np.cos(turn) + c.y * np.sin(turn) + 0.14 * smooth_noise(rng, 5, side)
-        stripe = 0.5 + 0.5 * np.cos(2 * np.pi * u / rng.uniform(0.14, 0.19))
-        c.melanin += 0.42 * has("fingerprint") * (stripe - 0.3) * c.alpha
+# %% ../../nbs/data/02_synthetic.ipynb #a433ea33
+_LOOP = ((-0.08, 0.025), (0.05, 0.03), (0.08, 0), (0.05, -0.03), (-0.08, -0.025))
 
-# %% ../../nbs/data/02_synthetic.ipynb #8d259925
-def _paint_surface(c: Canvas) -> None:
-    "White patch, scale, keratin and crust."
-    has, rng, side = c.looks.get, c.rng, c.side
-    if has("white_patch"):
-        off = rng.normal(0, 0.08, 2)
-        reach = np.hypot(c.x - off[0], c.y - off[1]) + 0.06 * c.fine + 0.08 * c.broad
-        scar = 1 / (
-            1 + np.exp(np.clip((reach - rng.uniform(0.28, 0.48)) * 14, -15, 15))
-        )
-        s = has("white_patch")
-        c.melanin *= 1 - 0.85 * s * scar
-        c.blood *= 1 - 0.5 * s * scar
-        c.white += 0.55 * s * scar * c.alpha
-    if has("scale"):
-        flakes = smooth_noise(rng, 26, side) + 0.8 * c.broad
-        flakes = np.clip((flakes - 1.1) * 1.6, 0, 1)
-        c.white += 0.6 * has("scale") * flakes * c.alpha
-    if has("keratin"):
-        reach = np.hypot(c.x - rng.normal(0, 0.12), c.y - rng.normal(0, 0.12))
-        lump = np.clip((rng.uniform(0.3, 0.55) - reach + 0.12 * c.broad) * 6, 0, 1)
-        c.keratin += has("keratin") * lump * np.clip(0.6 + 0.25 * c.fine, 0, 1)
-        c.white += 0.25 * has("keratin") * lump * np.clip(c.fine, 0, 1)
-    if has("crust"):  # an erosion: dark red to orange, sharply bounded
-        cx, cy = c.points(1, 0.0, 0.6)
-        reach = np.hypot(c.x - cx[0], c.y - cy[0]) + 0.07 * c.fine + 0.07 * c.broad
-        sore = np.clip((rng.uniform(0.15, 0.32) - reach) * 12, 0, 1) * has("crust")
-        c.blood += 1.0 * sore * np.clip(1 + 0.4 * c.fine, 0, 2)
-        c.melanin += 0.5 * sore
-        c.keratin += 0.2 * sore
 
-# %% ../../nbs/data/02_synthetic.ipynb #77ae897a
+@_paints("hairpins")
+def _hairpins(c: Canvas, strength: float) -> None:
+    rng, paths = c.rng, []
+    for x, y in zip(*c.points(int(rng.uniform(6, 14)), 0.5, 0.95)):
+        t = np.arctan2(y, x) + rng.normal(0, 0.3)
+        u, v = np.array([np.cos(t), np.sin(t)]), np.array([-np.sin(t), np.cos(t)])
+        base = np.array([x, y])
+        paths.append([tuple(base + a * u + b * v) for a, b in _LOOP])
+    c.blood += 1.1 * strength * c.lines(paths, [0.022] * len(paths))
+
+
+@_paints("lacunae")
+def _lacunae(c: Canvas, strength: float) -> None:
+    rng = c.rng
+    n = int(rng.uniform(10, 34))
+    x, y = c.points(n, 0.0, 0.88)
+    size = rng.uniform(0.07, 0.12 + 1.2 / n, n)
+    lake = spots(x, y, size, c.axis, 3.0) * c.alpha
+    septa = c.alpha * (1 - lake)
+    dark = np.clip(rng.normal(0.25, 0.35) + 0.4 * c.broad, 0, 1.2)
+    c.blood += lake * strength * (0.6 + 0.6 * rng.random()) * (1 + 0.2 * c.fine)
+    c.deep += 0.8 * lake * strength * dark
+    c.white += 0.22 * septa * strength
+
+# %% ../../nbs/data/02_synthetic.ipynb #8e2dbbd5
+@_paints("strawberry")
+def _strawberry(c: Canvas, strength: float) -> None:
+    # Red net around pale follicles, each with a yellow plug.
+    rng = c.rng
+    n = int(rng.uniform(35, 60))
+    k = np.arange(n)
+    t = 2.39996 * k + rng.uniform(0, 6)
+    at = np.sqrt((k + 0.5) / n) * 1.05
+    x = at * np.cos(t) + rng.normal(0, 0.04, n)
+    y = at * np.sin(t) + rng.normal(0, 0.04, n)
+    pale = spots(x, y, rng.uniform(0.05, 0.075, n), c.axis, 1.8)
+    plug = spots(x, y, np.full(n, 0.026), c.axis, 1.5)
+    c.blood = c.blood * (1 - 0.6 * strength * pale) + 0.45 * strength * c.alpha * (1 - pale)
+    c.melanin *= 1 - 0.5 * strength * pale
+    c.white += 0.30 * strength * pale * c.alpha
+    c.keratin += 0.45 * strength * plug * c.alpha
+
+# %% ../../nbs/data/02_synthetic.ipynb #a70252e4
+@_paints("cysts")
+def _cysts(c: Canvas, strength: float) -> None:
+    n = int(c.rng.uniform(6, 22))
+    star = spots(*c.points(n), c.rng.uniform(0.025, 0.06, n), c.axis, 1.2)
+    c.white += 0.62 * strength * star * c.alpha
+    c.melanin *= 1 - 0.4 * star
+
+
+@_paints("openings")
+def _openings(c: Canvas, strength: float) -> None:
+    n = int(c.rng.uniform(6, 18))
+    plug = spots(*c.points(n), c.rng.uniform(0.03, 0.075, n), c.axis, 3.0)
+    c.melanin += 1.1 * strength * plug * c.alpha
+    c.keratin += 0.15 * plug * c.alpha
+
+# %% ../../nbs/data/02_synthetic.ipynb #89347b42
+@_paints("ridges")
+def _ridges(c: Canvas, strength: float) -> None:
+    # Brain-like folds: the zero lines of noise are the furrows.
+    bend = smooth_noise(c.rng, 11, c.side) + 0.5 * smooth_noise(c.rng, 18, c.side)
+    width = np.clip(0.4 + 0.12 * c.broad, 0.2, 0.7)
+    furrow = np.exp(-((bend / width) ** 2))
+    c.melanin += 0.55 * strength * furrow * c.alpha
+    c.melanin *= 1 - 0.25 * strength * (1 - furrow)
+
+
+@_paints("fingerprint")
+def _fingerprint(c: Canvas, strength: float) -> None:
+    turn = c.rng.uniform(0, np.pi)
+    u = c.x * np.cos(turn) + c.y * np.sin(turn) + 0.14 * smooth_noise(c.rng, 5, c.side)
+    stripe = 0.5 + 0.5 * np.cos(2 * np.pi * u / c.rng.uniform(0.14, 0.19))
+    c.melanin += 0.42 * strength * (stripe - 0.3) * c.alpha
+
+# %% ../../nbs/data/02_synthetic.ipynb #9da69795
+@_paints("white_patch")
+def _white_patch(c: Canvas, strength: float) -> None:
+    off = c.rng.normal(0, 0.08, 2)
+    reach = np.hypot(c.x - off[0], c.y - off[1]) + 0.06 * c.fine + 0.08 * c.broad
+    steep = np.clip((reach - c.rng.uniform(0.28, 0.48)) * 14, -15, 15)
+    scar = 1 / (1 + np.exp(steep))
+    c.melanin *= 1 - 0.85 * strength * scar
+    c.blood *= 1 - 0.5 * strength * scar
+    c.white += 0.55 * strength * scar * c.alpha
+
+
+@_paints("scale")
+def _scale(c: Canvas, strength: float) -> None:
+    flakes = smooth_noise(c.rng, 26, c.side) + 0.8 * c.broad
+    flakes = np.clip((flakes - 1.1) * 1.6, 0, 1)
+    c.white += 0.6 * strength * flakes * c.alpha
+
+# %% ../../nbs/data/02_synthetic.ipynb #a033f274
+@_paints("keratin")
+def _keratin(c: Canvas, strength: float) -> None:
+    reach = np.hypot(c.x - c.rng.normal(0, 0.12), c.y - c.rng.normal(0, 0.12))
+    lump = np.clip((c.rng.uniform(0.3, 0.55) - reach + 0.12 * c.broad) * 6, 0, 1)
+    c.keratin += strength * lump * np.clip(0.6 + 0.25 * c.fine, 0, 1)
+    c.white += 0.25 * strength * lump * np.clip(c.fine, 0, 1)
+
+
+@_paints("crust")
+def _crust(c: Canvas, strength: float) -> None:
+    # An erosion: dark red to orange, sharply bounded.
+    cx, cy = c.points(1, 0.0, 0.6)
+    reach = np.hypot(c.x - cx[0], c.y - cy[0]) + 0.07 * c.fine + 0.07 * c.broad
+    sore = np.clip((c.rng.uniform(0.15, 0.32) - reach) * 12, 0, 1) * strength
+    c.blood += 1.0 * sore * np.clip(1 + 0.4 * c.fine, 0, 2)
+    c.melanin += 0.5 * sore
+    c.keratin += 0.2 * sore
+
+# %% ../../nbs/data/02_synthetic.ipynb #9be8bea6
 def lesion_maps(
     lesion: Lesion,
     side: int = 144,  # pixels along one side of the canvas, which spans 2 * REACH radii
@@ -670,12 +711,9 @@ def lesion_maps(
     "Pigment maps of a lesion, float32 (6, side, side), in the order of `MAPS`."
     rng = np.random.default_rng([lesion.seed, 3, lesion.index])
     canvas = Canvas(lesion.looks, rng, side)
-    _paint_network(canvas)
-    _paint_melanocytic(canvas)
-    _paint_nests(canvas)
-    _paint_vessels(canvas)
-    _paint_keratosis(canvas)
-    _paint_surface(canvas)
+    for structure, paint in _PAINTERS.items():
+        if structure in lesion.looks:
+            paint(canvas, lesion.looks[structure])
     return canvas.maps()
 
 # %% ../../nbs/data/02_synthetic.ipynb #79a1fa2d
@@ -733,7 +771,43 @@ def _add_bubbles(rng, rgb):
         rgb = rgb * (1 + 0.10 * (r < 1))[..., None] + 0.35 * rim[..., None]
     return rgb
 
-# %% ../../nbs/data/02_synthetic.ipynb #f0a147c9
+# %% ../../nbs/data/02_synthetic.ipynb #9347a978
+@dataclass(frozen=True)
+class _Camera:
+    "An affine map from the pixels of a view to lesion radii."
+
+    size: tuple[int, int]  # width, height in pixels
+    pixels: float  # of one lesion radius
+    matrix: tuple[float, float, float, float]  # plain floats keep float32 arrays
+    center: tuple[float, float]  # of the lesion, in pixels
+
+    def points(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        "Pixels in lesion radii."
+        (a, b, c, d), (cx, cy) = self.matrix, self.center
+        return a * (x - cx) + b * (y - cy), c * (x - cx) + d * (y - cy)
+
+    def look_at(self, plane: np.ndarray, reach: float) -> np.ndarray:
+        "A plane that spans -reach..reach radii, as the view sees it."
+        (a, b, c, d), (cx, cy) = self.matrix, self.center
+        half = plane.shape[0] / 2 / reach
+        m = np.array([a, b, -a * cx - b * cy + reach, c, d, -c * cx - d * cy + reach])
+        affine, smooth = Image.Transform.AFFINE, Image.Resampling.BILINEAR
+        image = Image.fromarray(plane)
+        return np.asarray(image.transform(self.size, affine, tuple(m * half), smooth))
+
+# %% ../../nbs/data/02_synthetic.ipynb #5a5f8df4
+def _camera(lesion: Lesion, size: tuple[int, int], rng) -> _Camera:
+    width, height = size
+    zoom = float(np.clip(lesion.size * np.exp(rng.normal(0, 0.1)), 0.5, 1.0))
+    pixels = zoom * height / 2
+    turn, stretch = rng.uniform(0, 2 * np.pi), float(np.exp(rng.normal(0, 0.04)))
+    cx = width / 2 + rng.normal(0, 0.05) * width
+    cy = height / 2 + rng.normal(0, 0.05) * height
+    cos, sin = float(np.cos(turn)) / pixels, float(np.sin(turn)) / pixels
+    matrix = cos * stretch, -sin / stretch, sin * stretch, cos / stretch
+    return _Camera(size, pixels, matrix, (cx, cy))
+
+
 def _sample(planes, x, y):
     "Bilinear values of `planes` at points given in lesion radii; 0 off the canvas."
     side = planes.shape[1]
@@ -750,77 +824,50 @@ def _sample(planes, x, y):
         out.append(top + fv * (low - top))
     return out
 
-
-def canvas_side(size: tuple[int, int]) -> int:
-    "Side of the canvas of `lesion_maps` that suits images of `size` (width, height)."
-    return max(64, round(1.5 * size[1]))
-
-# %% ../../nbs/data/02_synthetic.ipynb #d6998333
-def render_view(
-    lesion: Lesion,
-    view: int = 0,  # number of the image of this lesion, from 0
-    size: tuple[int, int] = (128, 96),  # width, height in pixels
-    maps: np.ndarray | None = None,  # of `lesion_maps`, to draw them once for all views
-    nuisance: bool = True,  # False: no hair, ruler, bubbles, rim, blur and noise
-) -> tuple[np.ndarray, np.ndarray]:
-    "Image uint8 (height, width, 3) in RGB and mask uint8 (height, width), 0 or 255."
-    width, height = size = tuple(size)
-    if maps is None:
-        maps = lesion_maps(lesion, canvas_side(size))
-    side = maps.shape[1]
-    rng = np.random.default_rng([lesion.seed, 4, lesion.index, view])
-    scale = height / 96
-
-    # where each pixel of the view lies on the canvas; plain floats keep float32 arrays
-    zoom = float(np.clip(lesion.size * np.exp(rng.normal(0, 0.1)), 0.5, 1.0))
-    pixels = zoom * height / 2
-    turn, stretch = rng.uniform(0, 2 * np.pi), float(np.exp(rng.normal(0, 0.04)))
-    cx = width / 2 + rng.normal(0, 0.05) * width
-    cy = height / 2 + rng.normal(0, 0.05) * height
-    cos, sin = float(np.cos(turn)) / pixels, float(np.sin(turn)) / pixels
-    a, b, c, d = cos * stretch, -sin / stretch, sin * stretch, cos / stretch
-
-    def look_at(plane, reach):
-        half = plane.shape[0] / 2 / reach
-        m = np.array([a, b, -a * cx - b * cy + reach, c, d, -c * cx - d * cy + reach])
-        affine, smooth = Image.Transform.AFFINE, Image.Resampling.BILINEAR
-        image = Image.fromarray(plane)
-        return np.asarray(image.transform(size, affine, tuple(m * half), smooth))
-
-    # canvas pixels finer than the view's would alias
-    blur = 0.45 * (side / (2 * REACH) / pixels - 1)
-    planes = maps
-    if blur > 0.15:
-        planes = ndimage.gaussian_filter(maps, (0, blur, blur), truncate=2)
-    skin = np.random.default_rng([lesion.seed, 5, lesion.index])
-    y, x = np.mgrid[:height, :width].astype(np.float32)
-    px, py = (a * (x - cx) + b * (y - cy)), (c * (x - cx) + d * (y - cy))
-    for along in (px, py):  # tissue is uneven: bend everything a little
-        along += 0.02 * look_at(smooth_noise(skin, 26, 96), 2 * REACH)
-    melanin, deep, blood, white, keratin, alpha = _sample(planes, px, py)
-
-    # skin: tone and mottling belong to the lesion, the fine grain to the view
-    sun = skin.uniform(0.01, 0.055) + (0.05 if lesion.site == "head/neck" else 0)
-    mottle = [smooth_noise(skin, n, 96) for n in (12, 44)]
-    freckle = np.clip(smooth_noise(skin, 40, 96) - skin.uniform(2.0, 3.4), 0, 1)
+# %% ../../nbs/data/02_synthetic.ipynb #87ba5194
+def _grain(rng, x: np.ndarray, y: np.ndarray, bend: np.ndarray) -> np.ndarray:
+    height, width = x.shape
     coarse = rng.standard_normal((height // 2 + 1, width // 2 + 1), np.float32)
     grain = np.asarray(Image.fromarray(coarse).resize((width, height)))
     lines = np.zeros_like(x)
-    bend = look_at(mottle[0], 5.0)
     for t in rng.uniform(0, np.pi, 2).tolist():
-        phase = (x * np.cos(t) + y * np.sin(t)).astype(np.float32) / (3.2 * scale)
+        phase = (x * np.cos(t) + y * np.sin(t)).astype(np.float32) / (3.2 * height / 96)
         lines += np.clip(np.cos(phase + 1.5 * bend) - 0.5, 0, 1)
-    grain = rng.uniform(0.01, 0.035) * grain + rng.uniform(0, 0.05) * lines
+    return rng.uniform(0.01, 0.035) * grain + rng.uniform(0, 0.05) * lines
+
+
+def _on_skin(
+    lesion: Lesion, planes: np.ndarray, camera: _Camera, rng
+) -> tuple[np.ndarray, np.ndarray]:
+    # Color under white light, and the lesion's alpha.
+    width, height = camera.size
+    skin = np.random.default_rng([lesion.seed, 5, lesion.index])
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    points = camera.points(x, y)
+    for along in points:  # tissue is uneven: bend everything a little
+        along += 0.02 * camera.look_at(smooth_noise(skin, 26, 96), 2 * REACH)
+    melanin, deep, blood, white, keratin, alpha = _sample(planes, *points)
+    sun = skin.uniform(0.01, 0.055) + (0.05 if lesion.site == "head/neck" else 0)
+    mottle = [smooth_noise(skin, n, 96) for n in (12, 44)]
+    freckle = np.clip(smooth_noise(skin, 40, 96) - skin.uniform(2.0, 3.4), 0, 1)
+    bend = camera.look_at(mottle[0], 5.0)
+    grain = _grain(rng, x, y, bend)
     tone_m, tone_h = lesion.skin
     melanin = melanin + tone_m * (1 + 0.15 * bend) + 0.6 * sun * np.abs(bend)
-    melanin += 0.5 * look_at(freckle, 5.0)
-    blood = blood + tone_h + sun * np.clip(look_at(mottle[1], 5.0), -0.7, 2) + grain
-
+    melanin += 0.5 * camera.look_at(freckle, 5.0)
+    flush = sun * np.clip(camera.look_at(mottle[1], 5.0), -0.7, 2)
+    blood = blood + tone_h + flush + grain
     rough = 1 + 2 * grain
-    rgb = pigment_color(melanin, deep, blood, white * rough, keratin * rough)
+    return pigment_color(melanin, deep, blood, white * rough, keratin * rough), alpha
 
-    # light: white balance, brightness, gradient, falloff from the center
-    u, v = (x - width / 2) / height, (y - height / 2) / height
+# %% ../../nbs/data/02_synthetic.ipynb #3752631d
+def _from_center(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    return (x - width / 2) / height, (y - height / 2) / height
+
+
+def _light(rng, rgb: np.ndarray) -> np.ndarray:
+    u, v = _from_center(*rgb.shape[:2])
     slope, t = rng.uniform(0, 0.22), rng.uniform(0, 2 * np.pi)
     sx, sy = slope * float(np.cos(t)), slope * float(np.sin(t))
     falloff = rng.uniform(0, 0.28)
@@ -834,27 +881,57 @@ def render_view(
         + rng.normal(0.02, 0.10)
     )
     rgb = np.clip(rgb * lamp[..., None] * balance.astype(np.float32), 1e-4, None)
-    rgb **= float(np.exp(rng.normal(0, 0.10)))
+    return rgb ** float(np.exp(rng.normal(0, 0.10)))
 
+# %% ../../nbs/data/02_synthetic.ipynb #f8d3665f
+def _nuisances(rng, rgb: np.ndarray) -> np.ndarray:
+    "Hair, ruler, bubbles, blur, the round rim of the lens, and noise; each by chance."
+    height, scale = rgb.shape[0], rgb.shape[0] / 96
+    chance = rng.random(6)
+    if chance[0] < 0.42:
+        rgb = _add_hairs(rng, rgb, scale)
+    if chance[1] < 0.12:
+        rgb = _add_ruler(rng, rgb, scale)
+    if chance[2] < 0.10:
+        rgb = _add_bubbles(rng, rgb)
+    if chance[3] < 0.45:
+        s = rng.uniform(0.3, 0.8) * scale
+        rgb = ndimage.gaussian_filter(rgb, (s, s, 0), truncate=2)
+    if chance[4] < 0.16:
+        u, v = _from_center(*rgb.shape[:2])
+        rim = rng.uniform(0.56, 0.74)
+        reach = np.hypot(u - float(rng.normal(0, 0.02)), v)
+        rgb = rgb * (1 - 0.97 * np.clip((reach - rim) * height / 3, 0, 1)[..., None])
+    noise = rng.standard_normal(rgb.shape, np.float32)
+    return rgb + rng.uniform(0.004, 0.018) * noise
+
+# %% ../../nbs/data/02_synthetic.ipynb #55957823
+def canvas_side(size: tuple[int, int]) -> int:
+    "Side of the canvas of `lesion_maps` that suits images of `size` (width, height)."
+    return max(64, round(1.5 * size[1]))
+
+
+def render_view(
+    lesion: Lesion,
+    view: int = 0,  # number of the image of this lesion, from 0
+    size: tuple[int, int] = (128, 96),  # width, height in pixels
+    maps: np.ndarray | None = None,  # of `lesion_maps`, to draw them once for all views
+    nuisance: bool = True,  # False: no hair, ruler, bubbles, rim, blur and noise
+) -> tuple[np.ndarray, np.ndarray]:
+    "Image uint8 (height, width, 3) in RGB and mask uint8 (height, width), 0 or 255."
+    size = tuple(size)
+    if maps is None:
+        maps = lesion_maps(lesion, canvas_side(size))
+    rng = np.random.default_rng([lesion.seed, 4, lesion.index, view])
+    camera = _camera(lesion, size, rng)
+    # canvas pixels finer than the view's would alias
+    blur = 0.45 * (maps.shape[1] / (2 * REACH) / camera.pixels - 1)
+    if blur > 0.15:
+        maps = ndimage.gaussian_filter(maps, (0, blur, blur), truncate=2)
+    rgb, alpha = _on_skin(lesion, maps, camera, rng)
+    rgb = _light(rng, rgb)
     if nuisance:
-        chance = rng.random(6)
-        if chance[0] < 0.42:
-            rgb = _add_hairs(rng, rgb, scale)
-        if chance[1] < 0.12:
-            rgb = _add_ruler(rng, rgb, scale)
-        if chance[2] < 0.10:
-            rgb = _add_bubbles(rng, rgb)
-        if chance[3] < 0.45:
-            s = rng.uniform(0.3, 0.8) * scale
-            rgb = ndimage.gaussian_filter(rgb, (s, s, 0), truncate=2)
-        if chance[4] < 0.16:  # the round rim of the lens
-            rim = rng.uniform(0.56, 0.74)
-            dark = np.clip(
-                (np.hypot(u - float(rng.normal(0, 0.02)), v) - rim) * height / 3, 0, 1
-            )
-            rgb = rgb * (1 - 0.97 * dark[..., None])
-        noise = rng.standard_normal(rgb.shape, np.float32)
-        rgb = rgb + rng.uniform(0.004, 0.018) * noise
+        rgb = _nuisances(rng, rgb)
     image = (np.clip(rgb, 0, 1) * 255 + 0.5).astype(np.uint8)
     return image, np.where(alpha > 0.5, 255, 0).astype(np.uint8)
 
@@ -969,7 +1046,7 @@ def generate_demo(
     `ISIC_2019_Training_GroundTruth.csv`, `ISIC_2019_Training_Metadata.csv`,
     `ISIC_2019_Training_Input/*.jpg`, `masks/*.png` (0 or 255) and `demo.json`. A
     finished folder with the same parameters is used again at once; an interrupted one
-    is taken up where it stopped. Raises `ConfigError` for impossible parameters and for
+    is resumed where it stopped. Raises `ConfigError` for impossible parameters and for
     a folder that holds anything else.
     """
     folder = Path(folder)
