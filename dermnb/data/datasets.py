@@ -220,7 +220,7 @@ def _places(files: Iterable[ImageFile]) -> str:
     counts = counts.value_counts()
     return listing([f"{place} ({n:,})" for place, n in counts.items()], 4)
 
-
+# %% ../../nbs/data/09_datasets.ipynb #ea5766e1
 def _ids_found(manifest: pd.DataFrame) -> list[tuple[str, str]]:
     told = []
     for column, what, alone in (
@@ -331,7 +331,7 @@ def _classes_found(
         told.append(("split", listing([f"{s} {counts[s]:,}" for s in counts.index])))
     return told
 
-
+# %% ../../nbs/data/09_datasets.ipynb #75a37abb
 def _masks_found(files: Files, manifest: pd.DataFrame) -> list[tuple[str, str]]:
     if not files.masks:
         return []
@@ -402,7 +402,7 @@ def _with_images(taxonomy: Taxonomy, kept: pd.DataFrame, account: Account) -> Ta
     account.not_used.append(("classes", f"{listing(none, 8)}: without any image"))
     return Taxonomy(taxonomy.name, tuple(have), {c: c for c in have}, {})
 
-
+# %% ../../nbs/data/09_datasets.ipynb #815e0b53
 def _never_trained(kept: pd.DataFrame) -> list[tuple]:
     # Classes that only validation or test images have, where the split is given.
     counts = kept["label"].value_counts()

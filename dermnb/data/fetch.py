@@ -72,6 +72,21 @@ def _announced(answer) -> tuple[int | None, str]:
     return int(total) if total.isdigit() else None, (ranges[1] or "") if ranges else ""
 
 
+def _passing(error: Exception) -> Exception:
+    # What another attempt may cure, as an error of requests; anything else is raised.
+    import requests
+
+    if not isinstance(error, requests.RequestException):  # of urllib3
+        return requests.ConnectionError(error)
+    passing = isinstance(error, (requests.ConnectionError, requests.Timeout))
+    if isinstance(error, requests.HTTPError):
+        status = error.response.status_code
+        passing = status >= 500 or status == 429
+    if not passing:
+        raise error
+    return error
+
+
 def _check_disk(folder: Path, missing: int) -> None:
     free = shutil.disk_usage(folder).free
     if missing > free:
@@ -79,7 +94,7 @@ def _check_disk(folder: Path, missing: int) -> None:
             f"{folder} has {free / 1e9:.1f} GB free, and {missing / 1e9:.1f} GB are to come."
         )
 
-
+# %% ../../nbs/data/10_fetch.ipynb #5d17da63
 def _write(answer, part: Path, have: int, total: int | None, progressbar: bool) -> None:
     name, bar = part.name.removesuffix(".part"), contextlib.nullcontext()
     if progressbar:
@@ -95,7 +110,7 @@ def _write(answer, part: Path, have: int, total: int | None, progressbar: bool) 
             if shown_bar is not None:
                 shown_bar.update(len(chunk))
 
-
+# %% ../../nbs/data/10_fetch.ipynb #c4de31c7
 def _test_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
@@ -127,20 +142,14 @@ class ResumingDownloader:
         import urllib3
 
         part, failed = _Part(self.part), 0
+        errors = requests.RequestException, urllib3.exceptions.HTTPError
         while True:
             before = part.size
             try:
                 self._continue(url)
                 break
-            except requests.HTTPError as error:
-                status = error.response.status_code
-                if status < 500 and status != 429:
-                    raise
-                last = error
-            except (requests.ConnectionError, requests.Timeout) as error:
-                last = error
-            except urllib3.exceptions.HTTPError as error:
-                last = requests.ConnectionError(error)
+            except errors as error:
+                last = _passing(error)
             failed = 0 if part.size > before else failed + 1
             if failed >= self.attempts:
                 raise last
@@ -181,7 +190,7 @@ def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-
+# %% ../../nbs/data/10_fetch.ipynb #b0238a0c
 def _from_doi(doi: str, name: str) -> tuple[str, str]:
     # Dataverse turns uploaded CSVs into .tab files, and the MD5 it states for such a
     # file is that of neither form (IQSS/dataverse issue 9501): none is used then.

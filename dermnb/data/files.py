@@ -32,7 +32,7 @@ from dermnb.data.decoding import (
 # %% ../../nbs/data/03_files.ipynb #e5e85a07
 _LOST = -1  # bytes of a link that leads nowhere, or of a folder that cannot be read
 
-
+# %% ../../nbs/data/03_files.ipynb #8b7c37ac
 class ImageFile(NamedTuple):
     "An image file, or a member of an archive."
 
@@ -111,7 +111,7 @@ def open_archive(
             _archives[path] = (state, zipfile.ZipFile(path))
         return _archives[path][1]
 
-
+# %% ../../nbs/data/03_files.ipynb #4495afe3
 def archive_member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
     "A member by its name, also where the archive has no flag for UTF-8; else KeyError."
     if name not in archive.NameToInfo and not name.isascii():

@@ -106,7 +106,7 @@ def _find_splits(tree: _Tree, folder: Path, account: Account) -> None:
         tree.inside = [p for p in tree.parts if p]
         tree.level, tree.start = at, at + 1
 
-
+# %% ../../nbs/data/06_folders.ipynb #8d6224ec
 def _splits_above(tree: _Tree, folder: Path, account: Account) -> None:
     here, splits = tree.start, tree.splits
     others = [top for top in tree.at(here) if top not in splits]
@@ -160,7 +160,7 @@ def _patient_level(tree: _Tree, known: frozenset) -> int | None:
             return here
     return None
 
-
+# %% ../../nbs/data/06_folders.ipynb #7320c3ef
 def _repeated(tree: _Tree, known: frozenset, folder: Path) -> set[str]:
     # Folders beside the classes that hold nothing but the same classes again.
     start, below = tree.start, {}
@@ -204,7 +204,7 @@ def _refuse_crossed(tree: _Tree, known: frozenset, folder: Path) -> None:
         "or list the images in a CSV with image_id, label and perhaps patient_id or split."
     )
 
-
+# %% ../../nbs/data/06_folders.ipynb #5e0fd915
 def _refuse_odd(classes: list[str], folder: Path) -> None:
     # Names that say something, and no diagnosis.
     tests = split_word, is_folder_word, is_fold_name, is_patient_name
@@ -225,7 +225,7 @@ class _Layout(NamedTuple):
     patients: list[str | None]
     wrapper: str  # folder that holds everything, with / at its end, or ""
 
-
+# %% ../../nbs/data/06_folders.ipynb #862db7fb
 def _layout(parts: list[list[str]], folder: Path, account: Account) -> _Layout:
     "What the folders of a tree mean: wrappers, splits, classes; shown, or refused."
     tree = _Tree(parts, [p for p in parts if p])
@@ -309,7 +309,7 @@ def read_folders(
     files = files._replace(images=[row[0] for row in rows if row[1] is not None])
     return Source(table, files, problems, taxonomy, account=account)
 
-
+# %% ../../nbs/data/06_folders.ipynb #5d5a3561
 def _ids(images: Sequence[ImageFile]) -> pd.Series:
     stems = pd.Series([image.stem for image in images])
     paths = pd.Series([image.rel.rpartition(".")[0] for image in images])
@@ -337,7 +337,7 @@ def _with_metadata(
     detail = f"in {path.name}, and no file of that name"
     return table, problems + [("absent", i, pd.NA, detail) for i in sorted(absent)]
 
-
+# %% ../../nbs/data/06_folders.ipynb #d81c3313
 def _tell_tables(folder: Path, account: Account) -> None:
     # Tables that would be read if they were called metadata.csv.
     for path in tables_in(folder):

@@ -58,7 +58,7 @@ def show_images(
 # %% ../../nbs/data/12_images.ipynb #f8f890de
 RESIZE_METHODS = ("stretch", "crop", "pad")
 
-
+# %% ../../nbs/data/12_images.ipynb #69aa0cc2
 def resize_image(
     picture: Picture | bytes | Image.Image,  # bytes: content of an image file
     size: int,  # pixels, width and height of the result
@@ -466,7 +466,7 @@ _SHARES = {
     "cut": 0.5,
 }
 
-
+# %% ../../nbs/data/12_images.ipynb #d030826b
 def _dermoscopy_settings(
     count: int,  # images
     size: int,  # pixels, width and height
@@ -534,7 +534,7 @@ def _blur_together(tf, layer, width: int) -> Callable:
 
     return blur
 
-
+# %% ../../nbs/data/12_images.ipynb #f47c623b
 def _compress_each(tf, layer) -> Callable:
     "Saves each image of a batch as JPEG in its quality, and opens it."
 
@@ -667,7 +667,7 @@ def augment_images(
 # %% ../../nbs/data/12_images.ipynb #d483750b
 MIXES = ("none", "mixup", "cutmix")
 
-
+# %% ../../nbs/data/12_images.ipynb #f7b22c36
 def mix_batch(
     images: np.ndarray,  # float32 (B, S, S, 3)
     labels: np.ndarray,  # float32 (B, K), rows sum to one

@@ -123,7 +123,7 @@ def _row_problems(
         told.append(("unreadable", why))
     return told
 
-
+# %% ../../nbs/data/08_manifests.ipynb #557469cb
 def _masks_of(ids: pd.Series, masks: list[ImageFile]) -> list:
     find = mask_finder(masks)
     found = [[] if pd.isna(i) or not masks else find(i) for i in ids]

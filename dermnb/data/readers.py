@@ -118,7 +118,7 @@ def _isic2018_table(
             problems += found
     return table.assign(source="ISIC 2018"), problems
 
-
+# %% ../../nbs/data/07_readers.ipynb #c0c28422
 def _held_out_tables(tables: dict[str, Path], files: Files, account: Account) -> dict:
     # Validation and test of 2018, of which an image is here.
     stems, found = {file_key(image.name) for image in files.images}, {}

@@ -21,7 +21,7 @@ from .values import find_columns
 # %% ../../nbs/data/11_splits.ipynb #8e39939b
 _IDS = ("lesion_id", "patient_id")
 
-
+# %% ../../nbs/data/11_splits.ipynb #a26013f1
 def group_numbers(
     manifest: pd.DataFrame,  # with image_id, and lesion_id and patient_id where known
 ) -> np.ndarray:  # (n_images,) integers from 0
@@ -49,7 +49,7 @@ def group_numbers(
     number[first_seen] = np.arange(len(first_seen))
     return number[component]
 
-
+# %% ../../nbs/data/11_splits.ipynb #d04b080a
 def _codes(ids: pd.Series) -> np.ndarray:
     texts = ids.astype("object").where(ids.notna(), None)
     return pd.factorize(texts.where(texts != "", None), use_na_sentinel=True)[0]

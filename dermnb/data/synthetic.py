@@ -835,7 +835,7 @@ def _grain(rng, x: np.ndarray, y: np.ndarray, bend: np.ndarray) -> np.ndarray:
         lines += np.clip(np.cos(phase + 1.5 * bend) - 0.5, 0, 1)
     return rng.uniform(0.01, 0.035) * grain + rng.uniform(0, 0.05) * lines
 
-
+# %% ../../nbs/data/02_synthetic.ipynb #05d8169e
 def _on_skin(
     lesion: Lesion, planes: np.ndarray, camera: _Camera, rng
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -271,7 +271,7 @@ def join_metadata(
         table[column] = values
     return table, problems, set(raw[name].drop([r for r in set(rows) if r >= 0]))
 
-
+# %% ../../nbs/data/05_tables.ipynb #4db7e11f
 def _rows_of(ids: pd.Series, names: pd.Series) -> list[int]:
     # The row of each id among names; -1: none
     exact = {key: row for row, key in enumerate(names)}

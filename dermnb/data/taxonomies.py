@@ -134,7 +134,7 @@ def _parse_taxonomy(content: dict, where: str) -> Taxonomy:
     name = content.get("name") or Path(where).stem
     return Taxonomy(name, tuple(titles), titles, mapping, tuple(ignored), positive)
 
-
+# %% ../../nbs/data/04_taxonomies.ipynb #be4a8b3a
 def _parse_classes(classes: object, where: str) -> tuple[dict, dict]:
     # code -> title, and label -> code
     if not isinstance(classes, dict) or len(classes) < 2:
@@ -166,7 +166,7 @@ def taxonomy_names() -> list[str]:
     folder = package_files("dermnb") / "taxonomies"
     return sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".yaml"))
 
-
+# %% ../../nbs/data/04_taxonomies.ipynb #bfa6e022
 def _selection(name: str | Path) -> tuple[str, list[str]]:
     # "dx7:mel, nv" -> "dx7", ["mel", "nv"]; a path may have colons of its own
     if str(name).lower().endswith((".yaml", ".yml")):
