@@ -46,7 +46,7 @@ from dermnb.data.values import (
 class _Tree:
     "The folders of each image, and what their levels mean; levels count from 0."
 
-    parts: list[list[str]]  # of each image, outermost first
+    folders: list[list[str]]  # of each image, outermost first
     inside: list[list[str]]  # of images that lie in a folder that is used
     start: int = 0  # level of the classes, as far as it is known
     level: int | None = None  # of the splits
@@ -76,7 +76,7 @@ def _folders_of(images: Sequence[ImageFile]) -> list[list[str]]:
         or not any(folders)
         and len(set(archives)) > 1
     ):
-        return [[archive, *parts] for archive, parts in zip(archives, folders)]
+        return [[archive, *names] for archive, names in zip(archives, folders)]
     return folders
 
 
@@ -99,11 +99,11 @@ def _find_splits(tree: _Tree, folder: Path, account: Account) -> None:
         tree.level = tree.start + 1
     elif named := _splits_in_names(list(tops)):
         at = tree.start
-        tree.parts = [
+        tree.folders = [
             [*p[:at], *named[p[at]], *p[at + 1 :]] if len(p) > at else p
-            for p in tree.parts
+            for p in tree.folders
         ]
-        tree.inside = [p for p in tree.parts if p]
+        tree.inside = [p for p in tree.folders if p]
         tree.level, tree.start = at, at + 1
 
 # %% ../../nbs/data/06_folders.ipynb #8d6224ec
@@ -226,9 +226,9 @@ class _Layout(NamedTuple):
     wrapper: str  # folder that holds everything, with / at its end, or ""
 
 # %% ../../nbs/data/06_folders.ipynb #862db7fb
-def _layout(parts: list[list[str]], folder: Path, account: Account) -> _Layout:
+def _layout(folders: list[list[str]], folder: Path, account: Account) -> _Layout:
     "What the folders of a tree mean: wrappers, splits, classes; shown, or refused."
-    tree = _Tree(parts, [p for p in parts if p])
+    tree = _Tree(folders, [p for p in folders if p])
     wrapper = _unwrap(tree)
     if wrapper:
         account.found.append(("folders", f"all is in {wrapper}"))
@@ -252,7 +252,7 @@ def _assigned(tree: _Tree, wrapper: str, account: Account) -> _Layout:
     # The meaning of each image's folders, and what is told of them.
     start, level, patients = tree.start, tree.level, tree.patients
     labels, words, persons, flat, below = [], [], [], [], []
-    for p in tree.parts:
+    for p in tree.folders:
         beside = bool(tree.splits) and len(p) > level and p[level] not in tree.splits
         beside |= len(p) > start and p[start] in tree.again
         used = not beside and len(p) > max(start, level or 0)
@@ -269,7 +269,7 @@ def _assigned(tree: _Tree, wrapper: str, account: Account) -> _Layout:
         told = f"{_counted(flat)}: in no class folder, so they have no label"
         account.not_used.append(("images", told))
     if level is not None:
-        names = dict.fromkeys(p[level] for p, label in zip(tree.parts, labels) if label)
+        names = dict.fromkeys(p[level] for p, label in zip(tree.folders, labels) if label)
         told = f"{listing([f'{n}/' for n in names])} {'is' if len(names) == 1 else 'are'}"
         account.found.append(("folders", f"{told} the split"))
     if any(persons):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESIZE_METHODS', 'AUGMENTATIONS', 'MIXES', 'show_images', 'resize_image', 'read_pixels', 'ImageStore', 'build_store',
-           'batch_generator', 'flip_and_turn', 'Policy', 'augment_images', 'mix_batch', 'make_batches']
+           'batch_generator', 'augment_images', 'mix_batch', 'make_batches']
 
 # %% ../../nbs/data/12_images.ipynb #7c6de9a6
 import collections
@@ -440,7 +440,7 @@ def _generator(*entropy: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
 # %% ../../nbs/data/12_images.ipynb #c37c16df
-def flip_and_turn(
+def _flip_and_turn(
     images: np.ndarray,  # (B, S, S, C)
     turns: np.ndarray,  # (B,) quarter turns anticlockwise, 0..3
     flips: np.ndarray,  # (B,) True: mirrored left to right, before turning
@@ -620,7 +620,7 @@ def _dermoscopy_function(size: int) -> Callable:
 
 # %% ../../nbs/data/12_images.ipynb #e08193ee
 @dataclass(frozen=True)
-class Policy:
+class _Policy:
     "One way to vary training images."
 
     name: str
@@ -631,7 +631,7 @@ class Policy:
 # %% ../../nbs/data/12_images.ipynb #e8a68a17
 def _light(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     turns = rng.integers(0, 4, len(images))
-    return flip_and_turn(images, turns, rng.random(len(images)) < 0.5)
+    return _flip_and_turn(images, turns, rng.random(len(images)) < 0.5)
 
 
 _first_use = threading.Lock()  # threads that meet here would each compile the policy
@@ -647,9 +647,9 @@ def _dermoscopy(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 AUGMENTATIONS = {
     policy.name: policy
     for policy in (
-        Policy("none", "as stored", False, lambda images, rng: images),
-        Policy("light", "mirrored and turned by right angles", False, _light),
-        Policy("dermoscopy", "turned freely, colors, blur, JPEG", True, _dermoscopy),
+        _Policy("none", "as stored", False, lambda images, rng: images),
+        _Policy("light", "mirrored and turned by right angles", False, _light),
+        _Policy("dermoscopy", "turned freely, colors, blur, JPEG", True, _dermoscopy),
     )
 }
 

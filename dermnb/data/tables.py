@@ -413,11 +413,11 @@ def label_tables(
     **options,  # of `label_table`: given, mapping
 ) -> pd.DataFrame:
     "The tables in one; those without labels are told, as long as one has some."
-    parts, last = {}, None
+    found, last = {}, None
     for split, path in tables.items():
         own = Account()
         try:
-            parts[split] = label_table(path, own, read(path), **options)
+            found[split] = label_table(path, own, read(path), **options)
         except ConfigError as error:
             if "has no column 'label'" not in str(error) or len(tables) == 1:
                 raise
@@ -427,10 +427,10 @@ def label_tables(
             account.found += own.found
             account.not_used += own.not_used
         account.tables.add(path.name)
-    if not parts:
+    if not found:
         raise last
-    if len(parts) == 1:
-        return next(iter(parts.values()))
-    told = listing([f"{tables[split].name} is {split}" for split in parts])
+    if len(found) == 1:
+        return next(iter(found.values()))
+    told = listing([f"{tables[split].name} is {split}" for split in found])
     account.found.append(("tables", told))
-    return pd.concat([t.assign(split=s) for s, t in parts.items()], ignore_index=True)
+    return pd.concat([t.assign(split=s) for s, t in found.items()], ignore_index=True)
