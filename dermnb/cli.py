@@ -127,7 +127,7 @@ def data_check(
 
 # %% ../nbs/99_cli.ipynb #03c063b7
 def _print_problems(problems) -> int:
-    from dermnb.data.datasets import BLOCKING, problem_counts
+    from dermnb.data.manifests import BLOCKING, problem_counts
 
     stops = problems["kind"].isin(BLOCKING).any()
     problems = problems[problems["kind"].isin([*BLOCKING, "not trained"])]
@@ -180,7 +180,7 @@ def data_fetch(
     data_dir: DataDir = "",
 ):
     "Download a dataset from its official address; go on where an earlier try stopped."
-    from dermnb.data.datasets import fetch_dataset
+    from dermnb.data.fetch import fetch_dataset
 
     print(fetch_dataset(name, data_dir))
 

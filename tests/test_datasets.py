@@ -18,24 +18,17 @@ import pytest
 from PIL import Image
 
 from dermnb.core import ConfigError
-from dermnb.data.datasets import (
-    DATASETS,
-    ResumingDownloader,
-    check_dataset,
-    fetch_dataset,
-    image_fault,
-    list_images,
-    load_dataset,
-    load_taxonomy,
-    normalize_label,
-    problem_counts,
-    read_image_bytes,
-    read_table,
-    taxonomy_names,
-)
+from dermnb.data.datasets import DATASETS, inspect_dataset, load_dataset
+from dermnb.data.fetch import ResumingDownloader, fetch_dataset
+from dermnb.data.files import image_fault, list_files, read_image_bytes
+from dermnb.data.manifests import problem_counts
 from dermnb.data.synthetic import generate_demo
+from dermnb.data.tables import read_table
+from dermnb.data.taxonomies import load_taxonomy
+from dermnb.data.values import normalize_label
 
 HERE = Path(__file__).resolve().parents[1]
+TAXONOMIES = sorted(p.stem for p in (HERE / "dermnb" / "taxonomies").glob("*.yaml"))
 REAL = Path(os.environ.get("DERMNB_REAL_DATA", HERE / ".." / "shared" / "data"))
 needs_real = pytest.mark.skipif(
     not (REAL / "ham10000" / "HAM10000_metadata.csv").is_file(),
@@ -80,7 +73,7 @@ def sentence(function, *args, **kwargs) -> str:
 # Taxonomies
 
 
-@pytest.mark.parametrize("name", taxonomy_names())
+@pytest.mark.parametrize("name", TAXONOMIES)
 def test_taxonomy_files_are_sound(name):
     taxonomy = load_taxonomy(name)
     assert len(taxonomy.classes) >= 2
@@ -130,7 +123,7 @@ def test_positive_class_is_known_where_a_taxonomy_names_one(tmp_path):
     assert load_taxonomy(f"{own}:b,a").positive == ""
 
 
-@pytest.mark.parametrize("name", taxonomy_names())
+@pytest.mark.parametrize("name", TAXONOMIES)
 def test_a_selection_knows_every_label_and_keeps_only_its_own(name):
     whole = load_taxonomy(name)
     codes = whole.classes[-2:][::-1]
@@ -311,7 +304,7 @@ def test_every_kind_of_problem_is_counted_named_and_excluded(tmp_path):
     folder = ham(tmp_path, rows, images=[0, 1, 2, 6, 7, 8, 9, 10])
     put(folder / "I4.jpg", b"")
     put(folder / "I5.jpg", jpeg(5)[:-200])
-    problems = check_dataset("ham10000", folder)
+    problems = inspect_dataset("ham10000", folder).problems
     assert problem_counts(problems) == {
         "absent": 2, "unreadable": 2, "unknown label": 2, "duplicate id": 2, "unlisted": 1,
     }  # fmt: skip
@@ -339,7 +332,7 @@ def test_damaged_member_of_an_archive_is_unreadable(tmp_path):
     data = bytearray(path.read_bytes())
     data[200] ^= 255
     path.write_bytes(bytes(data))
-    images, _ = list_images(tmp_path)
+    images = list_files(tmp_path).images
     assert "CRC" in image_fault(images[0].path)
 
 
@@ -407,7 +400,7 @@ def test_split_folders_metadata_and_linked_folders(tmp_path):
 def test_a_link_that_leads_back_up_is_not_followed_for_ever(tmp_path):
     put(tmp_path / "nv" / "a.jpg", jpeg())
     (tmp_path / "nv" / "up").symlink_to(tmp_path)
-    assert [image.rel for image in list_images(tmp_path)[0]] == ["nv/a.jpg"]
+    assert [image.rel for image in list_files(tmp_path).images] == ["nv/a.jpg"]
 
 
 def test_class_folders_inside_an_archive(tmp_path):
@@ -517,7 +510,7 @@ def test_archives_are_read_by_many_threads(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for i in range(40):
             archive.writestr(f"{i}.jpg", jpeg(i))
-    images, _ = list_images(tmp_path)
+    images = list_files(tmp_path).images
     with ThreadPoolExecutor(8) as pool:
         got = list(pool.map(lambda image: read_image_bytes(image.path), images * 5))
     assert got == [jpeg(int(image.stem)) for image in images] * 5
@@ -617,10 +610,10 @@ def test_fetch_continues_after_a_cut_and_records_what_came(line, tmp_path):
     assert len(load_dataset("isic2019", tmp_path, verify=True).manifest) == 20
 
 
-def test_fetch_that_gave_up_is_continued_by_the_next_call(line, tmp_path):
+def test_fetch_that_gave_up_is_resumed_by_the_next_call(line, tmp_path):
     line.cut[ZIP] = [4000] + [0] * 10
     text = sentence(fetch, line, tmp_path)
-    assert "4,000 bytes are kept" in text and "continues" in text
+    assert "4,000 bytes are kept" in text and "resumes" in text
     assert not (tmp_path / ZIP).exists()
     line.cut.clear()
     line.asked.clear()
@@ -692,7 +685,7 @@ def test_server_and_network_errors_are_sentences(line, tmp_path):
 
 def test_a_full_disk_is_told_before(line, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr("dermnb.data.datasets.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("dermnb.data.fetch.shutil.disk_usage", lambda path: usage)
     assert "GB free" in sentence(fetch, line, tmp_path)
 
 

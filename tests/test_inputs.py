@@ -11,15 +11,10 @@ import pytest
 from PIL import Image
 from test_datasets import jpeg, put, sentence
 
-from dermnb.data.datasets import (
-    check_dataset,
-    inspect_dataset,
-    list_files,
-    load_dataset,
-    load_taxonomy,
-    problem_counts,
-    read_image_bytes,
-)
+from dermnb.data.datasets import inspect_dataset, load_dataset
+from dermnb.data.files import list_files, read_image_bytes
+from dermnb.data.manifests import problem_counts
+from dermnb.data.taxonomies import load_taxonomy
 from dermnb.data.values import (
     find_columns,
     likely_column,
@@ -646,7 +641,7 @@ def test_names_that_are_not_clear_are_refused(tmp_path):
     put(tmp_path / "a.jpg", jpeg(1))
     put(tmp_path / "x/b.jpg", jpeg(2))
     put(tmp_path / "y/b.jpg", jpeg(3, (64, 64)))
-    counts = problem_counts(check_dataset("csv", tmp_path))
+    counts = problem_counts(inspect_dataset("csv", tmp_path).problems)
     assert counts["absent"] == 3 and counts["duplicate id"] == 1
 
 

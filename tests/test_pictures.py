@@ -13,7 +13,7 @@ from PIL import Image
 
 from dermnb.audit.duplicates import fingerprint
 from dermnb.core import ConfigError
-from dermnb.data.datasets import image_fault, list_images
+from dermnb.data.files import image_fault, list_files
 from dermnb.data.images import build_store, read_pixels, resize_image
 from dermnb.data.decoding import IMAGE_SUFFIXES, file_name, open_picture, shown, unread_kind
 from dermnb.serve.predict import find_images, read_image
@@ -126,7 +126,7 @@ def test_every_part_reads_and_refuses_the_same_files_in_the_same_words(tmp_path)
             assert REFUSED[name][1] in fault and fault.startswith(name)
             with pytest.raises(ConfigError):
                 read_pixels(path, 16)
-    by_ending = {image.name for image in list_images(tmp_path)[0]}
+    by_ending = {image.name for image in list_files(tmp_path).images}
     assert by_ending == set(files) - {"telephone.HEIC", "raw.nef", "is_a_jpeg.heic"}
     assert unread_kind("telephone.HEIC") == "HEIC" and not unread_kind("metadata.csv")
     assert all(suffix == suffix.lower() for suffix in IMAGE_SUFFIXES)

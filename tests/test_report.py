@@ -27,7 +27,7 @@ from dermnb.metrics.scores import evaluate
 from dermnb.report.pages import clean_html, notebook_html
 from dermnb.report.build import build_report, build_run_page, build_suite_page
 from dermnb.runs.results import forget_paths, load_run, load_suite_runs, name_positive
-from dermnb.report.trust import may_be_shown
+from dermnb.report.saliency import may_be_shown
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "col"}
 

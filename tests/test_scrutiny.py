@@ -10,9 +10,11 @@ from test_report import Page, section
 
 from dermnb.metrics.comparison import compare_all
 from dermnb.core import ConfigError, read_json, write_json
-from dermnb.report.pages import leak_head, leak_text, p_cell, signed_cell
+from dermnb.report.sections import leak_head, leak_text
+from dermnb.report.pages import p_cell, signed_cell
 from dermnb.report.build import build_report, build_run_page, limit_sentences, summary_sentences
-from dermnb.runs.results import best_of, load_run, load_suite_runs, ranked
+from dermnb.report.sections import best_of, ranked
+from dermnb.runs.results import load_run, load_suite_runs
 from dermnb.metrics.subgroups import subgroups
 from dermnb.report.scrutiny import audit_blocks
 from dermnb.report.sections import compared_pairs, pairs_block

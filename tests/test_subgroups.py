@@ -9,7 +9,7 @@ import pytest
 from fabricate import make_predictions
 
 from dermnb.core import ConfigError
-from dermnb.data.datasets import MANIFEST_COLUMNS
+from dermnb.data.tables import MANIFEST_COLUMNS
 from dermnb.metrics import subgroups as module
 from dermnb.metrics.scores import evaluate
 from dermnb.metrics.subgroups import FACT_KINDS, MOST_VALUES, subgroups

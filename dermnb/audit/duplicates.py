@@ -30,8 +30,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from ..core import ConfigError, progress, unknown_name
-from ..data.datasets import on_disk, read_image_bytes
 from ..data.decoding import file_name, open_picture
+from ..data.files import on_disk, read_image_bytes
 from ..nets.backbones import build_backbone, fetch_weights
 
 # %% ../../nbs/audit/03_duplicates.ipynb #e5327053

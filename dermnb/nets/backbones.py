@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import ConfigError, project_root, unknown_name
-from ..data.datasets import ResumingDownloader
+from ..data.fetch import ResumingDownloader
 
 # %% ../../nbs/nets/01_backbones.ipynb #0a9def13
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from ..core import ConfigError, listing, plural
-from ..data.datasets import load_taxonomy
+from ..data.taxonomies import load_taxonomy
 from dermnb.metrics.claims import (
     Claim,
     ClaimCheck,

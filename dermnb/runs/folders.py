@@ -23,7 +23,8 @@ from dermnb.core import (
     read_json,
     unknown_name,
 )
-from ..data.datasets import DATASETS, load_taxonomy
+from ..data.datasets import DATASETS
+from ..data.taxonomies import load_taxonomy
 from ..metrics.scores import check_predictions, positive_class
 from ..nets.backbones import BACKBONES, find_weights
 
