@@ -33,11 +33,11 @@ from dermnb.nets.backbones import (
     build_backbone,
 )
 from dermnb.core import ConfigError
+from dermnb.nets.cost import count_flops
 from dermnb.nets.gradcam import CamNetwork, class_maps
 from dermnb.nets.losses import FocalLoss, WeightedCrossEntropy, focal_cross_entropy
 from dermnb.nets.models import (
     build_classifier,
-    count_flops,
     fit_metadata,
     load_classifier,
     metablock,

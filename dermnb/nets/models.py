@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['FUSIONS', 'build_head', 'MetadataEncoder', 'fit_metadata', 'metablock', 'build_classifier', 'set_batch_norm_momentum',
-           'softmax', 'probabilities', 'count_flops', 'Classifier', 'save_classifier', 'load_classifier']
+           'softmax', 'probabilities', 'Classifier', 'save_classifier', 'load_classifier']
 
 # %% ../../nbs/nets/03_models.ipynb #75db04a4
 import math
-import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +22,7 @@ from ..data.values import understand
 from .backbones import BackboneSpec, get_backbone
 from .weights import load_backbone
 
-# %% ../../nbs/nets/03_models.ipynb #c6ca7559
+# %% ../../nbs/nets/03_models.ipynb #f6dd34a6
 def build_head(
     x,  # keras tensor (batch, h, w, channels) of a backbone, or (batch, features)
     n_classes: int,
@@ -33,7 +31,10 @@ def build_head(
     batch_norm: bool = False,  # between each dense layer and its ReLU
     beside=None,  # keras tensor (batch, m), joined to the pooled features
 ):
-    "Logits `(batch, n_classes)`, float32, from a backbone's last map."
+    """Logits `(batch, n_classes)`, float32, from a backbone's last map.
+
+    Raises `ConfigError` for rates below 0 or not below 1, or not one a dense layer.
+    """
     rates = [dropout] * (len(head) + 1) if np.isscalar(dropout) else list(dropout)
     if len(rates) != len(head) + 1:
         raise ConfigError(
@@ -59,7 +60,7 @@ def build_head(
         x = layers.Dropout(rates[-1], name=f"head_dropout_{len(rates)}")(x)
     return layers.Dense(n_classes, dtype="float32", name="logits")(x)
 
-# %% ../../nbs/nets/03_models.ipynb #ba9456f6
+# %% ../../nbs/nets/03_models.ipynb #6db65ed5
 @dataclass(frozen=True)
 class MetadataEncoder:
     "Turns the manifest's age, sex and site into numbers."
@@ -82,7 +83,7 @@ class MetadataEncoder:
         self,
         table: pd.DataFrame,  # with age (years), sex and site; a column may be absent
     ) -> np.ndarray:
-        "Standardised age, one column a value, and one for missing: float32 (N, M)."
+        "Standardized age, one column a value, and one for missing: float32 (N, M)."
         empty = pd.Series(np.nan, table.index)
         age = understand(table.get("age", empty), "age").to_numpy()
         unknown = np.isnan(age)
@@ -138,7 +139,7 @@ def _dense_metadata(metadata, width: int):
     x = layers.Dense(width, name="metadata_dense")(metadata)
     return layers.ReLU(name="metadata_relu")(x)
 
-# %% ../../nbs/nets/03_models.ipynb #360cee10
+# %% ../../nbs/nets/03_models.ipynb #26c1b0eb
 def build_classifier(
     backbone: str | BackboneSpec,  # a row of the backbone table, or its name
     n_classes: int,  # 2 or more
@@ -157,7 +158,8 @@ def build_classifier(
     With a `fusion` it takes a dict with `metadata`, float `(batch, metadata_columns)`,
     beside `image`; with `only`, nothing else.
     Sets the global random seed of Python, NumPy and Keras to `seed`: the same arguments
-    give the same initial weights.
+    give the same initial weights. Raises `ConfigError` as `load_backbone` and
+    `build_head`, and for fewer than 2 classes or an unknown fusion.
     """
     if n_classes < 2:
         raise ConfigError(f"{n_classes} classes: a classifier needs at least 2.")
@@ -186,12 +188,12 @@ def build_classifier(
         set_batch_norm_momentum(model, batch_norm_momentum)
     return model
 
-# %% ../../nbs/nets/03_models.ipynb #00c36de3
+
 def _struct(inputs: dict):
     "One image tensor by itself, or all by name: what a network is called with."
     return inputs["image"] if list(inputs) == ["image"] else inputs
 
-
+# %% ../../nbs/nets/03_models.ipynb #316fb54f
 def set_batch_norm_momentum(
     model: keras.Model,
     momentum: float,  # 0 to below 1; the share of the old statistics kept each step
@@ -241,98 +243,6 @@ def probabilities(
     if not rows:
         return np.zeros((0, model.output.shape[-1]))
     return np.concatenate(rows)
-
-# %% ../../nbs/nets/03_models.ipynb #27ec32dd
-_FREE = (
-    *(layers.InputLayer, layers.Dropout, layers.SpatialDropout2D, layers.GaussianNoise),
-    *(layers.ZeroPadding2D, layers.Cropping2D, layers.Reshape, layers.Flatten),
-    *(layers.Permute, layers.Concatenate, layers.UpSampling2D, layers.Identity),
-)
-_WEIGHED = (  # a kernel slides over positions
-    *(layers.Conv1D, layers.Conv2D, layers.DepthwiseConv2D, layers.SeparableConv2D),
-    *(layers.Dense, layers.EinsumDense),
-)
-_A_WINDOW = (layers.MaxPooling2D, layers.AveragePooling2D)
-_A_MAP = (layers.GlobalAveragePooling2D, layers.GlobalMaxPooling2D)
-_MERGING = (layers.Add, layers.Subtract, layers.Multiply, layers.Average, layers.Maximum)
-_ELEMENTWISE = {  # operations an element of the output, as when predicting
-    **dict.fromkeys((layers.Activation, layers.ReLU, layers.LeakyReLU, layers.Softmax), 1),
-    **dict.fromkeys((layers.BatchNormalization, layers.Rescaling, layers.Normalization), 2),
-}
-
-
-def _size(tensor) -> int:
-    "Elements for one image; ValueError where a side is not known."
-    sides = tensor.shape[1:]
-    if None in sides:
-        raise ValueError(f"shape {tensor.shape} is not known")
-    return math.prod(sides)
-
-# %% ../../nbs/nets/03_models.ipynb #07a0b418
-def _multiply_accumulates(layer) -> int:
-    out = layer.output.shape
-    if isinstance(layer, layers.EinsumDense):
-        _, kernel, made = re.split(r",|->", layer.equation.replace(" ", ""))
-        summed = zip(kernel, layer.kernel.shape, strict=True)
-        return _size(layer.output) * math.prod(n for c, n in summed if c not in made)
-    if isinstance(layer, layers.Dense):
-        return _size(layer.output) * layer.kernel.shape[0]
-    channels = 1 if layer.data_format == "channels_first" else -1
-    places = _size(layer.output) // out[channels]
-    if isinstance(layer, layers.SeparableConv2D):
-        kernels = layer.depthwise_kernel, layer.pointwise_kernel
-    else:
-        kernels = (layer.kernel,)
-    return places * sum(math.prod(k.shape) for k in kernels)
-
-# %% ../../nbs/nets/03_models.ipynb #768c3c77
-def _operations(layer) -> int | None:
-    "Floating-point operations for one image, or None where the kind of layer is not known."
-    if isinstance(layer, _FREE) or type(layer).__name__ == "Flip":  # mirrors channels
-        return 0
-    out = _size(layer.output)
-    if isinstance(layer, _WEIGHED):
-        bias = getattr(layer, "bias", None) is not None
-        active = layer.activation is not None and layer.activation is not keras.activations.linear
-        return 2 * _multiply_accumulates(layer) + out * (bias + active)
-    if isinstance(layer, _A_WINDOW):
-        return out * math.prod(layer.pool_size)
-    if isinstance(layer, _A_MAP):
-        return _size(layer.input)
-    if isinstance(layer, _MERGING):
-        return out * (len(layer.input) - 1)
-    each = _ELEMENTWISE.get(type(layer))
-    return None if each is None else out * each
-
-# %% ../../nbs/nets/03_models.ipynb #ae08c192
-def count_flops(
-    model: keras.Model,  # built layer by layer, as `build_classifier` does
-) -> dict:
-    """Floating-point operations of predicting one image: flops, and flops_not_counted.
-
-    A multiply-accumulate counts as two. flops_not_counted names what is not in flops, a layer
-    of unknown kind or size or one called more than once, as "name (kind)"; it is empty for every
-    network of the backbone table.
-    """
-    total, unknown = 0, []
-    depths = getattr(model, "_nodes_by_depth", {}).values()
-    calls = Counter(node.operation for nodes in depths for node in nodes)
-    for layer in getattr(model, "operations", model.layers):
-        try:
-            if calls[layer] > 1:
-                raise ValueError("its calls may differ in size")
-            if isinstance(layer, keras.Model):
-                inner = count_flops(layer)
-                total += inner["flops"]
-                unknown += inner["flops_not_counted"]
-                continue
-            found = _operations(layer)
-        except (AttributeError, TypeError, ValueError):
-            found = None
-        if found is None:
-            unknown.append(f"{layer.name} ({type(layer).__name__})")
-        total += found or 0
-    return {"flops": int(total), "flops_not_counted": unknown}
 
 # %% ../../nbs/nets/03_models.ipynb #bbaee3d5
 @dataclass(frozen=True)

@@ -59,13 +59,13 @@ from dermnb.data.splits import (
 )
 from ..metrics.scores import evaluate, positive_class
 from ..nets.backbones import BACKBONES
+from ..nets.cost import count_flops
 from ..nets.finetune import backbone_layers, fit_stages, make_schedule
 from ..nets.gradcam import cam_network
 from ..nets.losses import make_loss
 from dermnb.nets.models import (
     MetadataEncoder,
     build_classifier,
-    count_flops,
     fit_metadata,
     save_classifier,
 )
