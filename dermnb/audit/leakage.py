@@ -37,7 +37,7 @@ _OWN_ID = "id in its dataset"  # where image_id has the dataset's name before it
 _IDS = {_OWN_ID: "image id", "lesion_id": "lesion id", "patient_id": "patient id"}
 _COLUMNS = ["finding", "kind", "a", "b", "part_a", "part_b", "detail"]
 
-
+# %% ../../nbs/audit/04_leakage.ipynb #7607089e
 def _shared_ids(manifest: pd.DataFrame, column: str, by: str, kind: str) -> pd.DataFrame:
     "Of each id two images for every two values of `by`: positions i, j, kind and the id."
     ids = column_texts(manifest, column)
@@ -115,7 +115,7 @@ def _count_groups(pairs: pd.DataFrame) -> int:
     ends = (names.get_indexer(pairs[c]) for c in ("a", "b"))
     return int(components(len(names), *ends).max()) + 1 if len(pairs) else 0
 
-
+# %% ../../nbs/audit/04_leakage.ipynb #1576f49f
 def audit_record(
     audit: Audit,
     pairs: pd.DataFrame | None = None,  # of `group_duplicates`

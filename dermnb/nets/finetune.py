@@ -303,6 +303,36 @@ HISTORY = [
     *("seconds", "trainable_parameters"),
 ]
 
+# %% ../../nbs/nets/05_finetune.ipynb #ed670981
+def _current_rate(optimizer: keras.optimizers.Optimizer) -> float:
+    "The rate of the last step; the optimizer has already counted it."
+    rate = getattr(optimizer, "_learning_rate", None)
+    if isinstance(rate, WarmupDecay):
+        steps = int(keras.ops.convert_to_numpy(optimizer.iterations))
+        return float(keras.ops.convert_to_numpy(rate(steps - 1)))
+    return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+
+
+def _must_be_finite(loss: float, epoch: int, stage: Stage) -> None:
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss became {loss} in epoch {epoch} (stage "
+            f"{stage.name!r}, learning rate {stage.learning_rate:g}): "
+            "lower the learning rate, give warmup_epochs, or use precision float32."
+        )
+
+
+def _epoch_line(row: dict, left: int, seconds_left: int | None) -> str:
+    "What is printed of an epoch: a row of the history, and the epochs and seconds left."
+    wait = f"{duration(seconds_left)} left" if left else "done"
+    return (
+        f"epoch {row['epoch']}/{row['epoch'] + left} {row['stage']}"
+        f"  lr {row['learning_rate']:.1e}"
+        f"  loss {row['loss']:.3f} val {row['val_loss']:.3f}"
+        f"  accuracy {row['accuracy']:.3f} val {row['val_accuracy']:.3f}"
+        f"  {row['seconds']:.1f} s, {wait}"
+    )
+
 # %% ../../nbs/nets/05_finetune.ipynb #137906e7
 class _Watch(keras.callbacks.Callback):
     "Writes the history, prints, publishes progress, keeps the best weights."
@@ -344,7 +374,7 @@ class _Watch(keras.callbacks.Callback):
             return  # reading the loss waits for the device: not at every batch
         self.checked = now
         loss = float(logs["loss"])
-        self._must_be_finite(loss)
+        _must_be_finite(loss, len(self.rows) + 1, self.stage)
         done = len(self.rows) + (batch + 1) / self.steps
         progress(
             "training",
@@ -357,12 +387,12 @@ class _Watch(keras.callbacks.Callback):
         )
 
     def on_epoch_end(self, epoch, logs=None):
-        self._must_be_finite(logs["loss"])
-        self._must_be_finite(logs["val_loss"])
+        for name in ("loss", "val_loss"):
+            _must_be_finite(logs[name], len(self.rows) + 1, self.stage)
         row = {
             "epoch": len(self.rows) + 1,
             "stage": self.stage.name,
-            "learning_rate": self._rate(),
+            "learning_rate": _current_rate(self.model.optimizer),
             **{k: float(logs[k]) for k in HISTORY[3:7]},
             "seconds": round(time.perf_counter() - self.began, 3),
             "trainable_parameters": self.parameters,
@@ -371,25 +401,9 @@ class _Watch(keras.callbacks.Callback):
         if self.keep_best and row["val_loss"] < self.best:
             self.best, self.restored = row["val_loss"], row["epoch"]
             self.weights = self.model.get_weights()
-        self._say(row)
+        print(_epoch_line(row, self._epochs_left(), self._seconds_left(0)), flush=True)
         if self.report:
             self.report(row)
-
-    def _rate(self) -> float:
-        # The rate of the epoch's last step; the optimizer has already counted it.
-        rate = getattr(self.model.optimizer, "_learning_rate", None)
-        if isinstance(rate, WarmupDecay):
-            steps = int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
-            return float(keras.ops.convert_to_numpy(rate(steps - 1)))
-        return float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
-
-    def _must_be_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss became {loss} in epoch {len(self.rows) + 1} (stage "
-                f"{self.stage.name!r}, learning rate {self.stage.learning_rate:g}): "
-                "lower the learning rate, give warmup_epochs, or use precision float32."
-            )
 
     def _epochs_left(self) -> int:
         in_stage = self.stage.epochs - (len(self.rows) - self.stage_first)
@@ -407,18 +421,6 @@ class _Watch(keras.callbacks.Callback):
         else:
             return None
         return round(each * (self._epochs_left() - batches / self.steps))
-
-    def _say(self, row: dict) -> None:
-        left = self._epochs_left()
-        wait = f"{duration(self._seconds_left(0))} left" if left else "done"
-        print(
-            f"epoch {row['epoch']}/{row['epoch'] + left} {row['stage']}"
-            f"  lr {row['learning_rate']:.1e}"
-            f"  loss {row['loss']:.3f} val {row['val_loss']:.3f}"
-            f"  accuracy {row['accuracy']:.3f} val {row['val_accuracy']:.3f}"
-            f"  {row['seconds']:.1f} s, {wait}",
-            flush=True,
-        )
 
 # %% ../../nbs/nets/05_finetune.ipynb #6edb416c
 def make_optimizer(

@@ -139,6 +139,11 @@ def _dense_metadata(metadata, width: int):
     x = layers.Dense(width, name="metadata_dense")(metadata)
     return layers.ReLU(name="metadata_relu")(x)
 
+# %% ../../nbs/nets/03_models.ipynb #2192b9ab
+def _struct(inputs: dict):
+    "One image tensor by itself, or all by name: what a network is called with."
+    return inputs["image"] if list(inputs) == ["image"] else inputs
+
 # %% ../../nbs/nets/03_models.ipynb #26c1b0eb
 def build_classifier(
     backbone: str | BackboneSpec,  # a row of the backbone table, or its name
@@ -187,11 +192,6 @@ def build_classifier(
     if batch_norm_momentum is not None:
         set_batch_norm_momentum(model, batch_norm_momentum)
     return model
-
-
-def _struct(inputs: dict):
-    "One image tensor by itself, or all by name: what a network is called with."
-    return inputs["image"] if list(inputs) == ["image"] else inputs
 
 # %% ../../nbs/nets/03_models.ipynb #316fb54f
 def set_batch_norm_momentum(
