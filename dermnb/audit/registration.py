@@ -192,11 +192,11 @@ def prepare_images(
 
 # %% ../../nbs/audit/01_registration.ipynb #01401b99
 def _starts(a: PreparedImages, b: PreparedImages) -> np.ndarray:
-    "First guesses, float32 (n, guesses, 2, 3): points of `a` to points of `b`."
+    "Initial estimates, float32 (n, estimates, 2, 3): points of `a` to points of `b`."
     n = len(a)
     rows, zooms = np.arange(n), (-2, -1, 0, 1, 2)
     step, rings = np.log(_RADII[1] / _RADII[0]), len(_RADII)
-    guesses = []
+    estimates = []
     for frame in range(a.rings.shape[1]):
         for mirrored in (False, True):
             mine, theirs = a.rings[:, frame], b.rings[:, frame]
@@ -220,10 +220,10 @@ def _starts(a: PreparedImages, b: PreparedImages) -> np.ndarray:
                 linear = linear.reshape(n, 2, 2)
                 moved = (linear @ a.center[:, frame, :, None])[..., 0]
                 shift = b.center[:, frame] - moved
-                guesses.append(np.concatenate([linear, shift[:, :, None]], axis=2))
+                estimates.append(np.concatenate([linear, shift[:, :, None]], axis=2))
                 for near in range(-6, 7):
                     fits[rows, zoom * _ANGLES + (angle + near) % _ANGLES] = -9
-    return np.stack(guesses, 1).astype("float32")
+    return np.stack(estimates, 1).astype("float32")
 
 # %% ../../nbs/audit/01_registration.ipynb #c2a1f4f9
 def _laid(a: PreparedImages, b: PreparedImages, maps, known):
@@ -288,7 +288,7 @@ def _choose(first, a, b):
 
 
 def _best_map(a: PreparedImages, b: PreparedImages) -> np.ndarray:
-    "The best of three guesses, improved on soft images of 16 x 16 pixels; (n, 2, 3)."
+    "The best of three estimates, improved on soft images of 16 x 16 pixels; (n, 2, 3)."
     n, keep = len(a), 3
     starts = _starts(a, b)
     coarse = np.empty(starts.shape[:2])
