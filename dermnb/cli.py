@@ -209,8 +209,8 @@ def audit(
         raise ConfigError("audit datasets, perhaps with --out, or finished runs: not both.")
     runs = [run for folder in folders for run in runs_of(folder)]
     if network:
-        from dermnb.audit.duplicates import NETWORK
-        from dermnb.nets.backbones import fetch_weights, weights_origin
+        from dermnb.audit.features import NETWORK
+        from dermnb.nets.weights import fetch_weights, weights_origin
 
         (file,) = fetch_weights(NETWORK, instead="leave out --network", say=print)
         print(f"weights of the network: {weights_origin(NETWORK, file)}, {file}", flush=True)
@@ -223,7 +223,7 @@ def audit(
 def _audit_data(targets: list[str], method: str, out: str) -> int:
     from pathlib import Path
 
-    from dermnb.audit.duplicates import audit_datasets
+    from dermnb.audit.leakage import audit_datasets
     from dermnb.core import cache_dir
     from dermnb.data.datasets import load_dataset
 

@@ -270,7 +270,7 @@ def test_nothing_to_train_on():
 def test_layers_are_counted_as_in_the_published_network(name):
     spec = BACKBONES[name]
     inputs = keras.Input((96, 96, 3), name="image")
-    trunk = build_backbone(spec, inputs, "none")
+    trunk = build_backbone(spec, inputs)
     x = keras.layers.GlobalAveragePooling2D()(trunk.output)
     model = keras.Model(inputs, keras.layers.Dense(2, name="logits")(x))
     published = getattr(keras.applications, spec.builder)(

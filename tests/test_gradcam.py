@@ -13,7 +13,14 @@ from tolerances import BFLOAT16, FLOAT32
 
 from dermnb.core import ConfigError
 from dermnb.core import CAM_METHODS
-from dermnb.nets.gradcam import CamNetwork, cam_network, class_maps, combine_maps, resize_maps
+from dermnb.nets.gradcam import (
+    CamNetwork,
+    _as_taken,
+    cam_network,
+    class_maps,
+    combine_maps,
+    resize_maps,
+)
 from dermnb.nets.models import (
     build_classifier,
     load_classifier,
@@ -35,7 +42,7 @@ def inputs(size: int, n: int = 3, fused: bool = False):
 
 def raw(network: CamNetwork, given, target: int) -> list[np.ndarray]:
     "Logits, features, and the layer's maps and gradients before they become one map."
-    given = network._given(given)
+    given = _as_taken(network.inputs, given)
     wanted = np.full(len(given["image"]), target, "int32")
     logits, features, *_ = network._see(given)
     seen = network.see(given)

@@ -31,14 +31,13 @@ from dermnb.nets.backbones import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     build_backbone,
-    find_weights,
 )
 from dermnb.core import ConfigError
+from dermnb.nets.cost import count_flops
 from dermnb.nets.gradcam import CamNetwork, class_maps
 from dermnb.nets.losses import FocalLoss, WeightedCrossEntropy, focal_cross_entropy
 from dermnb.nets.models import (
     build_classifier,
-    count_flops,
     fit_metadata,
     load_classifier,
     metablock,
@@ -47,6 +46,7 @@ from dermnb.nets.models import (
     set_batch_norm_momentum,
     softmax,
 )
+from dermnb.nets.weights import find_weights, load_backbone
 
 REPO = Path(__file__).parents[1]
 REAL_WEIGHTS = Path(
@@ -184,7 +184,7 @@ def test_names_do_not_depend_on_what_was_built_before():
 
 def test_table_loads_no_framework():
     code = (
-        "import sys, dermnb.nets.backbones as b; b.find_weights('resnet50', 'imagenet');"
+        "import sys, dermnb.nets.weights as w; w.find_weights('resnet50', 'imagenet');"
         "assert not {'keras', 'tensorflow', 'jax'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO)
@@ -364,7 +364,7 @@ def test_every_source_gives_the_network_of_a_download(keras_cache):
     assert np.std(expected) > 0
 
     def check(weights):
-        trunk = build_backbone(spec, keras.Input((32, 32, 3)), weights)
+        trunk = load_backbone(spec, keras.Input((32, 32, 3)), weights)
         output = np.array(trunk(images(32)))
         # Two ways to normalize an image, and 237 layers: ten times FLOAT32.
         np.testing.assert_allclose(output, expected, rtol=10 * FLOAT32, atol=FLOAT32)
@@ -392,7 +392,7 @@ def test_the_name_of_a_file_tells_no_format(tmp_path):
     (tmp_path / "a.weights.h5").rename(tmp_path / "new.h5")
     save_as_published(source, tmp_path / "old.weights.h5")
     for file in ("new.h5", "old.weights.h5"):
-        trunk = build_backbone("cnn", keras.Input((16, 16, 3)), str(tmp_path / file))
+        trunk = load_backbone("cnn", keras.Input((16, 16, 3)), str(tmp_path / file))
         for a, b in zip(trunk.get_weights(), source.get_weights(), strict=True):
             np.testing.assert_array_equal(a, b)
 
@@ -431,7 +431,7 @@ def test_addresses_and_checksums_are_those_of_keras():
 def test_wrong_weights(tmp_path):
     def message(name, path):
         with pytest.raises(ConfigError) as error:
-            build_backbone(name, keras.Input((32, 32, 3)), str(path))
+            load_backbone(name, keras.Input((32, 32, 3)), str(path))
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -456,7 +456,7 @@ def test_real_weights(tmp_path, monkeypatch):
     theirs.load_weights(file)
     expected = np.array(theirs(mobilenet_v2.preprocess_input(images(96))))
     for weights in (str(file), "imagenet"):
-        trunk = build_backbone("mobilenetv2", keras.Input((96, 96, 3)), weights)
+        trunk = load_backbone("mobilenetv2", keras.Input((96, 96, 3)), weights)
         # Values up to 6, of images normalized in another way 52 convolutions before: 5e-5 are
         # seen. Without the normalization they differ by more than 1.
         np.testing.assert_allclose(np.array(trunk(images(96))), expected, atol=100 * FLOAT32)

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from dermnb.audit.duplicates import fingerprint
+from dermnb.audit.hashes import fingerprint
 from dermnb.core import ConfigError
 from dermnb.data.files import image_fault, list_files
 from dermnb.data.images import build_store, read_pixels, resize_image

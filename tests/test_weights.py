@@ -21,10 +21,11 @@ import pandas as pd
 import pytest
 from keras.src.legacy.saving.legacy_h5_format import save_weights_to_hdf5_group
 
-from dermnb.audit import duplicates as audit
+from dermnb.audit.duplicates import audit_images
 from dermnb import cli
 from dermnb.runs import suites
-from dermnb.nets.backbones import BACKBONES, build_backbone, fetch_weights, find_weights
+from dermnb.nets.backbones import BACKBONES, build_backbone
+from dermnb.nets.weights import fetch_weights, find_weights, load_backbone
 from dermnb.core import ConfigError, write_json
 from dermnb.runs.suites import gather_weights, load_suite, parse_overrides, resolve_suite
 from dermnb.runs.train import prepare_data
@@ -264,7 +265,7 @@ def test_an_audit_that_cannot_be_made_is_an_error(
     with pytest.raises(
         ConfigError, match=r"or use audit 'hashes' \(-p audit=hashes\)\.$"
     ):
-        audit.audit_images(manifest, nothing, "network")
+        audit_images(manifest, nothing, "network")
 
 
 def test_weights_are_fetched_once_into_keras_cache(server, nothing, network, published):
@@ -276,7 +277,7 @@ def test_weights_are_fetched_once_into_keras_cache(server, nothing, network, pub
         f"fetching the ImageNet weights of MobileNetV2 from {os.environ['DERMNB_WEIGHTS_URL']}/{NAME}"
     ]
     assert fetch_weights("mobilenetv2") == [file] and server.asked == [f"/{NAME}"]
-    trunk = build_backbone("mobilenetv2", keras.Input((32, 32, 3)), "imagenet")
+    trunk = load_backbone("mobilenetv2", keras.Input((32, 32, 3)), "imagenet")
     for mine, theirs in zip(trunk.get_weights(), network.get_weights(), strict=True):
         np.testing.assert_array_equal(mine, theirs)
 

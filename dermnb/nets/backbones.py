@@ -4,26 +4,17 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'IMAGENET_MEAN', 'IMAGENET_STD', 'PREPROCESS', 'BackboneSpec', 'get_backbone', 'preprocess',
-           'build_backbone', 'weights_folder', 'keras_folders', 'find_weights', 'weights_origin', 'fetch_weights',
-           'weights_address']
+           'build_backbone']
 
-# %% ../../nbs/nets/01_backbones.ipynb #fee14738
-import hashlib
+# %% ../../nbs/nets/01_backbones.ipynb #4942b150
 import math
-import os
 import re
-import shutil
-import tempfile
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 
-from ..core import ConfigError, project_root, unknown_name
-from ..data.fetch import ResumingDownloader
+from ..core import ConfigError, unknown_name
 
-# %% ../../nbs/nets/01_backbones.ipynb #0a9def13
+# %% ../../nbs/nets/01_backbones.ipynb #3374543b
 @dataclass(frozen=True)
 class BackboneSpec:
     "What is known of one backbone."
@@ -47,7 +38,7 @@ class BackboneSpec:
         "File name of the ImageNet weights as published with Keras."
         return self.weights_url.rsplit("/", 1)[-1]
 
-# %% ../../nbs/nets/01_backbones.ipynb #700155c4
+# %% ../../nbs/nets/01_backbones.ipynb #f71a57b5
 def _small_cnn(x):
     "Two convolutions with pooling, as in a first tutorial; `x` is (batch, S, S, 3)."
     from keras import layers
@@ -58,7 +49,7 @@ def _small_cnn(x):
         x = layers.MaxPooling2D(2, name=f"conv{i}_pool")(x)
     return x
 
-# %% ../../nbs/nets/01_backbones.ipynb #d0f016cf
+# %% ../../nbs/nets/01_backbones.ipynb #ae65efe1
 def _alexnet(x):
     "AlexNet without classifier, (batch, S, S, 3) to (batch, 1, 1, 4096)."
     from keras import layers
@@ -88,11 +79,11 @@ def _alexnet(x):
     x = layers.Dropout(0.5, name="fc7_dropout")(x)
     return conv(x, "fc7", 4096, 1)
 
-# %% ../../nbs/nets/01_backbones.ipynb #4cb4a0a9
+# %% ../../nbs/nets/01_backbones.ipynb #2bba5f8f
 _KERAS_WEIGHTS = "https://storage.googleapis.com/tensorflow/keras-applications/"
 _EFFICIENTNET_WEIGHTS = "https://storage.googleapis.com/keras-applications/"
 
-# %% ../../nbs/nets/01_backbones.ipynb #4de9a8aa
+# %% ../../nbs/nets/01_backbones.ipynb #0edfa132
 def _efficientnet(
     version: str,  # "b0" to "b7"
     size: int,
@@ -123,12 +114,12 @@ def _efficientnet(
         citation="Tan and Le, ICML 2019",
     )
 
-# %% ../../nbs/nets/01_backbones.ipynb #f36934e4
+# %% ../../nbs/nets/01_backbones.ipynb #fd6df88e
 def _numbered(pattern: str, last: dict[int, int]) -> list[str]:
     "Block names stage by stage, from the number of blocks in each stage."
     return [pattern.format(s, b) for s, n in last.items() for b in range(1, n + 1)]
 
-# %% ../../nbs/nets/01_backbones.ipynb #22e5f5aa
+# %% ../../nbs/nets/01_backbones.ipynb #26f6ab04
 _ROWS = (
     BackboneSpec(
         name="cnn",
@@ -286,7 +277,7 @@ _ROWS = (
     _efficientnet("b7", 600, 3.1, 2560, 64_097_687, "cbcfe4450ddf6f3ad90b1b398090fe4a"),
 )
 
-# %% ../../nbs/nets/01_backbones.ipynb #35f5c790
+# %% ../../nbs/nets/01_backbones.ipynb #92b6e9b9
 BACKBONES: dict[str, BackboneSpec] = {spec.name: spec for spec in _ROWS}
 
 
@@ -300,7 +291,7 @@ def get_backbone(
         raise unknown_name("backbone", name, BACKBONES)
     return BACKBONES[name]
 
-# %% ../../nbs/nets/01_backbones.ipynb #20479e25
+# %% ../../nbs/nets/01_backbones.ipynb #fa4c93e3
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB, of images in 0..1
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -323,7 +314,7 @@ PREPROCESS = {
     "caffe": _bgr,
 }
 
-# %% ../../nbs/nets/01_backbones.ipynb #cd3945fa
+# %% ../../nbs/nets/01_backbones.ipynb #607c6b26
 def preprocess(
     x,  # float tensor (batch, S, S, 3), RGB in 0..255
     mode: str,  # a key of `PREPROCESS`
@@ -338,23 +329,19 @@ def preprocess(
         raise unknown_name("preprocess", mode, PREPROCESS)
     return PREPROCESS[mode](x, rescaling)
 
-# %% ../../nbs/nets/01_backbones.ipynb #76c5a638
+# %% ../../nbs/nets/01_backbones.ipynb #16589bf5
 def build_backbone(
     backbone: str | BackboneSpec,  # a row, or the name of one
     inputs,  # keras tensor (batch, S, S, 3), RGB in 0..255
-    weights: str = "none",  # "imagenet", "none", or a file of this network's weights
 ):
     """A flat `keras.Model` from `inputs` to the last tensor of the backbone.
 
-    Raises `ConfigError` when the image is too small for the network, or the weights are
-    not there or of another network.
+    Its weights are random ones. Raises `ConfigError` when the image is too small for the
+    network.
     """
     import keras
 
     spec = get_backbone(backbone)
-    file = find_weights(spec, weights)
-    if file is None and weights == "imagenet":
-        (file,) = fetch_weights(spec)
     size = min(inputs.shape[1:3])
     if size < spec.min_size:
         raise ConfigError(
@@ -371,12 +358,9 @@ def build_backbone(
         if spec.preprocess == "efficientnet":
             trunk = _rescaled_efficientnet(trunk, inputs)
     _renumber(trunk)
-    trunk = keras.Model(inputs, trunk.layers[-1].output, name=spec.name)
-    if file is not None:
-        _load_weights(trunk, spec, file)
-    return trunk
+    return keras.Model(inputs, trunk.layers[-1].output, name=spec.name)
 
-# %% ../../nbs/nets/01_backbones.ipynb #47210697
+# %% ../../nbs/nets/01_backbones.ipynb #430fbe85
 def _rescaled_efficientnet(trunk, inputs):
     "The same network with the rescaling layer that Keras adds for ImageNet weights."
     import keras
@@ -396,7 +380,7 @@ def _rescaled_efficientnet(trunk, inputs):
     normalization.finalize_state()
     return copy
 
-# %% ../../nbs/nets/01_backbones.ipynb #46936af9
+# %% ../../nbs/nets/01_backbones.ipynb #68970d4c
 def _renumber(trunk) -> None:
     "Number the layers that Keras named by itself from the start, in order of creation."
     named = {}
@@ -408,227 +392,3 @@ def _renumber(trunk) -> None:
     for kind, found in named.items():
         for i, (_, layer) in enumerate(sorted(found, key=lambda pair: pair[0])):
             layer.name = f"{kind}_{i}" if i else kind
-
-# %% ../../nbs/nets/01_backbones.ipynb #41ef9600
-def weights_folder() -> Path:
-    "Where weights are put by hand: `$DERMNB_WEIGHTS`, or `data/weights` of the project."
-    own = os.environ.get("DERMNB_WEIGHTS")
-    return Path(own) if own else project_root() / "data" / "weights"
-
-# %% ../../nbs/nets/01_backbones.ipynb #d05bae7e
-def keras_folders() -> list[Path]:
-    "Where Keras keeps weights; what it fetches goes into the last of them."
-    home = Path(os.environ.get("KERAS_HOME") or os.path.expanduser("~/.keras"))
-    there = next(f for f in (home, *home.absolute().parents) if f.exists())
-    # Keras goes to the temporary folder where it may not write.
-    other = () if os.access(there, os.W_OK) else (Path(tempfile.gettempdir(), ".keras"),)
-    return [folder / "models" for folder in (home, *other)]
-
-# %% ../../nbs/nets/01_backbones.ipynb #71448fb8
-def find_weights(
-    backbone: str | BackboneSpec,  # a row, or the name of one
-    weights: str,  # "imagenet", "none", or a file
-) -> Path | None:
-    """The file to load; None for "none", and where ImageNet weights have to be fetched.
-
-    Loads no framework. Raises `ConfigError` when the file is not there or is no HDF5
-    file, or when there are no ImageNet weights of this network.
-    """
-    spec = get_backbone(backbone)
-    if weights == "none":
-        return None
-    if weights != "imagenet":
-        if not Path(weights).is_file():
-            raise ConfigError(
-                f"weights {str(weights)!r} of {spec.name} is no file: "
-                "give 'imagenet', 'none', or the path of a .weights.h5 or .h5 file."
-            )
-        return _readable(Path(weights))
-    for name in filter(None, (f"{spec.name}.weights.h5", spec.weights_file)):
-        if (weights_folder() / name).is_file():
-            return _readable(weights_folder() / name)
-    if not spec.weights_url:
-        raise ConfigError(
-            f"no ImageNet weights are published for {spec.name}: "
-            "use weights 'none', or the path of a file."
-        )
-    # Keras writes a download under its final name: a part of one may lie there.
-    kept = [folder / spec.weights_file for folder in keras_folders()]
-    return next((file for file in kept if file.is_file() and _is_hdf5(file)), None)
-
-# %% ../../nbs/nets/01_backbones.ipynb #f976708a
-def _is_hdf5(path: Path) -> bool:
-    import h5py
-
-    try:
-        with h5py.File(path):
-            return True
-    except OSError:  # also where the end is missing
-        return False
-
-
-def _readable(path: Path) -> Path:
-    if not _is_hdf5(path):
-        raise ConfigError(
-            f"weights file {path} is not a readable HDF5 file: "
-            "give a .weights.h5 or .h5 file that Keras wrote."
-        )
-    return path
-
-# %% ../../nbs/nets/01_backbones.ipynb #9e937077
-def weights_origin(
-    backbone: str | BackboneSpec,  # a row, or the name of one
-    file: Path,  # of `find_weights` or `fetch_weights`
-) -> str:
-    "Where a file of weights is from, in words that name no folder of the machine."
-    spec = get_backbone(backbone)
-    origin = "the file given"
-    if file.parent == weights_folder():
-        origin = "DERMNB_WEIGHTS" if os.environ.get("DERMNB_WEIGHTS") else "data/weights"
-    elif file.parent in keras_folders():
-        origin = "Keras' cache"
-    if file.name == spec.weights_file and not _as_published(spec, file):
-        origin += ", other than published (by its checksum)"
-    return origin
-
-# %% ../../nbs/nets/01_backbones.ipynb #8dcaeb3f
-def _as_published(spec: BackboneSpec, file: Path) -> bool:
-    with file.open("rb") as f:
-        return spec.weights_md5 in ("", hashlib.file_digest(f, "md5").hexdigest())
-
-# %% ../../nbs/nets/01_backbones.ipynb #d9a4e6b1
-def fetch_weights(
-    *backbones: str | BackboneSpec,  # rows, or their names
-    instead: str = "use weights 'none'",  # what else can be done, for the error
-    say: Callable[[str], None] = lambda line: None,  # gets a line before a download
-    patience: float = 10.0,  # seconds of silence after which a server is given up
-) -> list[Path]:
-    """Files of ImageNet weights, one a network; fetched into Keras' cache if not here.
-
-    Loads no framework. Where one cannot be had, `ConfigError` names the address, the
-    file and the folder of each.
-    """
-    specs = [get_backbone(backbone) for backbone in backbones]
-    files = {spec.name: find_weights(spec, "imagenet") for spec in specs}
-    absent = [spec for spec in specs if files[spec.name] is None]
-    while absent:
-        try:
-            files[absent[0].name] = _download(absent[0], say, patience)
-        except (OSError, ValueError) as error:  # those of requests are OSErrors
-            wanted = [f"{weights_address(s)} as {s.weights_file}" for s in absent]
-            raise ConfigError(
-                f"the ImageNet weights of {' and '.join(s.name for s in absent)} are not here "
-                f"and cannot be fetched ({_short(error)}): download {' and '.join(wanted)} "
-                f"into {weights_folder().absolute()}, or {instead}."
-            ) from error
-        del absent[0]
-    return [files[spec.name] for spec in specs]
-
-# %% ../../nbs/nets/01_backbones.ipynb #a5e0e268
-def weights_address(
-    spec: BackboneSpec,
-) -> str:
-    "Where the ImageNet weights are fetched: `$DERMNB_WEIGHTS_URL`, a mirror, or Google's."
-    mirror = os.environ.get("DERMNB_WEIGHTS_URL")
-    return f"{mirror.rstrip('/')}/{spec.weights_file}" if mirror else spec.weights_url
-
-# %% ../../nbs/nets/01_backbones.ipynb #f203eddd
-def _download(spec: BackboneSpec, say, patience: float) -> Path:
-    from filelock import FileLock
-
-    folder, url = keras_folders()[-1], weights_address(spec)
-    target, new, part = (
-        folder / name.format(spec.weights_file) for name in ("{}", ".{}.new", ".{}.part")
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f".{spec.weights_file}.lock"):
-        if file := find_weights(spec, "imagenet"):  # another process was faster
-            return file
-        say(f"fetching the ImageNet weights of {spec.title} from {url}")
-        _patiently(ResumingDownloader(part, attempts=1, timeout=patience), url, new)
-        if not (_is_hdf5(new) and _as_published(spec, new)):
-            new.unlink()
-            raise ValueError("what came is not the published file")
-        return new.replace(target)
-
-# %% ../../nbs/nets/01_backbones.ipynb #cf43ad89
-def _patiently(downloader: ResumingDownloader, url: str, target: Path) -> None:
-    "Give up after some silence: a firewall costs one timeout for each address of a server."
-    result = Future()
-
-    def fetch():
-        try:
-            result.set_result(downloader(url, target, None))
-        except BaseException as error:
-            result.set_exception(error)
-
-    part, seen = downloader.part, None
-    threading.Thread(target=fetch, daemon=True).start()
-    while True:
-        seen, before = part.stat().st_size if part.exists() else 0, seen
-        if seen == before:
-            raise TimeoutError(f"no answer for {downloader.timeout:g} s")
-        try:
-            return result.result(downloader.timeout)
-        except TimeoutError:
-            if result.done():
-                return result.result()
-
-# %% ../../nbs/nets/01_backbones.ipynb #9693b452
-def _short(error: Exception) -> str:
-    import requests
-
-    if isinstance(error, requests.HTTPError):
-        return f"the server answers {error.response.status_code}"
-    if type(error) is requests.ConnectionError:
-        return "the server cannot be reached, or broke off"
-    if isinstance(error, requests.RequestException):
-        return type(error).__name__
-    return str(error).rstrip(".")
-
-# %% ../../nbs/nets/01_backbones.ipynb #71e5d038
-def _load_weights(trunk, spec: BackboneSpec, path: Path) -> None:
-    "Load a file into the backbone, or say in one sentence why it does not fit."
-    import h5py
-
-    with h5py.File(path) as f:
-        legacy = "layer_names" in f.attrs or "model_weights" in f
-        held = 0 if legacy else _parameters_in(f)
-    # Keras would leave out surplus layers in silence, and so take another network's
-    # file that happens to begin alike.
-    expected = trunk.count_params()
-    if not legacy and held != expected:
-        raise ConfigError(
-            f"weights file {path} holds {held:,} parameters, but {spec.name} without "
-            f"classifier has {expected:,}: give a file of this network."
-        )
-    suffix = ".h5" if legacy else ".weights.h5"
-    try:
-        # Keras tells the formats apart by the name, not by the content.
-        if path.name.endswith(".weights.h5") != legacy and path.suffix == ".h5":
-            trunk.load_weights(path)
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                copy = Path(folder) / f"{spec.name}{suffix}"
-                shutil.copyfile(path, copy)
-                trunk.load_weights(copy)
-    except (ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ConfigError(
-            f"weights file {path} does not fit {spec.name} without classifier "
-            f"({reason}): give a file of this network."
-        ) from error
-
-# %% ../../nbs/nets/01_backbones.ipynb #85cdca5d
-def _parameters_in(file) -> int:
-    "How many numbers a Keras 3 weights file holds for the layers of its network."
-    sizes = []
-
-    def visit(name, item):
-        # Seeds of dropout layers are stored too, but are no weights.
-        if hasattr(item, "size") and "seed_generator" not in name:
-            sizes.append(item.size)
-
-    if "layers" in file:
-        file["layers"].visititems(visit)
-    return int(sum(sizes))

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..audit.duplicates import join_records
+from ..audit.leakage import combine_records
 from dermnb.core import (
     ENSEMBLE_FIELDS,
     ConfigError,
@@ -329,7 +329,7 @@ def save_ensemble(
         "dataset": first.record["dataset"],
         "split": first.record["split"],
         "leak": {key: max(leak[key] for leak in leaks) for key in _NO_LEAK},
-        "audit": join_records({m.name: m.record.get("audit") for m in members}),
+        "audit": combine_records({m.name: m.record.get("audit") for m in members}),
         "train_draw": _shared(members, "train_draw"),
         "metadata": with_metadata[0] if with_metadata else None,
         "ensemble": ensemble,

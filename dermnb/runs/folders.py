@@ -26,7 +26,8 @@ from dermnb.core import (
 from ..data.datasets import DATASETS
 from ..data.taxonomies import load_taxonomy
 from ..metrics.scores import check_predictions, positive_class
-from ..nets.backbones import BACKBONES, find_weights
+from ..nets.backbones import BACKBONES
+from ..nets.weights import find_weights
 
 # %% ../../nbs/runs/00_folders.ipynb #f32ede27
 def check_config(
@@ -69,7 +70,7 @@ def weights_of(config: ExperimentConfig) -> list[tuple[str, str]]:
     "Every network that a run loads weights of, its own and the audit's, and which weights."
     pairs = [(config.backbone, own_weights(config))]
     if config.audit == "network":
-        from dermnb.audit.duplicates import NETWORK  # only now: it takes half a second
+        from dermnb.audit.features import NETWORK  # only now: it takes half a second
 
         pairs.append((NETWORK, "imagenet"))
     return [pair for pair in pairs if pair[1] != "none"]

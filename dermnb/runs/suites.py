@@ -37,7 +37,8 @@ from dermnb.core import (
     write_json,
 )
 from ..metrics.claims import load_claims
-from ..nets.backbones import BACKBONES, fetch_weights, find_weights, weights_origin
+from ..nets.backbones import BACKBONES
+from ..nets.weights import fetch_weights, find_weights, weights_origin
 from dermnb.runs.folders import (
     check_config,
     finish_run,

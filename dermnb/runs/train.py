@@ -24,13 +24,11 @@ from dermnb.audit.duplicates import (
     AUDIT_METHODS,
     Audit,
     audit_images,
-    audit_record,
-    audit_split,
     find_pairs,
-    fingerprints,
-    merge_found,
-    refused_across,
+    group_duplicates,
 )
+from ..audit.hashes import fingerprints
+from ..audit.leakage import audit_record, audit_split, refused_across
 from dermnb.core import (
     SPLITS,
     ConfigError,
@@ -63,17 +61,18 @@ from dermnb.data.splits import (
     test_list_problems,
 )
 from ..metrics.scores import evaluate, positive_class
-from ..nets.backbones import BACKBONES, find_weights, weights_origin
+from ..nets.backbones import BACKBONES
+from ..nets.cost import count_flops
 from ..nets.finetune import backbone_layers, fit_stages, make_schedule
 from ..nets.gradcam import cam_network
 from ..nets.losses import make_loss
 from dermnb.nets.models import (
     MetadataEncoder,
     build_classifier,
-    count_flops,
     fit_metadata,
     save_classifier,
 )
+from ..nets.weights import find_weights, weights_origin
 from .bundle import Novelty, known_images, write_bundle
 from .folders import file_hash, find_run, finish_run, own_weights
 
@@ -148,7 +147,7 @@ def prepare_data(
     dataset, manifest = _leave_out(dataset, store)
     # Before subset and split, so that what shows one lesion is one lesion to both.
     audit = audit_images(manifest, cache_dir(), config.audit)
-    manifest, pairs = merge_found(manifest, audit.pairs)
+    manifest, pairs = group_duplicates(manifest, audit.pairs)
     if config.subset:
         manifest = take_subset(manifest, config.subset, config.split_seed)
     manifest, problems = _with_split(config, manifest, base)
@@ -176,9 +175,9 @@ def _with_split(config: DataConfig, manifest: pd.DataFrame, base: Path | None):
 # %% ../../nbs/runs/03_train.ipynb #f3eac629
 def _check_leakage(
     config: DataConfig,
-    manifest: pd.DataFrame,  # with its split, after `merge_found`
+    manifest: pd.DataFrame,  # with its split, after `group_duplicates`
     audit: Audit,
-    pairs: pd.DataFrame,  # of `merge_found`
+    pairs: pd.DataFrame,  # of `group_duplicates`
     base: Path | None = None,  # folder of the run that `config.base` names
 ) -> dict:  # of `audit_record`
     """What the audit found; `ConfigError` if splits share something.
@@ -721,7 +720,7 @@ def audit_run(
     # Of all images, so that every run of a dataset asks the same.
     audit = audit_images(dataset.manifest, cache_dir(), method)
     # By the ids of the dataset: those of the run know what it found before its split.
-    _, pairs = merge_found(dataset.manifest, audit.pairs)
+    _, pairs = group_duplicates(dataset.manifest, audit.pairs)
     notes: list[str] = []
     bases = dict.fromkeys(_bases(folder, config, notes))
     _, found = _shared(manifest, audit, pairs, bases, notes)
