@@ -62,7 +62,8 @@ def run(
 ):
     "Execute every run of a suite and build its report."
     from dermnb.report.build import build_report
-    from dermnb.runs.suites import parse_overrides, run_suite
+    from dermnb.runs.runner import run_suite
+    from dermnb.runs.suites import parse_overrides
 
     page, states = run_suite(
         suite,
