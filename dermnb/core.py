@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SPLITS', 'CAM_METHODS', 'Rate', 'NO_FOLDER', 'ENSEMBLE_FIELDS', 'PACKAGES', 'GREETINGS', 'ConfigError', 'the_error',
            'unknown_name', 'listing', 'plural', 'DataConfig', 'NetworkConfig', 'TrainingConfig', 'EvaluationConfig',
-           'ExperimentConfig', 'make_config', 'write_json', 'read_json', 'set_seed', 'keep_graphs', 'provenance',
-           'peak_memory_mb', 'now', 'duration', 'table_hash', 'progress', 'greeting_filter', 'project_root',
-           'cache_dir']
+           'ExperimentConfig', 'make_config', 'write_json', 'read_json', 'read_arrays', 'set_seed', 'keep_graphs',
+           'provenance', 'peak_memory_mb', 'now', 'duration', 'table_hash', 'progress', 'greeting_filter',
+           'project_root', 'cache_dir']
 
 # %% ../nbs/00_core.ipynb #344c01c0
 import difflib
@@ -351,6 +351,15 @@ def read_json(path: str | Path) -> Any:
         raise ConfigError(f"{path} is absent.") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not JSON: {error}.") from None
+
+# %% ../nbs/00_core.ipynb #9578a3d4
+def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    "The arrays of an .npz file, read without pickle; a broken one is a `ConfigError`."
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            return {name: found[name] for name in found.files}
+    except Exception as error:  # a broken archive raises of many kinds
+        raise ConfigError(f"{path} cannot be read ({error}): copy it again.") from None
 
 # %% ../nbs/00_core.ipynb #6198a4c6
 def set_seed(

@@ -74,7 +74,8 @@ from dermnb.nets.models import (
     fit_metadata,
     save_classifier,
 )
-from .bundle import Novelty, known_images, write_bundle
+from ..nets.novelty import Novelty, known_images
+from .bundle import write_bundle
 from .folders import file_hash, find_run, finish_run, own_weights
 
 # %% ../../nbs/runs/03_train.ipynb #73796c23
