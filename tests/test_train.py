@@ -11,19 +11,17 @@ import pytest
 
 from PIL import Image, ImageOps
 
-from dermnb.runs import train
+from dermnb.runs import prepare
 from dermnb.core import ConfigError, make_config, read_json, write_json
 from dermnb.runs.folders import file_hash, is_done
-from dermnb.runs.train import (
+from dermnb.runs.prepare import (
     FACTS,
     audit_run,
-    build_model,
-    copy_trunk,
     prepare_data,
-    run_experiment,
     split_batches,
     trained_before,
 )
+from dermnb.runs.train import build_model, copy_trunk, run_experiment
 
 SMALL = {"image_size": 32, "epochs": 1, "batch_size": 16, "bootstrap": 100}
 
@@ -46,7 +44,7 @@ def as_csv(folder, manifest, prefix=""):
 
 
 def test_a_positive_class_is_looked_up_before_the_images_are_decoded(demo_dir, monkeypatch):
-    monkeypatch.setattr("dermnb.runs.train.build_store", lambda *args, **more: pytest.fail("decoded"))
+    monkeypatch.setattr("dermnb.runs.prepare.build_store", lambda *args, **more: pytest.fail("decoded"))
     for taxonomy, sentence in (("isic8", "is for two classes; here are 8"), ("dx7:mel,nv", "'mel'")):
         with pytest.raises(ConfigError, match=sentence):
             prepare_data(config_of(demo_dir, taxonomy=taxonomy, positive="melanom", on_problem="exclude"))
@@ -236,8 +234,8 @@ def test_what_was_not_compared_with_a_base_is_said(base, demo_dir, tmp_path, mon
         pairs.attrs["unseen"] = 1234
         return pairs
 
-    find_pairs = train.find_pairs
-    monkeypatch.setattr(train, "find_pairs", hurried)
+    find_pairs = prepare.find_pairs
+    monkeypatch.setattr(prepare, "find_pairs", hurried)
     assert trained_before(manifest, base)[1].startswith("1,234 candidates with the training")
 
 
@@ -297,9 +295,9 @@ def test_a_finished_run_is_audited_as_it_was_before_its_split(demo_dir, tmp_path
     assert found["afterwards"] and found["leaks"] == {"near duplicate": 1}
     assert audited(late) == found  # once afterwards, always afterwards
 
-    by_hashes = train.audit_images
+    by_hashes = prepare.audit_images
     monkeypatch.setattr(
-        train,
+        prepare,
         "audit_images",
         lambda manifest, cache, method: replace(by_hashes(manifest, cache), method=method),
     )

@@ -28,7 +28,7 @@ from dermnb.nets.backbones import BACKBONES, build_backbone, fetch_weights, find
 from dermnb.core import ConfigError, write_json
 from dermnb.runs.runner import gather_weights
 from dermnb.runs.suites import load_suite, parse_overrides, resolve_suite
-from dermnb.runs.train import prepare_data
+from dermnb.runs.prepare import prepare_data
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = sorted((ROOT / "nbs/suites").glob("*.yaml"))
