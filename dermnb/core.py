@@ -6,10 +6,10 @@
 __all__ = ['SPLITS', 'CAM_METHODS', 'ENSEMBLE_FIELDS', 'GREETINGS', 'ConfigError', 'the_error', 'unknown_name', 'listing',
            'plural', 'DataConfig', 'NetworkConfig', 'TrainingConfig', 'EvaluationConfig', 'ExperimentConfig',
            'make_config', 'write_json', 'read_json', 'read_arrays', 'set_seed', 'keep_graphs', 'provenance',
-           'peak_memory_mb', 'now', 'duration', 'table_hash', 'progress', 'greeting_filter', 'project_root',
+           'peak_memory_mb', 'table_hash', 'now', 'duration', 'progress', 'greeting_filter', 'project_root',
            'cache_dir']
 
-# %% ../nbs/00_core.ipynb #344c01c0
+# %% ../nbs/00_core.ipynb #a1ac7e06
 import difflib
 import hashlib
 import importlib.metadata
@@ -59,11 +59,7 @@ def unknown_name(
     names = ", ".join(known[:20]) + more
     return ConfigError(f"unknown {kind} {str(name)!r}: {hint}{names}.")
 
-# %% ../nbs/00_core.ipynb #f0307af4
-SPLITS = ("train", "val", "test")
-CAM_METHODS = ("gradcam", "gradcam++")
-
-
+# %% ../nbs/00_core.ipynb #f8180748
 def listing(
     names: Iterable,
     limit: int = 6,  # named; the rest is counted
@@ -74,7 +70,7 @@ def listing(
         names = [*names[:limit], f"{len(names) - limit:,} more"]
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
-# %% ../nbs/00_core.ipynb #3978fa8b
+
 def plural(
     n: int,
     word: str,  # of one
@@ -84,6 +80,10 @@ def plural(
     return f"{n:,} {word if n == 1 else many or word + 's'}"
 
 # %% ../nbs/00_core.ipynb #3853dc39
+# Names that several parts share.
+SPLITS = ("train", "val", "test")
+CAM_METHODS = ("gradcam", "gradcam++")
+
 _Rate = Annotated[float, Field(ge=0, lt=1)]
 
 # What no folder can be called on one system or another: hidden, with a character that parts
@@ -311,7 +311,7 @@ def make_config(
             f"{where}: {name} = {first['input']!r} does not fit: {message}."
         ) from None
 
-# %% ../nbs/00_core.ipynb #1208d4b8
+# %% ../nbs/00_core.ipynb #91f6f84e
 def write_json(
     path: str | Path,  # file to write
     obj: Any,  # what json can hold, and numpy scalars
@@ -332,7 +332,7 @@ def write_json(
         raise
     return path
 
-# %% ../nbs/00_core.ipynb #d5c11959
+
 def _plain(value):
     if isinstance(value, np.generic):
         return value.item()
@@ -342,7 +342,7 @@ def _plain(value):
         return str(value)
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
-
+# %% ../nbs/00_core.ipynb #3a6f8cef
 def read_json(path: str | Path) -> Any:
     "Read a JSON file; a broken one is a `ConfigError` that names it."
     try:
@@ -352,7 +352,7 @@ def read_json(path: str | Path) -> Any:
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not JSON: {error}.") from None
 
-# %% ../nbs/00_core.ipynb #9578a3d4
+
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     "The arrays of an .npz file, read without pickle; a broken one is a `ConfigError`."
     try:
@@ -456,12 +456,23 @@ def peak_memory_mb() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, else KiB
     return round(peak / 2**20 if sys.platform == "darwin" else peak / 2**10)
 
-# %% ../nbs/00_core.ipynb #c6a82a14
+# %% ../nbs/00_core.ipynb #682229f4
+def table_hash(
+    table: pd.DataFrame,  # any table of texts and numbers
+) -> str:
+    "SHA-256 of a table's column names and values, the same on every machine."
+    digest = hashlib.sha256("\x1f".join(table.columns).encode())
+    for column in table.columns:
+        texts = table[column].astype("object").where(table[column].notna(), "")
+        digest.update("\x1f".join(map(str, texts)).encode())
+    return digest.hexdigest()
+
+# %% ../nbs/00_core.ipynb #e27f7f5d
 def now() -> str:
     "The time in UTC, to the second."
     return datetime.now(UTC).isoformat(timespec="seconds")
 
-# %% ../nbs/00_core.ipynb #78543ead
+
 def duration(
     seconds: float | None,
 ) -> str:
@@ -478,17 +489,6 @@ def duration(
         if minutes < 90
         else f"{minutes // 60} h {minutes % 60:02d} min"
     )
-
-# %% ../nbs/00_core.ipynb #682229f4
-def table_hash(
-    table: pd.DataFrame,  # any table of texts and numbers
-) -> str:
-    "SHA-256 of a table's column names and values, the same on every machine."
-    digest = hashlib.sha256("\x1f".join(table.columns).encode())
-    for column in table.columns:
-        texts = table[column].astype("object").where(table[column].notna(), "")
-        digest.update("\x1f".join(map(str, texts)).encode())
-    return digest.hexdigest()
 
 # %% ../nbs/00_core.ipynb #a5d6d8fc
 _last_progress = {"time": 0.0, "step": ""}

@@ -53,7 +53,7 @@ def _directions(features: np.ndarray) -> np.ndarray:
     length = np.linalg.norm(features, axis=1, keepdims=True)
     return features / np.where(length > 0, length, 1)
 
-
+# %% ../../nbs/nets/07_novelty.ipynb #a4f85a07
 @dataclass(frozen=True, eq=False)
 class Novelty:
     "How far from the training images is too far, by features and by appearance."

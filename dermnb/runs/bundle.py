@@ -180,7 +180,7 @@ def bundle_folder(
         )
     return folder
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #3243bcb9
 def is_complete(folder: str | Path) -> bool:
     "Whether a `model` folder has all that a bundle needs, its members' too."
     folder = Path(folder)
@@ -235,7 +235,7 @@ def _is_plain(module, name) -> bool:
     known = _MODULES[module]
     return name in known if known else name not in _RUN_CODE
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #2fb09f09
 def _parts(value) -> Iterator[Mapping]:
     waiting = [value]
     while waiting:
@@ -256,7 +256,7 @@ class BundleMember:
     weight: float  # all members' sum to 1
     bundle: "Bundle"
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #0369b7d4
 @dataclass(frozen=True, eq=False)
 class Bundle:
     "A loaded bundle: a network, or an ensemble of bundles."
@@ -323,7 +323,7 @@ def _texts(values, path: Path, what: str) -> tuple[str, ...]:
         raise ConfigError(f"{path}: {what} must be a list of two names or more.")
     return tuple(values)
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #191f5b37
 def _read_classifier(folder: Path, model=None):
     "The network and its labels, looked at before and after Keras loads them."
     if model is None:
@@ -355,7 +355,7 @@ def load_bundle(
     "A network or an ensemble, ready to predict; runs no code from its files."
     return _load(bundle_folder(folder), model)
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #0d580cbf
 def _load(folder: Path, model=None) -> Bundle:
     path = folder / "decision.json"
     about = read_json(path) if path.is_file() else {}
@@ -437,7 +437,7 @@ def _load_ensemble(folder: Path, about: Mapping, shared: dict) -> Bundle:
         **shared,
     )
 
-
+# %% ../../nbs/runs/01_bundle.ipynb #f9cd2057
 def _load_member(
     path: Path, name: str, weight: float, place: str, classes: tuple[str, ...]
 ) -> BundleMember:

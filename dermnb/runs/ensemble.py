@@ -91,7 +91,7 @@ def load_members(
         members.append(Member(name, folder, record, metrics, table))
     return members
 
-
+# %% ../../nbs/runs/04_ensemble.ipynb #ed3860cd
 def _align(name: str, record: dict, table: pd.DataFrame, first: Member) -> pd.DataFrame:
     def refuse(what: str):
         pair = f"runs {first.name!r} and {name!r}"
@@ -196,7 +196,7 @@ def combine(
     table[own] = mixed
     return table, weights
 
-
+# %% ../../nbs/runs/04_ensemble.ipynb #8a5f39ac
 def _given_weights(members, how: str, weights) -> np.ndarray:
     if not len(weights):
         return np.full(len(members), 1 / len(members))

@@ -88,7 +88,7 @@ def _execute_notebook(config: ExperimentConfig, part: Path, env: dict[str, str])
             cwd=str(Path.cwd()),
         )
 
-
+# %% ../../nbs/runs/06_kernels.ipynb #a84c522d
 def _load_notebook_tools() -> None:
     "Import what reads notebooks, without a grammar of web addresses that it never needs."
     # jsonschema uses it if it is there, as it is with Jupyter, and it takes 2 s to build.

@@ -57,7 +57,7 @@ def _front_matter(record: Mapping, metrics: Mapping) -> dict:
         "model-index": [{"name": name, "results": [r for r in results if r["metrics"]]}],
     }
 
-
+# %% ../../nbs/runs/00_model_card.ipynb #42ae5380
 def _result(dataset: Mapping, split: str, scored: Mapping) -> dict:
     found = [
         {
@@ -183,7 +183,7 @@ def _limits(record: Mapping, metrics: Mapping, decision: Decision) -> list[str]:
         )
     return [*lines, *_limits_of_decisions(decision)]
 
-
+# %% ../../nbs/runs/00_model_card.ipynb #12b30421
 def _limits_of_decisions(decision: Decision) -> list[str]:
     calibrated = (
         f"The sets of classes cover about {100 * decision.coverage:.0f} % of images *like"
@@ -250,7 +250,7 @@ def _uses(record: Mapping) -> list[str]:
         "Not intended: diagnosis, triage, reassurance, or any other use on people.",
     ]
 
-
+# %% ../../nbs/runs/00_model_card.ipynb #f5b8f1cc
 _USE = """```sh
 dermnb predict IMAGE --model FOLDER --cam map.png
 dermnb app --model FOLDER

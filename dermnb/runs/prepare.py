@@ -54,7 +54,7 @@ from .folders import find_run
 # What a reader may group images by, as far as the dataset says it.
 FACTS = ("age", "sex", "site", "source", "size_mm", "skin_tone")
 
-
+# %% ../../nbs/runs/02_prepare.ipynb #2cac628b
 @dataclass(frozen=True)
 class Data:
     "What a run learns from and is measured on."
@@ -136,7 +136,7 @@ def _content(prints: pd.DataFrame) -> pd.Series:
     "Id and bytes of each image: two datasets may give one id to different pictures."
     return prints["image_id"].astype(str) + "\n" + prints["bytes"].fillna("")
 
-
+# %% ../../nbs/runs/02_prepare.ipynb #4a2df24a
 def _made_of(name: str | None, folder: Path, notes: list[str]) -> Path | None:
     "The run that the one in `folder` names; None, and a note, where it is not here."
     try:
@@ -171,7 +171,7 @@ def _check_leakage(
         )
     return record
 
-
+# %% ../../nbs/runs/02_prepare.ipynb #e4f4ee5e
 def _shared(
     manifest: pd.DataFrame,
     audit: Audit,
@@ -220,7 +220,7 @@ def prepare_data(
     data = Data(config, dataset, manifest, store, np.asarray(rows), audit=found)
     return data if config.metadata == "none" else _with_metadata(data)
 
-
+# %% ../../nbs/runs/02_prepare.ipynb #900e729a
 def _with_split(config: DataConfig, manifest: pd.DataFrame, base: Path | None):
     "The manifest with its split, and tables of the images that the split leaves out."
     if base is not None:

@@ -125,7 +125,7 @@ def load_suite(
     typed = [claim.model_dump(exclude_unset=True) for claim in claims]
     return suite.model_copy(update={"claims": typed})
 
-
+# %% ../../nbs/runs/05_suites.ipynb #96d16802
 def _read(file: Path) -> dict:
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), _Text)
@@ -140,7 +140,7 @@ def _read(file: Path) -> dict:
         content["runs"] = {name: {} if run in ("", "null", "~") else run for name, run in runs}
     return content
 
-
+# %% ../../nbs/runs/05_suites.ipynb #42814fbd
 def _check_names(suite: Suite, file: Path) -> None:
     by_folder: dict[str, str] = {}
     for name in suite.runs:
@@ -276,7 +276,7 @@ def _repeats(
         return [("", {})]  # its test images are fixed: there is nothing to fold
     return [(f"fold {f}", {"split": "kfold", "folds": k, "fold": f}) for f in range(k)]
 
-
+# %% ../../nbs/runs/05_suites.ipynb #f4c99ae3
 def _run_name(group: str, repeat: str) -> str:
     return f"{group}-{repeat.replace(' ', '')}" if repeat else group
 
@@ -306,7 +306,7 @@ def _in_order(suite: Suite, plan: list[PlannedRun]) -> list[PlannedRun]:
         placed |= {p.config.run for p in ready}
     return ordered
 
-
+# %% ../../nbs/runs/05_suites.ipynb #c2a16f25
 def _check_parents(where: str, run: PlannedRun, names: dict[str, ExperimentConfig]) -> None:
     base = names.get(run.config.base)
     if base and (base.members or base.metadata == "only"):
