@@ -27,8 +27,8 @@ bench: install  ## what answers and the leak audit cost on this machine: reports
 	set -e; for n in serving audit; do \
 	  $(BIN)/papermill --no-progress-bar nbs/benchmarks/$$n.ipynb reports/benchmarks/$$n.ipynb; \
 	  $(BIN)/python -c "import sys; from dermnb.report import pages
-from dermnb.runs import suites; n = sys.argv[1]; \
-	    suites.make_publishable(n, True); print(pages.build_notebook_page(n))" \
+from dermnb.runs import kernels; n = sys.argv[1]; \
+	    kernels.make_publishable(n, True); print(pages.build_notebook_page(n))" \
 	    reports/benchmarks/$$n.ipynb; \
 	done
 

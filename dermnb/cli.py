@@ -62,7 +62,8 @@ def run(
 ):
     "Execute every run of a suite and build its report."
     from dermnb.report.build import build_report
-    from dermnb.runs.suites import parse_overrides, run_suite
+    from dermnb.runs.runner import run_suite
+    from dermnb.runs.suites import parse_overrides
 
     page, states = run_suite(
         suite,
@@ -254,7 +255,7 @@ def _audit_data(targets: list[str], method: str, out: str) -> int:
 # %% ../nbs/99_cli.ipynb #981036f3
 def _audit_runs(runs: list, data_dir: str, method: str) -> int:
     from dermnb.report.build import build_report
-    from dermnb.runs.train import audit_run
+    from dermnb.runs.prepare import audit_run
 
     leaks, suites = 0, {}
     for run in runs:

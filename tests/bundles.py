@@ -59,7 +59,8 @@ def make_bundle(folder, name="tiny", size=32, seed=0, fusion="none", backbone="c
     "The folder of a run whose `model` is a whole bundle; and what was put into it."
     from PIL import Image
 
-    from dermnb.runs.bundle import fit_novelty, write_bundle
+    from dermnb.nets.novelty import fit_novelty
+    from dermnb.runs.bundle import write_bundle
     from dermnb.nets.gradcam import CamNetwork
     from dermnb.data.images import resize_image
     from dermnb.nets.models import MetadataEncoder, build_classifier, save_classifier

@@ -334,7 +334,8 @@ def test_audit_of_datasets_and_of_finished_runs(demo_dir, tmp_path):
 
 
 def test_the_smallest_run_is_first_and_the_largest_next():
-    from dermnb.runs.suites import _in_turn, load_suite, resolve_suite
+    from dermnb.runs.runner import _in_turn
+    from dermnb.runs.suites import load_suite, resolve_suite
 
     plan = resolve_suite(load_suite("demo"), "cpu")
     order = [p.config.run for p in _in_turn({p.config.run: p for p in plan})]

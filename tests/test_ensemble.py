@@ -17,11 +17,10 @@ from dermnb.runs.ensemble import (
     agreement,
     combine,
     find_members,
-    learn_weights,
+    _learn_weights,
     load_members,
-    log_loss,
     mix_probabilities,
-    rank_probabilities,
+    _rank_probabilities,
     run_ensemble,
     score_table,
 )
@@ -32,6 +31,10 @@ from fabricate import make_predictions, make_run
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = {"bkl": "Benign keratosis", "mel": "Melanoma", "nv": "Nevus"}
+
+
+def log_loss(weights, right):
+    return -np.log(np.clip(right, 1e-15, None) @ weights).mean()
 
 
 def finished(folder, predictions=None, **more):
@@ -153,7 +156,7 @@ def test_learning_finds_the_only_informative_member(seed, place):
     rng = np.random.default_rng(seed + 100)
     right = rng.dirichlet([0.4, 0.4, 0.4], len(y))[:, :2]  # of two that guess
     right = np.insert(right, place, p[np.arange(len(y)), y], axis=1)
-    weights = learn_weights(right)
+    weights = _learn_weights(right)
     assert weights[place] > 0.97 and weights.sum() == pytest.approx(1)
 
 
@@ -163,7 +166,7 @@ def test_learned_weights_are_the_minimum_on_validation(seed):
     m = int(rng.integers(2, 7))
     right = rng.beta(*rng.uniform(0.3, 3, 2), (60, m)) ** rng.uniform(0.2, 4, m)
     right[rng.random(right.shape) < 0.02] = 0
-    weights = learn_weights(right)
+    weights = _learn_weights(right)
     assert (weights >= 0).all() and weights.sum() == pytest.approx(1)
     best = log_loss(weights, right)
     assert best <= log_loss(np.full(m, 1 / m), right)
@@ -173,10 +176,10 @@ def test_learned_weights_are_the_minimum_on_validation(seed):
 
 def test_learning_survives_members_that_are_sure_and_wrong():
     right = np.zeros((10, 3))
-    weights = learn_weights(right)
+    weights = _learn_weights(right)
     assert weights.sum() == pytest.approx(1) and (weights >= 0).all()
     right[:, 1] = 0.1
-    assert learn_weights(right)[1] == pytest.approx(1, abs=0.05)
+    assert _learn_weights(right)[1] == pytest.approx(1, abs=0.05)
 
 
 def test_test_images_have_no_say(suite):
@@ -212,12 +215,12 @@ def test_one_image_is_ranked_as_among_many(made):
 def test_ranks_by_hand_and_without_a_scale():
     reference = np.array([[0.1], [0.2], [0.2], [0.9]])
     values = np.array([[0.0], [0.1], [0.2], [0.3], [1.0]])
-    ranks = rank_probabilities(values, reference)
+    ranks = _rank_probabilities(values, reference)
     assert ranks[:, 0].tolist() == [0, 0.125, 0.5, 0.75, 1]
     rng = np.random.default_rng(0)
     p, seen = rng.random((50, 4)), rng.random((30, 4))
     np.testing.assert_array_equal(
-        rank_probabilities(p, seen), rank_probabilities(p**3, seen**3)
+        _rank_probabilities(p, seen), _rank_probabilities(p**3, seen**3)
     )
     lowest = mix_probabilities([np.zeros((1, 4))], [1.0], [seen])
     assert lowest.tolist() == [[0.25] * 4]
@@ -261,7 +264,7 @@ def test_members_that_differ_are_named_with_the_difference(suite):
     moved = own.assign(split=own["split"].mask(own.index == 0, "val"))
     if own["split"][0] == "val":
         moved = own.assign(split=own["split"].mask(own.index == 0, "test"))
-    assert "part of the split of 1 images" in refused(moved)
+    assert "in the split of 1 images" in refused(moved)
     other = "mel" if own["y_true"][5] != "mel" else "nv"
     wrong = own.assign(y_true=own["y_true"].mask(own.index == 5, other))
     text = refused(wrong)

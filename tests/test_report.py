@@ -286,7 +286,7 @@ def test_hostile_names_are_text(tmp_path):
 def test_the_page_grows_as_runs_end(tmp_path, monkeypatch):
     "It is there after the first run, says what is to come, and a fault in it stops no run."
     from dermnb.report import build as report
-    from dermnb.runs import suites
+    from dermnb.runs import runner
 
     page, said, seen = tmp_path / "r/two/index.html", [], []
 
@@ -296,10 +296,12 @@ def test_the_page_grows_as_runs_end(tmp_path, monkeypatch):
             yield {"run": run, "status": "done", "error": "", "seconds": 1}
             seen.append(page.read_text() if page.is_file() else "")
 
-    monkeypatch.setattr(suites, "_execute_all", execute)
+    monkeypatch.setattr(runner, "_execute_all", execute)
     content = {"title": "t", "question": "q", "runs": {"a": {}, "b": {}, "c": {}}}
     write_json(tmp_path / "two.yaml", content)
-    suites.run_suite(tmp_path / "two.yaml", reports=tmp_path / "r", say=said.append)
+    runner.run_suite(
+        tmp_path / "two.yaml", reports=tmp_path / "r", say=said.append, build=report.build_report
+    )
     assert page.as_uri() in said[0]
     assert "1 of 3 runs finished (b and c have no results yet)" in seen[0]
     assert "2 of 3 runs finished (c has no results yet)" in seen[1]
@@ -309,15 +311,16 @@ def test_the_page_grows_as_runs_end(tmp_path, monkeypatch):
         shutil.rmtree(tmp_path / "r/two" / run)
     page.unlink()
     faults = iter([ValueError("no page"), ValueError("no page"), None])
-    build = report.build_report
 
     def faulty(folder):
         if fault := next(faults):
             raise fault
-        return build(folder)
+        return report.build_report(folder)
 
-    monkeypatch.setattr(report, "build_report", faulty)
-    assert suites.run_suite(tmp_path / "two.yaml", reports=tmp_path / "r", say=said.append)[0] == page
+    again = runner.run_suite(
+        tmp_path / "two.yaml", reports=tmp_path / "r", say=said.append, build=faulty
+    )
+    assert again[0] == page
     assert said.count("the report waits for the other runs: ValueError: no page") == 2
 
 

@@ -15,9 +15,11 @@ from fabricate import make_run
 from nbformat.v4 import new_code_cell, new_notebook
 
 from dermnb import cli
-from dermnb.runs import suites
 from dermnb.core import ConfigError, make_config, read_json
-from dermnb.runs.suites import execute_run, experiment_notebook, run_suite
+from dermnb.report.build import build_report
+from dermnb.runs import kernels, runner, suites
+from dermnb.runs.kernels import execute_run, experiment_notebook
+from dermnb.runs.runner import run_suite
 
 
 def text_of(page: Path) -> str:
@@ -56,9 +58,9 @@ def suite(tmp_path, monkeypatch):
             (folder / "run.json").write_text(json.dumps(record))
             yield {"run": run, "status": "done", "error": "", "seconds": 1}
 
-    monkeypatch.setattr(suites, "_execute_all", execute)
+    monkeypatch.setattr(runner, "_execute_all", execute)
     monkeypatch.setattr(
-        suites, "validate_run", lambda folder: read_json(folder / "run.json")
+        runner, "validate_run", lambda folder: read_json(folder / "run.json")
     )
     monkeypatch.setattr(
         "dermnb.runs.folders.validate_run", lambda folder: read_json(folder / "run.json")
@@ -66,7 +68,7 @@ def suite(tmp_path, monkeypatch):
 
     def run(**options):
         return run_suite(
-            file, reports=tmp_path / "reports", profile="cpu", say=str, **options
+            file, reports=tmp_path / "reports", profile="cpu", say=str, build=build_report, **options
         )
 
     return run, failing
@@ -134,7 +136,7 @@ def notebook(tmp_path, monkeypatch):
     for name in ("DERMNB_PROGRESS", "DERMNB_DATA_DIR"):
         monkeypatch.setenv(name, "")  # taken back after the test
     file = tmp_path / "cell.ipynb"
-    monkeypatch.setattr(suites, "experiment_notebook", lambda config: file)
+    monkeypatch.setattr(kernels, "experiment_notebook", lambda config: file)
 
     def execute(cell):
         kernel = {

@@ -11,19 +11,17 @@ import pytest
 
 from PIL import Image, ImageOps
 
-from dermnb.runs import train
+from dermnb.runs import prepare
 from dermnb.core import ConfigError, make_config, read_json, write_json
 from dermnb.runs.folders import file_hash, is_done
-from dermnb.runs.train import (
+from dermnb.runs.prepare import (
     FACTS,
     audit_run,
-    build_model,
-    copy_trunk,
     prepare_data,
-    run_experiment,
     split_batches,
-    trained_before,
+    _trained_before,
 )
+from dermnb.runs.train import build_model, _copy_trunk, run_experiment
 
 SMALL = {"image_size": 32, "epochs": 1, "batch_size": 16, "bootstrap": 100}
 
@@ -46,7 +44,7 @@ def as_csv(folder, manifest, prefix=""):
 
 
 def test_a_positive_class_is_looked_up_before_the_images_are_decoded(demo_dir, monkeypatch):
-    monkeypatch.setattr("dermnb.runs.train.build_store", lambda *args, **more: pytest.fail("decoded"))
+    monkeypatch.setattr("dermnb.runs.prepare.build_store", lambda *args, **more: pytest.fail("decoded"))
     for taxonomy, sentence in (("isic8", "is for two classes; here are 8"), ("dx7:mel,nv", "'mel'")):
         with pytest.raises(ConfigError, match=sentence):
             prepare_data(config_of(demo_dir, taxonomy=taxonomy, positive="melanom", on_problem="exclude"))
@@ -137,11 +135,11 @@ def test_bases_that_do_not_fit(base, demo_dir, tmp_path):
     config = config_of(demo_dir, backbone="mobilenetv2")
     model = build_model(config, prepare_data(config))
     with pytest.raises(ConfigError, match="is a cnn"):
-        copy_trunk(base, model, "mobilenetv2")
+        _copy_trunk(base, model, "mobilenetv2")
     config = config_of(demo_dir, metadata="only")
     data = prepare_data(config)
     with pytest.raises(ConfigError, match="same backbone"):
-        copy_trunk(base, build_model(config, data), "cnn")
+        _copy_trunk(base, build_model(config, data), "cnn")
     with pytest.raises(ConfigError, match="no finished run 'nothing'"):
         run_experiment(config_of(demo_dir, base="nothing"), tmp_path / "child")
 
@@ -200,19 +198,19 @@ def test_a_base_that_was_trained_on_test_images_of_another_dataset(base, demo_di
     split = pd.read_parquet(base / "split.parquet")
     trained = set(split.query("split == 'train'")["image_id"])
     renamed = held.assign(image_id="other_" + held["image_id"], split="test")
-    found, note = trained_before(renamed, base)
+    found, note = _trained_before(renamed, base)
     assert note == ""
     assert set(found["b"]) == trained & set(held["image_id"])
     assert (found["a"] == "other_" + found["b"]).all()
     assert set(found["finding"]) == {"across parts"}
     assert set(found["part_b"]) == {f"train of {base.name}"}
     own = held.assign(split=held["image_id"].map(split.set_index("image_id")["split"]))
-    found, note = trained_before(own, base, "network")
+    found, note = _trained_before(own, base, "network")
     assert found.empty and note == ""  # the same images in the same parts
     # Two datasets that number their images alike: each picture has its neighbor's id.
     shifted = own.assign(path=np.roll(own["path"], 1))
     pictures = np.roll(own["image_id"], 1)[(own["split"] != "train").to_numpy()]
-    found, _ = trained_before(shifted, base)
+    found, _ = _trained_before(shifted, base)
     assert set(found["b"]) == trained & set(pictures)
     assert set(found["kind"]) == {"same bytes"}
 
@@ -220,15 +218,15 @@ def test_a_base_that_was_trained_on_test_images_of_another_dataset(base, demo_di
 def test_what_was_not_compared_with_a_base_is_said(base, demo_dir, tmp_path, monkeypatch):
     manifest = prepare_data(config_of(demo_dir)).manifest.head(30)
     manifest = manifest.assign(image_id="other_" + manifest["image_id"], split="test")
-    assert "of base base were compared by hashes only" in trained_before(manifest, base, "network")[1]
+    assert "of base base were compared by hashes only" in _trained_before(manifest, base, "network")[1]
     bare = tmp_path / "bare"
     bare.mkdir()
     write_json(bare / "run.json", {"config": {"base": str(base)}})
-    found, note = trained_before(manifest, bare)
+    found, note = _trained_before(manifest, bare)
     assert note == "the training images of base bare were not compared: it kept no fingerprints"
     assert set(found["part_b"]) == {"train of base"}  # those further up were
     write_json(bare / "run.json", {"config": {"base": "gone"}})
-    found, note = trained_before(manifest, bare)
+    found, note = _trained_before(manifest, bare)
     assert found.empty and note.endswith("images of gone were not compared: that run is not here")
 
     def hurried(*args, **more):
@@ -236,9 +234,9 @@ def test_what_was_not_compared_with_a_base_is_said(base, demo_dir, tmp_path, mon
         pairs.attrs["unseen"] = 1234
         return pairs
 
-    find_pairs = train.find_pairs
-    monkeypatch.setattr(train, "find_pairs", hurried)
-    assert trained_before(manifest, base)[1].startswith("1,234 candidates with the training")
+    find_pairs = prepare.find_pairs
+    monkeypatch.setattr(prepare, "find_pairs", hurried)
+    assert _trained_before(manifest, base)[1].startswith("1,234 candidates with the training")
 
 
 def test_a_base_that_knows_the_pictures_of_another_dataset_stops_the_run(
@@ -297,9 +295,9 @@ def test_a_finished_run_is_audited_as_it_was_before_its_split(demo_dir, tmp_path
     assert found["afterwards"] and found["leaks"] == {"near duplicate": 1}
     assert audited(late) == found  # once afterwards, always afterwards
 
-    by_hashes = train.audit_images
+    by_hashes = prepare.audit_images
     monkeypatch.setattr(
-        train,
+        prepare,
         "audit_images",
         lambda manifest, cache, method: replace(by_hashes(manifest, cache), method=method),
     )

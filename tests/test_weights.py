@@ -23,12 +23,13 @@ from keras.src.legacy.saving.legacy_h5_format import save_weights_to_hdf5_group
 
 from dermnb.audit.duplicates import audit_images
 from dermnb import cli
-from dermnb.runs import suites
 from dermnb.nets.backbones import BACKBONES, build_backbone
 from dermnb.nets.weights import fetch_weights, find_weights, load_backbone
+from dermnb.runs import runner
 from dermnb.core import ConfigError, write_json
-from dermnb.runs.suites import gather_weights, load_suite, parse_overrides, resolve_suite
-from dermnb.runs.train import prepare_data
+from dermnb.runs.runner import gather_weights
+from dermnb.runs.suites import load_suite, parse_overrides, resolve_suite
+from dermnb.runs.prepare import prepare_data
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = sorted((ROOT / "nbs/suites").glob("*.yaml"))
@@ -223,7 +224,7 @@ def test_a_suite_without_weights_leaves_all_as_it_was(
     collections, nothing, monkeypatch, capsys
 ):
     monkeypatch.setattr(
-        suites, "_execute_all", lambda *_: pytest.fail("a run was started")
+        runner, "_execute_all", lambda *_: pytest.fail("a run was started")
     )
     data_dir = str(collections / "ham10000")
     command = ["dermnb", "run", str(ROOT / "nbs/suites/folds.yaml"), "--profile", "cpu"]
@@ -248,7 +249,7 @@ def test_workers_of_a_scheduler_look_for_weights_themselves(collections, nothing
         pytest.raises(ConfigError, match="-p audit=hashes"),
     ):
         address, data_dir = cluster.scheduler_address, str(collections / "ham10000")
-        suites.run_suite("folds", data_dir, "cpu", scheduler=address)
+        runner.run_suite("folds", data_dir, "cpu", scheduler=address)
     assert not list((nothing / "reports/folds").glob(".part-*"))
 
 

@@ -29,7 +29,7 @@ sys.exit(warm_kernel.ask({place!r}, sys.argv[1:]))
 @contextlib.contextmanager
 def warm_kernels(folder: Path):
     "The environment in which Jupyter's kernels are forks of one process, here started."
-    from dermnb.runs.suites import MEMORY
+    from dermnb.runs.runner import MEMORY
 
     if sys.platform != "linux":  # elsewhere, libraries do not survive a fork
         yield {}
@@ -58,8 +58,8 @@ def serve(place: str) -> None:
     import matplotlib.pyplot  # noqa: F401
     from ipykernel import kernelapp
 
-    import dermnb.explain
-    import dermnb.runs.train  # noqa: F401
+    import dermnb.runs.train
+    import dermnb.serve.saliency  # noqa: F401
 
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(place)

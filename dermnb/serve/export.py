@@ -25,8 +25,9 @@ from ..core import ConfigError, now, progress, unknown_name, write_json
 from ..data.images import resize_image
 from ..data.synthetic import CLASSES, draw_lesion, render_view
 from ..metrics.calibration import temper
-from ..runs.bundle import Bundle, dermnb_version
+from ..runs.bundle import Bundle
 from ..runs.ensemble import mix_probabilities
+from ..runs.model_card import dermnb_version
 
 # %% ../../nbs/serve/02_export.ipynb #77bb8773
 _HOW = {

@@ -23,14 +23,8 @@ from ..core import ConfigError, progress, read_json, unknown_name, write_json
 from ..data.datasets import load_dataset
 from ..data.images import read_pixels
 from ..metrics.scores import TableScores, draw_groups, estimate, lesion_numbers
-from dermnb.runs.bundle import (
-    Novelty,
-    is_complete,
-    known_images,
-    load_bundle,
-    take_members,
-    write_bundle,
-)
+from ..nets.novelty import Novelty, known_images
+from ..runs.bundle import is_complete, load_bundle, take_members, write_bundle
 from ..runs.ensemble import load_members
 from ..runs.folders import find_run
 from .predict import Predictor
