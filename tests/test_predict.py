@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from bundles import CLASSES, make_bundle, make_ensemble, photographs
 from PIL import Image
 from tolerances import FLOAT32
 
@@ -25,17 +24,12 @@ from dermnb.core import ConfigError, read_json, write_json
 from dermnb.metrics.scores import probability_columns
 from dermnb.data.images import resize_image
 from dermnb.data.decoding import shown
-from dermnb.serve.predict import (
-    Predictor,
-    cam_paths,
-    find_images,
-    isic_table,
-    read_image,
-    read_metadata,
-    save_cam,
-    short_names,
-    write_answers,
-)
+from dermnb.serve.answers import cam_paths, isic_table, save_cam, write_answers
+from dermnb.serve.examples import EXAMPLE_CLASSES, example_bundle, example_ensemble, example_images
+from dermnb.serve.inputs import find_images, read_image, read_metadata, short_names
+from dermnb.serve.predict import Predictor
+
+CLASSES = list(EXAMPLE_CLASSES)
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = probability_columns(CLASSES)
@@ -44,12 +38,12 @@ COLUMNS = probability_columns(CLASSES)
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    return make_bundle(folder, "first"), make_bundle(folder, "second", 24, seed=1)
+    return example_bundle(folder, "first"), example_bundle(folder, "second", 24, seed=1)
 
 
 @pytest.fixture(scope="module")
 def images():
-    return photographs()
+    return example_images()
 
 
 def table_of(answers):
@@ -77,7 +71,7 @@ def test_answers_are_the_runs_predictions_after_its_temperature(runs, images):
 
 @pytest.mark.parametrize("combine", ["mean", "rank"])
 def test_an_ensemble_answers_as_its_run_did(runs, images, combine, tmp_path):
-    folder, table = make_ensemble(tmp_path, runs, [0.3, 0.7], combine)
+    folder, table = example_ensemble(tmp_path, runs, [0.3, 0.7], combine)
     for run, _ in runs:  # members are inside: their runs are not needed
         assert not (folder / "model" / "members" / run.name).exists()
     moved = shutil.move(folder, tmp_path / "moved")
@@ -94,7 +88,7 @@ def test_an_ensemble_answers_as_its_run_did(runs, images, combine, tmp_path):
 
 
 def test_the_map_of_an_ensemble_is_the_weighted_mean_of_its_members(runs, images, tmp_path):
-    folder, _ = make_ensemble(tmp_path, runs, [0.25, 0.75])
+    folder, _ = example_ensemble(tmp_path, runs, [0.25, 0.75])
     both = Predictor(folder)([images[0]], cam=True, target="BCC")[0]
     single = [Predictor(run)([images[0]], cam=True, target="BCC")[0].cam for run, _ in runs]
     assert np.allclose(both.cam, 0.25 * single[0] + 0.75 * single[1], atol=FLOAT32)
@@ -102,7 +96,7 @@ def test_the_map_of_an_ensemble_is_the_weighted_mean_of_its_members(runs, images
 
 
 def test_metadata_changes_the_answer_and_may_be_unknown(images, tmp_path):
-    run, _ = make_bundle(tmp_path, "with_metadata", fusion="concat")
+    run, _ = example_bundle(tmp_path, "with_metadata", fusion="concat")
     predictor = Predictor(run)
     assert predictor.bundle.wants_metadata
     table = tmp_path / "patients.csv"
@@ -133,7 +127,7 @@ def test_metadata_changes_the_answer_and_may_be_unknown(images, tmp_path):
 
 
 def test_metadata_is_read_as_the_training_table_is(images, tmp_path):
-    run, _ = make_bundle(tmp_path, "with_metadata", fusion="concat")
+    run, _ = example_bundle(tmp_path, "with_metadata", fusion="concat")
     predictor, paths = Predictor(run), [tmp_path / "a.png", tmp_path / "b.png"]
     for path in paths:
         Image.fromarray(images[0]).save(path)
@@ -478,7 +472,7 @@ def test_what_is_no_run_is_named(runs, tmp_path):
     ],
 )
 def test_a_bad_ensemble_is_one_sentence(runs, tmp_path, change, said):
-    model = make_ensemble(tmp_path, runs, [0.5, 0.5])[0] / "model"
+    model = example_ensemble(tmp_path, runs, [0.5, 0.5])[0] / "model"
     record = read_json(model / "ensemble.json")
     member = record["members"][0]
     if "link" in change:
@@ -497,7 +491,7 @@ def test_hard_links_do_not_tie_runs_together(runs, tmp_path):
     for run, table in runs:
         shutil.copytree(run, tmp_path / run.name)
         copies.append((tmp_path / run.name, table))
-    folder, _ = make_ensemble(tmp_path, copies, [0.5, 0.5])
+    folder, _ = example_ensemble(tmp_path, copies, [0.5, 0.5])
     shutil.rmtree(copies[0][0])
     assert len(load_bundle(folder).members) == 2
 
@@ -529,7 +523,7 @@ def test_finds_images_in_folders_archives_and_patterns(images, tmp_path):
     said = []
     found = [Path(f).name for f in find_images([odd], said.append)]
     assert found == "a.png d.HEIC half.zip e.png inner.zip b.PNG c.jfif noend".split()
-    assert said == ["not asked about: 1 .txt, 1 lesion mask(s), by their names."]
+    assert said == ["skipped: 1 .txt, 1 lesion mask(s), by their names."]
     # Brackets belong to the name of a folder that is there, and to the pattern elsewhere.
     assert find_images([odd / "[ab].png", odd / "a*"]) == [str(odd / "a.png")]
     assert find_images([f"{odd}/**/*.PNG"]) == [str(odd / "sub" / "b.PNG")]
@@ -657,7 +651,7 @@ def test_photographs_and_their_export(runs, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     from dermnb.serve.export import TOLERANCE, export_bundle
 
-    folder, _ = make_ensemble(tmp_path, runs, [0.3, 0.7])
+    folder, _ = example_ensemble(tmp_path, runs, [0.3, 0.7])
     predictor = Predictor(folder)
     paths = find_images([ARCHIVE])[:12]
     answers = predictor(paths)
