@@ -325,7 +325,7 @@ def test_members_are_shown_one_by_one(models, photos):
     best = [EXAMPLE_CLASSES[max(p, key=p.get)] for p in answer.members.values()]
     assert list(table["Predicted class"]) == best
     agree = sum(b == answer.title for b in best)
-    assert f"{agree} of 2 networks predict the same class as the ensemble" in " ".join(
+    assert f"Same predicted class as the ensemble: {agree} of 2 networks." in " ".join(
         said(page, "markdown")
     )
 

@@ -230,7 +230,7 @@ def page(
         st.error(_plain(error), title="There is no network")
         return
     bundle = predictor.bundle
-    st.caption(f"Predicted class and calibrated confidence, by the network {_plain(bundle.name)}")
+    st.caption(f"Predicted class and confidence, by the network {_plain(bundle.name)}")
     st.info(_NOTICE, title="Research only, no diagnosis")
     if bundle.synthetic:
         st.warning(_SYNTHETIC, title="Trained on generated images")
@@ -462,7 +462,7 @@ def _members(bundle, answer) -> None:
         )
     agree = sum(max(p, key=p.get) == answer.predicted for p in answer.members.values())
     st.markdown(
-        f"{agree} of {len(rows)} networks predict the same class as the ensemble."
+        f"Same predicted class as the ensemble: {agree} of {len(rows)} networks."
     )
     st.table(
         pd.DataFrame(rows, columns=["Network", "Predicted class", "Predicted probability"]),

@@ -55,7 +55,7 @@ def _manifest(record: Mapping, data_dir: str) -> pd.DataFrame:
     )
     return manifest.set_index("image_id", drop=False)
 
-
+# %% ../../nbs/serve/05_explain.ipynb #cd03b3e1
 def _rows(manifest: pd.DataFrame, image_ids, run: Path) -> pd.DataFrame:
     absent = [i for i in image_ids if i not in manifest.index]
     if absent:
@@ -166,7 +166,7 @@ def _novelty_of(folder: Path, manifest: pd.DataFrame) -> Novelty | None:
 
     return known_images(look, split["label"].to_numpy(), split["split"].to_numpy())
 
-# %% ../../nbs/serve/05_explain.ipynb #88219cbc
+# %% ../../nbs/serve/05_explain.ipynb #227caa60
 _RESAMPLES = 500
 
 
@@ -204,12 +204,7 @@ def _curve(found: Mapping, share: np.ndarray, group: np.ndarray) -> dict:
         "difference": _mean(found["area"] - found["random_area"], group),
     }
 
-
-def _repeat(rows: pd.DataFrame, n: int) -> pd.DataFrame:
-    "Metadata of images that come several times over."
-    return rows.iloc[np.arange(n) % len(rows)]
-
-
+# %% ../../nbs/serve/05_explain.ipynb #3290e164
 def _shortcuts(ask: Callable, sample: _Sample, p: np.ndarray) -> dict:
     "Accuracy with the lesion, without it, and with the border alone; and what chance gives."
     y, group, squares = sample.y, sample.group, sample.squares
@@ -220,6 +215,11 @@ def _shortcuts(ask: Callable, sample: _Sample, p: np.ndarray) -> dict:
         "chance": 1 / len(np.unique(y)),
         "majority": float(np.bincount(y).max() / len(y)),
     }
+
+# %% ../../nbs/serve/05_explain.ipynb #b043852a
+def _repeat(rows: pd.DataFrame, n: int) -> pd.DataFrame:
+    "Metadata of images that come several times over."
+    return rows.iloc[np.arange(n) % len(rows)]
 
 # %% ../../nbs/serve/05_explain.ipynb #1c35b240
 def _non_skin_images(n: int = 12, size: int = 128) -> dict[str, np.ndarray]:
@@ -255,7 +255,7 @@ def _non_skin_images(n: int = 12, size: int = 128) -> dict[str, np.ndarray]:
         for kind, draw in kinds.items()
     }
 
-# %% ../../nbs/serve/05_explain.ipynb #307514bf
+# %% ../../nbs/serve/05_explain.ipynb #d645ac03
 def _refused(predictor, images, rows) -> np.ndarray | None:
     answers = predictor(list(images), metadata=rows)
     if any(a.novelty is None for a in answers):
@@ -270,7 +270,7 @@ def _non_skin(predictor) -> list[dict]:
         for kind, found in _non_skin_images().items()
     ]
 
-# %% ../../nbs/serve/05_explain.ipynb #8166c24b
+# %% ../../nbs/serve/05_explain.ipynb #d37d6047
 def _pick(p: np.ndarray, y: np.ndarray, each: int) -> list[tuple[str, int]]:
     "Positions of right and wrong predictions, most and least confident, with a name for each group."
     confidence, right = p.max(axis=1), p.argmax(axis=1) == y
@@ -313,7 +313,7 @@ def _gallery(folder: Path, predictor, sample: _Sample, p: np.ndarray, each: int 
         )
     return entries
 
-# %% ../../nbs/serve/05_explain.ipynb #1c2dc1fa
+# %% ../../nbs/serve/05_explain.ipynb #b4e5b694
 def explain_run(
     folder: str | Path,  # of a finished run or ensemble
     data_dir: str = "",  # of the images that it was trained on
@@ -350,7 +350,7 @@ def explain_run(
     write_json(folder / "explain.json", report)
     return report
 
-# %% ../../nbs/serve/05_explain.ipynb #f5cfc8d1
+# %% ../../nbs/serve/05_explain.ipynb #138a0c35
 def _measures(folder: Path, predictor: Predictor, sample: _Sample) -> dict:
     "What is measured, in the order of explain.json; the gallery waits in `.gallery.part`."
     from dermnb.nets.gradcam import resize_maps  # loads Keras

@@ -295,7 +295,7 @@ def _patients(networks: Sequence, n: int) -> pd.DataFrame:
         {k: [v[rng.integers(len(v))] for _ in range(n)] for k, v in known.items()}
     )
 
-
+# %% ../../nbs/serve/06_export.ipynb #8ba59a98
 def _questions(names: Mapping, pictures: Sequence, patients: pd.DataFrame) -> dict:
     "The inputs of the joint graph for these images, float32."
     given = {}
@@ -319,7 +319,7 @@ def _full_precision():
     finally:
         config.enable_tensor_float_32_execution(short)
 
-
+# %% ../../nbs/serve/06_export.ipynb #2380649c
 def _answers(networks, temperature: float, names, given, patients) -> np.ndarray:
     "What dermnb itself says of these images (n, k)."
     each = []
@@ -359,7 +359,7 @@ def _own_difference(networks, temperature: float, names, given, patients) -> flo
     ]
     return float(np.abs(np.concatenate(alone) - every).max())
 
-# %% ../../nbs/serve/06_export.ipynb #5168c24c
+# %% ../../nbs/serve/06_export.ipynb #ad5b3dc3
 _SQUARE = '''def square(path, size, how):  # of an ordinary 8-bit file without transparency
     image = Image.open(path)
     keep = 2 * size
@@ -381,7 +381,7 @@ _SQUARE = '''def square(path, size, how):  # of an ordinary 8-bit file without t
     whole.paste(image, ((size - inner[0]) // 2, (size - inner[1]) // 2))
     return np.asarray(whole, "float32")[None]'''
 
-# %% ../../nbs/serve/06_export.ipynb #91b06e53
+# %% ../../nbs/serve/06_export.ipynb #f9acf900
 _PAGE = """# {name}, as {form}
 
 `{file}` takes images of skin lesions and gives calibrated probabilities of {k} classes.
@@ -543,7 +543,7 @@ def _check(bundle: Bundle, path: Path, form: str) -> None:
                 "exactly: export it as 'saved_model'."
             )
 
-# %% ../../nbs/serve/06_export.ipynb #fe0dafec
+# %% ../../nbs/serve/06_export.ipynb #64c628f5
 def _write_checked(bundle: Bundle, form: str, folder: Path, networks, names, pictures) -> float:
     "Write the file of a form; the greatest difference from dermnb, or ConfigError."
     made, temperature = _FORMS[form], bundle.decision.temperature
@@ -572,7 +572,7 @@ def _write_checked(bundle: Bundle, form: str, folder: Path, networks, names, pic
         )
     return difference
 
-# %% ../../nbs/serve/06_export.ipynb #2118a072
+# %% ../../nbs/serve/06_export.ipynb #90fda685
 def _about(bundle: Bundle, form: str, networks, names) -> dict:
     "What export.json says, but for the check."
     return {
@@ -594,7 +594,7 @@ def _about(bundle: Bundle, form: str, networks, names) -> dict:
         "synthetic": bundle.synthetic,
     }
 
-# %% ../../nbs/serve/06_export.ipynb #0d47ce5a
+# %% ../../nbs/serve/06_export.ipynb #c5203bff
 def export_bundle(
     bundle: Bundle,  # from `load_bundle`: a network, or an ensemble not of ranks
     path: str | Path,  # folder to write; must not exist
