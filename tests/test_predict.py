@@ -172,7 +172,7 @@ def test_metadata_is_read_as_the_training_table_is(images, tmp_path):
 def test_one_image_that_fails_ends_no_other(runs, images, tmp_path, monkeypatch):
     from dermnb.serve import predict
 
-    predictor, decode, answer = Predictor(runs[0][0]), predict.resize_image, Predictor._answer
+    predictor, decode, answer = Predictor(runs[0][0]), predict.resize_image, predict._answer
     plain = table_of(predictor(images[:3]))
 
     def decoding(picture, *how):
@@ -185,12 +185,12 @@ def test_one_image_that_fails_ends_no_other(runs, images, tmp_path, monkeypatch)
     assert found[1].error == "bad could not be worked on (MemoryError)."
     assert np.array_equal(table_of([found[0], found[2]]), plain[[0, 2]])
 
-    def answering(self, answers, *how):
+    def answering(predictor, answers, *how):
         if any(a.name == "worse" for a in answers):
             raise RuntimeError("out of memory\nof the device")
-        answer(self, answers, *how)
+        answer(predictor, answers, *how)
 
-    monkeypatch.setattr(Predictor, "_answer", answering)
+    monkeypatch.setattr(predict, "_answer", answering)
     found = predictor(images[:3], names=["a", "b", "worse"])
     assert "RuntimeError: out of memory of the device" in found[2].error
     assert np.allclose(table_of(found[:2]), plain[:2], atol=1e-6)
@@ -253,9 +253,11 @@ def test_the_form_of_isic_s_challenges(runs, images, tmp_path):
 
 
 def test_a_map_of_nothing_is_said(runs, images, monkeypatch):
+    from dermnb.serve import predict
+
     predictor = Predictor(runs[0][0])
     zero = np.zeros((1, 448, 448), "float32")
-    monkeypatch.setattr(Predictor, "_maps", lambda *_: zero)
+    monkeypatch.setattr(predict, "_maps", lambda *_: zero)
     answer = predictor(images[:1], cam=True, target="NV")[0]
     assert "zero everywhere" in answer.notes[-1] and "Melanocytic nevus" in answer.notes[-1]
     assert not predictor(images[:1])[0].notes
