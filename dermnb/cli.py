@@ -134,14 +134,14 @@ def _print_problems(problems) -> int:
 
 # %% ../nbs/99_cli.ipynb #18a05769
 def _duplicates(manifest) -> list[str]:
-    "What the hash audit finds, in sentences."
+    "What the audit by hashes finds, in sentences."
     from dermnb.audit.duplicates import audit_images
     from dermnb.core import ConfigError, cache_dir
 
     try:
         audit = audit_images(manifest, cache_dir(), "hashes")
     except ConfigError as error:  # such as a cache that cannot be written to
-        return [f"not looked for: {error}"]
+        return [f"not searched for: {error}"]
     label = manifest.set_index("image_id")["label"]
     told = []
     for title, kinds in (

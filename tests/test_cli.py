@@ -50,7 +50,7 @@ def frameworks_after(*statements: str) -> list[list[str]]:
     "The frameworks that are loaded after each statement, one after the other in one process."
     code = (
         "import json, sys\n"
-        "heavy = {'tensorflow', 'keras', 'jax', 'torch', 'keras_cv'}\n"
+        "heavy = {'tensorflow', 'keras', 'jax', 'torch', 'keras_cv', 'streamlit'}\n"
         "found = []\n"
         f"for statement in {statements}:\n"
         "    exec(statement)\n"

@@ -1,9 +1,6 @@
 """Checks of explanations, on models and maps whose answers are known."""
 
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -33,8 +30,6 @@ from dermnb.serve.predict import Predictor
 from dermnb.runs.folders import runs_of
 from dermnb.runs.train import run_experiment
 
-REPO = Path(__file__).parents[1]
-
 
 @pytest.fixture
 def rng():
@@ -43,14 +38,6 @@ def rng():
 
 def pictures(rng, n=3, side=16) -> np.ndarray:
     return rng.integers(0, 256, (n, side, side, 3)).astype("uint8")
-
-
-def test_loads_no_framework():
-    code = (
-        "import sys, dermnb.serve.explain;"
-        "sys.exit(any(m in sys.modules for m in ('keras', 'tensorflow', 'jax')))"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO)
 
 
 def test_no_order_beats_that_of_a_sum(rng):
@@ -191,8 +178,8 @@ def test_preprocessing_is_not_reinitialized(rng):
     before = keras.ops.convert_to_numpy(normalized(given))
     with reinitialized_weights(model, "all"):
         np.testing.assert_array_equal(normalized(given), before)
-    assert norm.name not in changed(values(model), reinitialized(model, "all"))
-    assert "stem_conv" in changed(values(model), reinitialized(model, "all"))
+    other = changed(values(model), reinitialized(model, "all"))
+    assert norm.name not in other and "stem_conv" in other
 
 
 def test_inside_share(rng):

@@ -20,6 +20,7 @@ from tolerances import FLOAT32
 
 from dermnb.runs.bundle import bundle_folder, load_bundle
 from dermnb.metrics.calibration import temper
+from dermnb.cli import app
 from dermnb.core import ConfigError, read_json, write_json
 from dermnb.metrics.scores import probability_columns
 from dermnb.data.images import resize_image
@@ -633,11 +634,12 @@ def test_the_command_line(runs, images, tmp_path):
     assert "1 of 2 images were refused" in done.stderr
     assert Image.open(tmp_path / "maps" / "a_map.png").size == (904, 448)
     assert list(pd.read_csv(tmp_path / "out.csv")["image"]) == ["a.png", "broken.jpg"]
-    wrong = dermnb("predict", tmp_path / "a.png", "--model", runs[0][0], "--target", "NV")
-    assert wrong.returncode == 2 and "say with --cam" in wrong.stderr
     wrong = dermnb("predict", tmp_path / "a.png", "--model", tmp_path)
     assert wrong.returncode == 2 and wrong.stderr.startswith("dermnb: ")
     assert wrong.stdout == "" and len(wrong.stderr.splitlines()) == 1
+    args = ["predict", str(tmp_path / "a.png"), "--model", str(runs[0][0]), "--target", "NV"]
+    with pytest.raises(ConfigError, match="say with --cam"):
+        app(args, standalone_mode=False)
 
 
 REAL = Path(os.environ.get("DERMNB_REAL_DATA", ROOT / ".." / "shared" / "data"))

@@ -180,10 +180,10 @@ def _mean(values: np.ndarray, group: np.ndarray) -> dict:
     size = np.bincount(numbers).astype(float)
     total = np.bincount(numbers, values[there])
     rng = np.random.default_rng(0)
-    drawn = np.concatenate(
+    resampled = np.concatenate(
         [(t.T @ total) / (t.T @ size) for t in draw_groups(len(size), _RESAMPLES, rng)]
     )
-    return estimate(float(values[there].mean()), drawn, int(there.sum()), 0.95)
+    return estimate(float(values[there].mean()), resampled, int(there.sum()), 0.95)
 
 
 def _accuracy(y: np.ndarray, p: np.ndarray, group: np.ndarray) -> dict:

@@ -37,8 +37,8 @@ def reinitialized_weights(
         config = layer.get_config()
         for key, value in config.items():
             if key.endswith("_initializer") and "seed" in (value or {}).get("config", {}):
-                drawn = value["config"] | {"seed": int(rng.integers(2**31))}
-                config[key] = value | {"config": drawn}
+                seeded = value["config"] | {"seed": int(rng.integers(2**31))}
+                config[key] = value | {"config": seeded}
         return config
 
     def is_reinitialized(layer):
