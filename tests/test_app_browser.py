@@ -13,10 +13,10 @@ import urllib.error
 import urllib.request
 
 import pytest
-from bundles import TITLES, make_bundle, photographs
 from PIL import Image
 
 from dermnb.core import read_json, write_json
+from dermnb.serve.examples import EXAMPLE_CLASSES, example_bundle, example_images
 
 pytest.importorskip("streamlit")
 api = pytest.importorskip("playwright.sync_api")
@@ -45,7 +45,7 @@ def free_port():
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     "Where `serve` runs."
-    run, _ = make_bundle(tmp_path_factory.mktemp("runs"))
+    run, _ = example_bundle(tmp_path_factory.mktemp("runs"))
     path = run / "model" / "decision.json"
     write_json(path, read_json(path) | {"min_confidence": 0.0})
     (run / "model" / "novelty.npz").unlink()
@@ -84,7 +84,7 @@ def browser():
 
 def image(name="mole.jpg"):
     file = io.BytesIO()
-    Image.fromarray(photographs(1, (160, 120))[0]).save(file, "JPEG")
+    Image.fromarray(example_images(1, (160, 120))[0]).save(file, "JPEG")
     return {"name": name, "mimeType": "image/jpeg", "buffer": file.getvalue()}
 
 
@@ -111,7 +111,7 @@ def test_a_person_uploads_reads_and_moves_the_slider(browser, address):
     upload.set_input_files(image(f"{long}.jpg"))
     page.get_by_text("Image with map (PNG)").wait_for()
     answer = page.get_by_role("heading", level=3).first.inner_text()
-    assert answer in TITLES.values()
+    assert answer in EXAMPLE_CLASSES.values()
     assert page.get_by_text("Confidence").first.is_visible()
     assert page.get_by_role("progressbar").count() == 3
 
@@ -144,7 +144,7 @@ def test_a_person_uploads_reads_and_moves_the_slider(browser, address):
     upload.set_input_files(
         {"name": "notes.png", "mimeType": "image/png", "buffer": b"no image"}
     )
-    page.get_by_text("2 images: 1 answered and 1 not read.").wait_for()
+    page.get_by_text("2 images: 1 predicted and 1 not read.").wait_for()
     # One that the page does not take at all.
     upload.set_input_files(
         {"name": "notes.pdf", "mimeType": "application/pdf", "buffer": b"%PDF"}

@@ -224,7 +224,7 @@ def test_a_wrong_file_is_removed(cnn, tmp_path, monkeypatch):
 
     monkeypatch.setattr(export, "_joint_graph", wrong)
     with pytest.raises(
-        ConfigError, match="answers differently.* by up to 0.0.* itself by"
+        ConfigError, match="predicts differently.* by up to 0.0.* itself by"
     ):
         export_bundle(bundle_of(cnn), tmp_path / "out")
 

@@ -16,7 +16,7 @@ from dermnb.core import ConfigError
 from dermnb.data.files import image_fault, list_files
 from dermnb.data.images import build_store, read_pixels, resize_image
 from dermnb.data.decoding import IMAGE_SUFFIXES, file_name, open_picture, shown, unread_kind
-from dermnb.serve.predict import find_images, read_image
+from dermnb.serve.inputs import find_images, read_image
 
 
 def photo(side=40):

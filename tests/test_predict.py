@@ -15,27 +15,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from bundles import CLASSES, make_bundle, make_ensemble, photographs
 from PIL import Image
 from tolerances import FLOAT32
 
 from dermnb.runs.bundle import bundle_folder, load_bundle
 from dermnb.metrics.calibration import temper
+from dermnb.cli import app
 from dermnb.core import ConfigError, read_json, write_json
 from dermnb.metrics.scores import probability_columns
 from dermnb.data.images import resize_image
 from dermnb.data.decoding import shown
-from dermnb.serve.predict import (
-    Predictor,
-    cam_paths,
-    find_images,
-    isic_table,
-    read_image,
-    read_metadata,
-    save_cam,
-    short_names,
-    write_answers,
-)
+from dermnb.serve.answers import cam_paths, isic_table, save_cam, write_answers
+from dermnb.serve.examples import EXAMPLE_CLASSES, example_bundle, example_ensemble, example_images
+from dermnb.serve.inputs import find_images, read_image, read_metadata, short_names
+from dermnb.serve.predict import Predictor
+
+CLASSES = list(EXAMPLE_CLASSES)
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = probability_columns(CLASSES)
@@ -44,12 +39,12 @@ COLUMNS = probability_columns(CLASSES)
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    return make_bundle(folder, "first"), make_bundle(folder, "second", 24, seed=1)
+    return example_bundle(folder, "first"), example_bundle(folder, "second", 24, seed=1)
 
 
 @pytest.fixture(scope="module")
 def images():
-    return photographs()
+    return example_images()
 
 
 def table_of(answers):
@@ -77,7 +72,7 @@ def test_answers_are_the_runs_predictions_after_its_temperature(runs, images):
 
 @pytest.mark.parametrize("combine", ["mean", "rank"])
 def test_an_ensemble_answers_as_its_run_did(runs, images, combine, tmp_path):
-    folder, table = make_ensemble(tmp_path, runs, [0.3, 0.7], combine)
+    folder, table = example_ensemble(tmp_path, runs, [0.3, 0.7], combine)
     for run, _ in runs:  # members are inside: their runs are not needed
         assert not (folder / "model" / "members" / run.name).exists()
     moved = shutil.move(folder, tmp_path / "moved")
@@ -94,7 +89,7 @@ def test_an_ensemble_answers_as_its_run_did(runs, images, combine, tmp_path):
 
 
 def test_the_map_of_an_ensemble_is_the_weighted_mean_of_its_members(runs, images, tmp_path):
-    folder, _ = make_ensemble(tmp_path, runs, [0.25, 0.75])
+    folder, _ = example_ensemble(tmp_path, runs, [0.25, 0.75])
     both = Predictor(folder)([images[0]], cam=True, target="BCC")[0]
     single = [Predictor(run)([images[0]], cam=True, target="BCC")[0].cam for run, _ in runs]
     assert np.allclose(both.cam, 0.25 * single[0] + 0.75 * single[1], atol=FLOAT32)
@@ -102,7 +97,7 @@ def test_the_map_of_an_ensemble_is_the_weighted_mean_of_its_members(runs, images
 
 
 def test_metadata_changes_the_answer_and_may_be_unknown(images, tmp_path):
-    run, _ = make_bundle(tmp_path, "with_metadata", fusion="concat")
+    run, _ = example_bundle(tmp_path, "with_metadata", fusion="concat")
     predictor = Predictor(run)
     assert predictor.bundle.wants_metadata
     table = tmp_path / "patients.csv"
@@ -133,7 +128,7 @@ def test_metadata_changes_the_answer_and_may_be_unknown(images, tmp_path):
 
 
 def test_metadata_is_read_as_the_training_table_is(images, tmp_path):
-    run, _ = make_bundle(tmp_path, "with_metadata", fusion="concat")
+    run, _ = example_bundle(tmp_path, "with_metadata", fusion="concat")
     predictor, paths = Predictor(run), [tmp_path / "a.png", tmp_path / "b.png"]
     for path in paths:
         Image.fromarray(images[0]).save(path)
@@ -178,7 +173,7 @@ def test_metadata_is_read_as_the_training_table_is(images, tmp_path):
 def test_one_image_that_fails_ends_no_other(runs, images, tmp_path, monkeypatch):
     from dermnb.serve import predict
 
-    predictor, decode, answer = Predictor(runs[0][0]), predict.resize_image, Predictor._answer
+    predictor, decode, answer = Predictor(runs[0][0]), predict.resize_image, predict._answer
     plain = table_of(predictor(images[:3]))
 
     def decoding(picture, *how):
@@ -191,12 +186,12 @@ def test_one_image_that_fails_ends_no_other(runs, images, tmp_path, monkeypatch)
     assert found[1].error == "bad could not be worked on (MemoryError)."
     assert np.array_equal(table_of([found[0], found[2]]), plain[[0, 2]])
 
-    def answering(self, answers, *how):
+    def answering(predictor, answers, *how):
         if any(a.name == "worse" for a in answers):
             raise RuntimeError("out of memory\nof the device")
-        answer(self, answers, *how)
+        answer(predictor, answers, *how)
 
-    monkeypatch.setattr(Predictor, "_answer", answering)
+    monkeypatch.setattr(predict, "_answer", answering)
     found = predictor(images[:3], names=["a", "b", "worse"])
     assert "RuntimeError: out of memory of the device" in found[2].error
     assert np.allclose(table_of(found[:2]), plain[:2], atol=1e-6)
@@ -259,9 +254,11 @@ def test_the_form_of_isic_s_challenges(runs, images, tmp_path):
 
 
 def test_a_map_of_nothing_is_said(runs, images, monkeypatch):
+    from dermnb.serve import predict
+
     predictor = Predictor(runs[0][0])
     zero = np.zeros((1, 448, 448), "float32")
-    monkeypatch.setattr(Predictor, "_maps", lambda *_: zero)
+    monkeypatch.setattr(predict, "_maps", lambda *_: zero)
     answer = predictor(images[:1], cam=True, target="NV")[0]
     assert "zero everywhere" in answer.notes[-1] and "Melanocytic nevus" in answer.notes[-1]
     assert not predictor(images[:1])[0].notes
@@ -478,7 +475,7 @@ def test_what_is_no_run_is_named(runs, tmp_path):
     ],
 )
 def test_a_bad_ensemble_is_one_sentence(runs, tmp_path, change, said):
-    model = make_ensemble(tmp_path, runs, [0.5, 0.5])[0] / "model"
+    model = example_ensemble(tmp_path, runs, [0.5, 0.5])[0] / "model"
     record = read_json(model / "ensemble.json")
     member = record["members"][0]
     if "link" in change:
@@ -497,7 +494,7 @@ def test_hard_links_do_not_tie_runs_together(runs, tmp_path):
     for run, table in runs:
         shutil.copytree(run, tmp_path / run.name)
         copies.append((tmp_path / run.name, table))
-    folder, _ = make_ensemble(tmp_path, copies, [0.5, 0.5])
+    folder, _ = example_ensemble(tmp_path, copies, [0.5, 0.5])
     shutil.rmtree(copies[0][0])
     assert len(load_bundle(folder).members) == 2
 
@@ -529,7 +526,7 @@ def test_finds_images_in_folders_archives_and_patterns(images, tmp_path):
     said = []
     found = [Path(f).name for f in find_images([odd], said.append)]
     assert found == "a.png d.HEIC half.zip e.png inner.zip b.PNG c.jfif noend".split()
-    assert said == ["not asked about: 1 .txt, 1 lesion mask(s), by their names."]
+    assert said == ["skipped: 1 .txt, 1 lesion mask(s), by their names."]
     # Brackets belong to the name of a folder that is there, and to the pattern elsewhere.
     assert find_images([odd / "[ab].png", odd / "a*"]) == [str(odd / "a.png")]
     assert find_images([f"{odd}/**/*.PNG"]) == [str(odd / "sub" / "b.PNG")]
@@ -637,11 +634,12 @@ def test_the_command_line(runs, images, tmp_path):
     assert "1 of 2 images were refused" in done.stderr
     assert Image.open(tmp_path / "maps" / "a_map.png").size == (904, 448)
     assert list(pd.read_csv(tmp_path / "out.csv")["image"]) == ["a.png", "broken.jpg"]
-    wrong = dermnb("predict", tmp_path / "a.png", "--model", runs[0][0], "--target", "NV")
-    assert wrong.returncode == 2 and "say with --cam" in wrong.stderr
     wrong = dermnb("predict", tmp_path / "a.png", "--model", tmp_path)
     assert wrong.returncode == 2 and wrong.stderr.startswith("dermnb: ")
     assert wrong.stdout == "" and len(wrong.stderr.splitlines()) == 1
+    args = ["predict", str(tmp_path / "a.png"), "--model", str(runs[0][0]), "--target", "NV"]
+    with pytest.raises(ConfigError, match="say with --cam"):
+        app(args, standalone_mode=False)
 
 
 REAL = Path(os.environ.get("DERMNB_REAL_DATA", ROOT / ".." / "shared" / "data"))
@@ -657,7 +655,7 @@ def test_photographs_and_their_export(runs, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     from dermnb.serve.export import TOLERANCE, export_bundle
 
-    folder, _ = make_ensemble(tmp_path, runs, [0.3, 0.7])
+    folder, _ = example_ensemble(tmp_path, runs, [0.3, 0.7])
     predictor = Predictor(folder)
     paths = find_images([ARCHIVE])[:12]
     answers = predictor(paths)
