@@ -18,7 +18,6 @@ import pandas as pd
 from PIL import Image
 
 from ..core import ConfigError
-from ..data.datasets import _Finder, _files_of, _member, _open_archive
 from dermnb.data.decoding import (
     FORMATS,
     HEAD,
@@ -31,7 +30,16 @@ from dermnb.data.decoding import (
     shown,
     unread_kind,
 )
-from ..data.files import ImageFile, list_files, on_disk, read_image_bytes
+from dermnb.data.files import (
+    Finder,
+    ImageFile,
+    archive_member,
+    list_files,
+    match_files,
+    on_disk,
+    open_archive,
+    read_image_bytes,
+)
 from ..data.tables import read_table
 from ..data.values import find_columns, read_cells, value_kind
 
@@ -125,9 +133,9 @@ def _is_image(file: ImageFile) -> bool:
         return True
     archive, _, member = file.path.rpartition("::")
     try:
-        packed = _open_archive(on_disk(archive)) if archive else None
+        packed = open_archive(on_disk(archive)) if archive else None
         with (
-            packed.open(_member(packed, member)) if packed else open(on_disk(file.path), "rb")
+            packed.open(archive_member(packed, member)) if packed else open(on_disk(file.path), "rb")
         ) as opened:
             kind = kind_of(opened.read(HEAD))
     except Exception:  # it will not be an image then
@@ -221,7 +229,7 @@ def read_metadata(
         raise ConfigError(f"{path} names image {name!r} twice: give each one row.")
     files = [ImageFile(p.rpartition("::")[2], p, 0) for p in map(str, images)]
     row_of = {}
-    for row, found in enumerate(_files_of(table[key], _Finder(files))[0]):
+    for row, found in enumerate(match_files(table[key], Finder(files))[0]):
         name = table[key].iloc[row]
         if len({file.path for file in found}) > 1:
             raise ConfigError(f"{path}: several images are called {name!r}: give their paths.")
