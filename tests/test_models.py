@@ -612,3 +612,12 @@ def test_flops_of_layers_by_hand():
     unknown = keras.Input((None, None, 3))
     sized = keras.Model(unknown, layers.Conv2D(2, 3, name="somewhere")(unknown))
     assert count_flops(sized)["flops_not_counted"] == ["somewhere (Conv2D)"]
+
+
+def test_every_loss_of_the_table_can_be_asked_for():
+    from typing import get_args
+
+    from dermnb.core import ExperimentConfig
+    from dermnb.nets.losses import LOSSES
+
+    assert set(get_args(ExperimentConfig.model_fields["loss"].annotation)) == set(LOSSES)
