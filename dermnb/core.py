@@ -150,7 +150,7 @@ class DataConfig(_Part):
             raise ValueError(f"fold {self.fold} of {self.folds}: folds count from 0")
         if self.split == "image" and not self.allow_leakage:
             raise ValueError(
-                "split 'image' puts photographs of one lesion on both sides: say "
+                "split 'image' puts photographs of one lesion into different splits: say "
                 "allow_leakage true, or take split 'lesion'"
             )
         return self

@@ -1,4 +1,4 @@
-"""What a machine says of itself."""
+"""The parts of a config, and what a machine says of itself."""
 
 import sys
 from types import SimpleNamespace
@@ -6,7 +6,34 @@ from types import SimpleNamespace
 import numpy as np
 
 from dermnb import core
-from dermnb.core import peak_memory_mb
+from dermnb.core import (
+    DataConfig,
+    EvaluationConfig,
+    ExperimentConfig,
+    NetworkConfig,
+    TrainingConfig,
+    make_config,
+    peak_memory_mb,
+)
+
+PARTS = {
+    "data": DataConfig,
+    "network": NetworkConfig,
+    "training": TrainingConfig,
+    "evaluation": EvaluationConfig,
+}
+
+
+def test_the_parts_of_a_config_are_the_whole_and_share_nothing():
+    config = make_config({"split": "kfold", "fold": 2, "head": [8], "epochs": 7, "explain": 3})
+    values = {"suite": config.suite, "run": config.run}
+    for name, kind in PARTS.items():
+        part = getattr(config, name)
+        assert type(part) is kind and isinstance(config, kind)
+        assert part == kind(**part.model_dump())  # each passes its own checks alone
+        assert not values.keys() & kind.model_fields.keys()
+        values |= part.model_dump()
+    assert values == config.model_dump() and list(values) == list(ExperimentConfig.model_fields)
 
 
 def test_peak_memory_on_each_system(monkeypatch):

@@ -219,3 +219,39 @@ def test_a_run_compared_with_itself(tmp_path):
     (tmp_path / "s.yaml").write_text("{title: t, question: q, runs: {a: }, compare: [[a, a]]}")
     with pytest.raises(ConfigError, match="'a' with itself"):
         suites.load_suite(tmp_path / "s.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((suites.notebooks_dir() / "suites").glob("*.yaml")), ids=lambda p: p.stem)
+def test_published_suites_say_what_their_files_say_of_answer_and_references(path):
+    suite = suites.load_suite(path)
+    assert suite.answer in suites.ANSWERS
+    published = suites.notebooks_dir().parent / "reports" / path.stem / "suite.json"
+    if not published.is_file():
+        pytest.skip("this suite has not been published")
+    record = read_json(published)
+    assert record["answer"] == suite.answer
+    plan = suites.resolve_suite(suite, record["profile"])
+    references = {p.config.run for p in plan if p.reference}
+    assert {run["run"] for run in record["runs"] if run["reference"]} == references
+
+
+def test_a_reference_is_said_once_and_repeated_with_its_run(tmp_path):
+    file = tmp_path / "s.yaml"
+    text = "{title: t, question: q, runs: {a: {reference: true}, b: }, profiles: {cpu: {}}}"
+    file.write_text(text)
+    plan = suites.resolve_suite(suites.load_suite(file), "cpu", repeats={"seeds": 2})
+    assert [(p.config.run, p.reference) for p in plan] == [
+        ("a-seed0", True),
+        ("a-seed1", True),
+        ("b-seed0", False),
+        ("b-seed1", False),
+    ]
+    file.write_text(text.replace("cpu: {}", "cpu: {runs: {a: {reference: false}}}"))
+    with pytest.raises(ConfigError, match="run 'a': say reference once"):
+        suites.resolve_suite(suites.load_suite(file), "cpu")
+    file.write_text(text.replace("reference: true", "reference: 1"))
+    with pytest.raises(ConfigError, match="'1' is neither true nor false"):
+        suites.resolve_suite(suites.load_suite(file), "cpu")
+    file.write_text(text.replace("{title", "{answer: ensembel, title"))
+    with pytest.raises(ConfigError, match="did you mean 'ensemble'"):
+        suites.load_suite(file)

@@ -162,7 +162,7 @@ def _check_leakage(
     if len(leaks) and not config.allow_leakage:
         first = leaks.iloc[0]
         raise ConfigError(
-            f"the split leaks: {len(leaks):,} pairs of images show the same on both sides, "
+            f"the split leaks: {len(leaks):,} pairs of images show the same in different splits, "
             f"such as {first.a!r} ({first.part_a}) and {first.b!r} ({first.part_b}) by "
             f"{first.kind}; split otherwise, or say allow_leakage true, which marks every "
             "page."
