@@ -40,9 +40,15 @@ def called(monkeypatch, capsys, *args):
     return end.value.code, capsys.readouterr()
 
 
-# All but networks and training, which are what Keras is for.
-WITH_KERAS = {f"dermnb.{name}" for name in "nets.finetune nets.gradcam nets.losses nets.models runs.train".split()}
 FOUND = [m.name for m in pkgutil.walk_packages(dermnb.__path__, "dermnb.") if not m.ispkg]
+# All but networks and training, which are what Keras is for.
+WITH_KERAS = {
+    f"dermnb.{name}"
+    for name in (
+        *("nets.cost", "nets.finetune", "nets.gradcam", "nets.losses", "nets.models"),
+        *("runs.prepare", "runs.train"),
+    )
+} & set(FOUND)
 MODULES = [name for name in FOUND if name not in WITH_KERAS]
 
 
