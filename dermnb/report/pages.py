@@ -238,6 +238,8 @@ def _cell_html(cell: Cell, first: bool) -> str:
     kind = ' scope="row"' if first else ' class="reason"' if cell.span else ' class="n"' if cell.num else ""
     if not kind:
         kind = f' class="text{" long" if cell.wrap else ""}"'
+    if first or not cell.num:
+        text = str(text).replace("_", "_<wbr>")  # where a long name may end a line
     parts = [f"<{tag}{kind}"]
     if cell.v is not None and not (cell.num and _is_number(cell.text)):
         parts.append(f' data-v="{escape(cell.v)}"')
