@@ -233,13 +233,18 @@ def row_html(cells: Sequence[Cell]) -> Markup:
     return Markup(f"<tr>{''.join(_cell_html(c, not i) for i, c in enumerate(cells))}</tr>")
 
 
+def _breakable(name: str) -> Markup:
+    "A long name may end a line after an underscore."
+    return Markup(str(escape(name)).replace("_", "_<wbr>"))
+
+
 def _cell_html(cell: Cell, first: bool) -> str:
     text, tag = escape(cell.text), "th" if first else "td"
     kind = ' scope="row"' if first else ' class="reason"' if cell.span else ' class="n"' if cell.num else ""
     if not kind:
         kind = f' class="text{" long" if cell.wrap else ""}"'
     if first or not cell.num:
-        text = str(text).replace("_", "_<wbr>")  # where a long name may end a line
+        text = _breakable(text)
     parts = [f"<{tag}{kind}"]
     if cell.v is not None and not (cell.num and _is_number(cell.text)):
         parts.append(f' data-v="{escape(cell.v)}"')
@@ -267,7 +272,7 @@ def _is_number(text: str) -> bool:
 def _template() -> jinja2.Template:
     loader = jinja2.FileSystemLoader(template_folder())
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["row"] = row_html
+    environment.filters |= {"row": row_html, "breakable": _breakable}
     return environment.get_template("page.html.j2")
 
 
