@@ -14,7 +14,7 @@ class ReadPage(HTMLParser):
         self.open, self.ids, self.links, self.fetched, self.headings = [], [], [], [], []
         self.words, self.tags, self.parts, self.folded = {"": []}, {}, {}, set()
         self.part = ""  # id of the section that is open
-        self.text = path.read_text(encoding="utf-8")
+        self.text = path.read_text(encoding="utf-8").replace("<wbr>", "")
         self.feed(self.text)
         assert not self.open, self.open
         assert len(self.ids) == len(set(self.ids)), "an id stands twice"
