@@ -131,7 +131,7 @@ def test_isic2019(reports, demo_dir, warm):
     looked = read_json(reports / "isic2019-smoke" / "cnn" / "explain.json")
     assert looked["n"] == 8 and looked["masks"] == "dataset"
     page = (reports / "isic2019-smoke" / "cnn" / "report.html").read_text()
-    assert "Where it looks" in page and page.count("data:image/jpeg") == 2 * len(looked["gallery"])
+    assert ">Saliency" in page and page.count("data:image/jpeg") == 2 * len(looked["gallery"])
     assert not (reports / "isic2019-smoke" / "efficientnetb5" / "explain.json").exists()
     assert runs["cnn"]["config"]["loss"] == "focal"
     assert runs["cnn"]["stages"][0]["decay"] == "plateau"

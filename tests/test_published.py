@@ -3,7 +3,10 @@
 A suite that is published anew changes published.json as well, and so on purpose.
 """
 
+import html
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +14,8 @@ import pytest
 
 from dermnb.metrics.claims import ALIASES
 from dermnb.metrics.scores import METRICS, evaluate, recorded_positive
+from dermnb.report.blocks import interval, number
+from dermnb.report.build import build_suite_page
 
 REPORTS = Path(__file__).resolve().parent.parent / "reports"
 RUNS = sorted(path.parent for path in REPORTS.glob("*/*/metrics.json"))
@@ -73,3 +78,31 @@ def test_published_values_stay():
                 for name, value in metrics.items():
                     now = found[suite][run][split]["metrics"][name]
                     assert [now["value"], now["low"], now["high"]] == value, (suite, run, name)
+
+
+def boards(page: str) -> dict[str, dict[str, dict[str, str]]]:
+    "The tables of a leaderboard: split -> run -> title of a metric -> value and interval as they are shown."
+    found = {}
+    section = page[page.index('<section id="leaderboard">') :].replace("<wbr>", "")
+    for table in re.findall("(?s)<table.*?</table>", section[: section.index("</section>")]):
+        split = {"Test": "test", "Validation": "val"}[re.search(r"<strong>(\w+) split", table)[1]]
+        titles = re.findall(r"<th scope=\"col\".*?<bdi>(.*?)</bdi></th>", table)
+        for row in re.findall("(?s)<tr><th scope=\"row\".*?</tr>", table):
+            cells = [html.unescape(re.sub("<[^>]*>", "", c)) for c in re.findall("(?s)<t[hd].*?</t[hd]>", row)]
+            name = re.search("<bdi>(.*?)</bdi>", row)[1]
+            titled = dict(zip(map(html.unescape, titles), cells, strict=True))
+            found.setdefault(split, {}).setdefault(name, {}).update(titled)
+    return found
+
+
+@pytest.mark.parametrize("suite", ["ham10000", "isic2019"])
+def test_pages_show_the_published_values(suite, tmp_path):
+    "The leaderboards of pages built anew, with intervals, to the digits shown."
+    shutil.copytree(REPORTS / suite, tmp_path / "r" / suite)
+    shown = boards(build_suite_page(tmp_path / "r" / suite).read_text(encoding="utf-8"))
+    assert set(shown["test"]) == set(PUBLISHED[suite])
+    for run, splits in PUBLISHED[suite].items():
+        for split, metrics in splits.items():
+            for name, (value, low, high) in metrics.items():
+                wanted = f"{number(value)} {interval({'low': low, 'high': high})}".strip()
+                assert shown[split][run][METRICS[name].title] == wanted, (run, split, name)

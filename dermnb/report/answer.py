@@ -126,8 +126,11 @@ def _difference(page: Page) -> list[str]:
     said = []
     for a, b in compared_names(page.suite):
         try:
-            row = differences(members_of(page.runs, a), members_of(page.runs, b), ["balanced_accuracy"])[0]
-            said.append(f"Balanced accuracy, {difference_words(a, b, row)}")
+            mine, theirs = members_of(page.runs, a), members_of(page.runs, b)
+            row = differences(mine, theirs, ["balanced_accuracy"])[0]
+            leaky = listing([n for n, runs in ((a, mine), (b, theirs)) if any(r.leaks for r in runs)])
+            but = f" Data leakage in {leaky} makes this optimistic." if leaky else ""
+            said.append(f"Balanced accuracy, {difference_words(a, b, row)}{but}")
         except ConfigError as error:
             said.append(f"{a} and {b} are not compared: {str(error).rstrip('.')}.")
     return said or _best(page)
@@ -140,7 +143,7 @@ def compared_names(suite: Mapping) -> list[tuple[str, str]]:
 
 # %% ../../nbs/report/04_answer.ipynb #1590c9a2
 def _ensemble(page: Page) -> list[str]:
-    known, said = {r.name: r for r in page.done if not r.unsound}, []
+    known, said = {r.name: r for r in judged(page.done) if not r.unsound}, []
     for run in known.values():
         members = [known[n] for n, _ in run.members if n in known]
         if not members:
@@ -184,7 +187,7 @@ def leaking_twins(page: Page) -> list[tuple[RunResult, RunResult]]:
     "Each leaking run with one that differs from it in the split alone, if there is one by lesion first."
     found = []
     for run in (r for r in page.done if r.leaks):
-        twins = [r for r in page.done if not r.leaks and recipe_of(r) == recipe_of(run)]
+        twins = [r for r in page.done if not r.leaks and not r.unsound and recipe_of(r) == recipe_of(run)]
         twins.sort(key=lambda r: r.get("config", "split") != "lesion")  # the share of training images is the same
         found += [(run, twins[0])] if twins else []
     return found
@@ -197,6 +200,9 @@ def recipe_of(run: RunResult) -> str:
     return json.dumps(kept, sort_keys=True, default=str)
 
 
+_SPLIT_WORDS = {"lesion": "by lesion", "image": "by image", "official": "as published", "kfold": "in folds"}
+
+
 def _leakage(page: Page) -> list[str]:
     said = []
     for run, twin in leaking_twins(page):
@@ -204,7 +210,9 @@ def _leakage(page: Page) -> list[str]:
         each = f"accuracy {spelled(rows[0], '+')}, balanced accuracy {spelled(rows[1], '+')}"
         clear = rows[0]["low"] is not None and (rows[0]["low"] > 0 or rows[0]["high"] < 0)
         end = "" if clear else "; not shown to differ"
-        said.append(f"Split by image instead of by lesion, {twin.name} gains {each}{end}.")
+        there, here = (_SPLIT_WORDS.get(r.get("config", "split"), "otherwise") for r in (run, twin))
+        how = f"Split {there} instead of {here}" if there != here else "With lesions that splits share"
+        said.append(f"{how}, {twin.name} gains {each}{end}.")
     return said or ["No two runs differ in the split alone, so what leakage adds is not measured.", *_best(page)]
 
 # %% ../../nbs/report/04_answer.ipynb #ddfed945
@@ -249,13 +257,16 @@ def _basis(page: Page) -> str:
 def _audit_words(page: Page) -> str:
     "What is known of lesions that several splits share, where no banner says it."
     looked = [r for r in page.done if r.audited]
-    if any(r.leaks or r.found_late for r in page.done):
+    silent = len(page.done) - len(looked)
+    if any(r.leaks for r in page.done) or (any(r.found_late for r in page.done) and not silent):
         return ""
-    if len(looked) < len(page.done):
-        silent = len(page.done) - len(looked)
+    if silent:
         return f"Lesions with several ids were not looked for in {'one run' if silent == 1 else f'{silent} runs'}."
     images = plural(max(r.get("audit", "images") for r in looked), "image")
-    return f"An audit of {images} by ids and pictures found no lesion in two splits."
+    chains = max((n for r in looked if isinstance(n := r.get("audit", "refused_across"), int)), default=0)
+    but = f", but {plural(chains, 'pair')} across splits that may show one" if chains else ""
+    told = "; see the leakage audit for what was not compared" if any(r.get("audit", "note") for r in looked) else ""
+    return f"An audit of {images} by ids and pictures found no lesion in two splits{but}{told}."
 
 
 def _baseline(page: Page) -> str:

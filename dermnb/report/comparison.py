@@ -316,7 +316,7 @@ def pairwise_blocks(page: Page, found: Mapping) -> list:
         "delong": Column("DeLong p (Holm)", P_VALUE),
         "n": Column("n", SIZE),
     }
-    caption = f"Differences on the same images with {page.level:.0%} intervals; p after Holm's rule for {plural(found['known'], 'pair')}."
+    caption = f"Differences on the same images of the {page.where} split with {page.level:.0%} intervals; p after Holm's rule for {plural(found['known'], 'pair')}."
     shown = table(found["rows"], columns, caption)
     what = f"{found['sure']} of {plural(found['known'], 'pair')}" if found["known"] > 1 else "The pair"
     if found["known"] > 1:

@@ -239,10 +239,12 @@ def breakable(text: str) -> Markup:
 
 
 def _cell_html(cell: Cell, first: bool) -> str:
-    text, tag = escape(cell.text) if cell.num else breakable(cell.text), "th" if first else "td"
+    text, tag = escape(cell.text), "th" if first else "td"
     kind = ' scope="row"' if first else ' class="reason"' if cell.span else ' class="n"' if cell.num else ""
     if not kind:
         kind = f' class="text{" long" if cell.wrap else ""}"'
+    if first or not cell.num:
+        text = breakable(cell.text)
     parts = [f"<{tag}{kind}"]
     if cell.v is not None and not (cell.num and _is_number(cell.text)):
         parts.append(f' data-v="{escape(cell.v)}"')
