@@ -72,7 +72,7 @@ def test_the_checklist_says_what_was_done_and_what_was_not():
     assert full["Protocol and registration"][0] == "not done"
     assert full["Where code, model and data are"][0] == "reported"
     assert full["Measures of uncertainty"][0] == "reported"
-    assert full["Ways to see what the model looks at"][0] == "reported"
+    assert full["How predictions are explained (saliency)"][0] == "reported"
     dirty = record(provenance={"git_commit": "abc", "git_dirty": True})
     assert answers([dirty])["Where code, model and data are"][0] == "partly"
     leaking = answers([record(), record(config={"split": "image"})])

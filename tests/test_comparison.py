@@ -21,7 +21,6 @@ from dermnb.metrics.comparison import (
     holm,
     leak_effect,
     mcnemar,
-    paired_difference,
     paired_differences,
     rank_ranges,
     summarize_repeats,
@@ -29,6 +28,10 @@ from dermnb.metrics.comparison import (
 from dermnb.metrics.scores import CLASS_METRICS, METRICS, evaluate
 
 CLASSES = ["a", "b", "c", "d"]
+
+
+def paired_difference(a, b, classes, metric, **more):
+    return paired_differences(a, b, classes, [metric], **more)[0]
 
 
 def test_comparison_verdicts():

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'METRICS', 'CLASS_METRICS', 'TARGET_SENSITIVITY', 'TARGET_SPECIFICITY', 'FLOOR_SENSITIVITY',
-           'BINARY_METRICS', 'ROW_SUM_TOLERANCE', 'BINS', 'LEAST', 'CHUNK', 'MetricSpec', 'probability_columns',
+           'BINARY_METRICS', 'ROW_SUM_TOLERANCE', 'BINS', 'LEAST', 'MetricSpec', 'probability_columns',
            'check_predictions', 'scores_from_counts', 'RankedScores', 'confidence_bins', 'log_losses', 'draw_groups',
-           'TableScores', 'bootstrap_scores', 'estimate', 'centered', 'lesion_numbers', 'resampling_unit',
-           'unit_numbers', 'choose_threshold', 'choose_specific_threshold', 'positive_class', 'recorded_positive',
-           'evaluate', 'metrics_table', 'class_table']
+           'lesion_numbers', 'resampling_unit', 'unit_numbers', 'TableScores', 'estimate', 'centered',
+           'choose_threshold', 'choose_specific_threshold', 'positive_class', 'recorded_positive', 'evaluate',
+           'metrics_table', 'class_table']
 
 # %% ../../nbs/metrics/00_scores.ipynb #ca85c5e1
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ import pandas as pd
 
 from ..core import SPLITS, ConfigError, unknown_name
 
-# %% ../../nbs/metrics/00_scores.ipynb #046d3244
+# %% ../../nbs/metrics/00_scores.ipynb #35b28eb4
 SCHEMA = 2  # of `metrics.json`; 1 had fewer metrics
 
 
@@ -34,7 +34,7 @@ class MetricSpec:
     lowest: float = 0.0
     highest: float = 1.0
 
-# %% ../../nbs/metrics/00_scores.ipynb #9cca01d9
+
 def _table(*specs: MetricSpec) -> dict[str, MetricSpec]:
     return {spec.name: spec for spec in specs}
 
@@ -68,21 +68,21 @@ METRICS = _table(
     MetricSpec(
         "macro_average_precision",
         "Macro average precision",
-        "mean over classes of average precision; guessing gives the mean share of a "
-        "class, one over the number of classes",
+        "mean over classes of average precision; its chance level is the mean share of "
+        "a class, one over the number of classes",
     ),
     MetricSpec(
         "cohen_kappa",
         "Cohen's kappa",
-        "agreement of true and called class beyond what their frequencies alone would "
-        "give: 1 is perfect, 0 is chance",
+        "agreement of true and predicted class beyond what their frequencies alone "
+        "would give: 1 is perfect, 0 is chance level",
         lowest=-1.0,
     ),
     MetricSpec(
         "matthews",
         "Matthews' correlation",
-        "correlation of true and called class over the whole confusion matrix: 1 is "
-        "perfect, 0 is chance or one and the same answer always",
+        "correlation of true and predicted class over the whole confusion matrix: 1 is "
+        "perfect, 0 is chance level or one and the same answer always",
         lowest=-1.0,
     ),
     MetricSpec(
@@ -122,7 +122,7 @@ CLASS_METRICS = _table(
     MetricSpec(
         "precision",
         "Precision",
-        "share of the images called this class that are of it",
+        "share of the images predicted as this class that are of it",
     ),
     MetricSpec("f1", "F1", "harmonic mean of precision and recall"),
     MetricSpec(
@@ -132,13 +132,13 @@ CLASS_METRICS = _table(
         "average_precision",
         "Average precision",
         "mean over the class's images of the precision among all that are scored at "
-        "least as high; guessing gives the share of the class",
+        "least as high; its chance level is the share of the class",
     ),
     MetricSpec(
         "partial_auc",
         "Partial AUC",
         "area between the ROC curve of the class against the others and the line of "
-        "80 % sensitivity, from 0 to 0.2 (guessing: 0.02), as in the ISIC 2024 challenge",
+        "80 % sensitivity, from 0 to 0.2 (chance level: 0.02), as in the ISIC 2024 challenge",
         highest=0.2,
     ),
     MetricSpec(
@@ -146,33 +146,32 @@ CLASS_METRICS = _table(
         "Sensitivity at 95 % specificity, on the curve",
         "largest sensitivity on the ROC curve of the class against the others where "
         "specificity is at least 95 %; read on the curve of these same images, so "
-        "optimiztic",
+        "optimistic",
     ),
     MetricSpec(
         "specificity_on_curve",
         "Specificity at 95 % sensitivity, on the curve",
         "largest specificity on the same curve where sensitivity is at least 95 %; "
-        "optimiztic too",
+        "optimistic too",
     ),
 )
 
-# %% ../../nbs/metrics/00_scores.ipynb #02701e00
+# %% ../../nbs/metrics/00_scores.ipynb #eaf30dff
 TARGET_SENSITIVITY = 0.95  # that a threshold has to reach on validation images
 TARGET_SPECIFICITY = 0.95
 FLOOR_SENSITIVITY = 0.8  # the partial AUC counts what lies above
 
-# %% ../../nbs/metrics/00_scores.ipynb #f59f9ae1
 BINARY_METRICS = _table(
     MetricSpec(
         "sensitivity",
         "Sensitivity",
-        "share of the positive images that were called positive, by the most "
+        "share of the positive images predicted as positive, by the most "
         "probable class",
     ),
     MetricSpec(
         "specificity",
         "Specificity",
-        "share of the negative images that were called negative, by the most "
+        "share of the negative images predicted as negative, by the most "
         "probable class",
     ),
     MetricSpec("auc", "AUC", "area under the ROC curve of the positive class"),
@@ -180,33 +179,33 @@ BINARY_METRICS = _table(
         "partial_auc",
         "Partial AUC",
         "area between the ROC curve and the line of 80 % sensitivity, from 0 to 0.2 "
-        "(guessing: 0.02), as in the ISIC 2024 challenge",
+        "(chance level: 0.02), as in the ISIC 2024 challenge",
         highest=0.2,
     ),
     MetricSpec(
         "specificity_at_95_sensitivity",
         "Specificity at 95 % sensitivity",
         "share of the negative images below the highest threshold that finds at "
-        "least 95 % of the positive validation images; optimiztic on validation "
+        "least 95 % of the positive validation images; optimistic on validation "
         "itself, where the threshold was chosen",
     ),
     MetricSpec(
         "sensitivity_at_threshold",
         "Sensitivity at that threshold",
         "share of the positive images at or above the same threshold; on "
-        "validation itself at least 95 % by choice, so optimiztic",
+        "validation itself at least 95 % by choice, so optimistic",
     ),
     MetricSpec(
         "sensitivity_at_95_specificity",
         "Sensitivity at 95 % specificity",
         "share of the positive images at or above the lowest threshold that spares at "
-        "least 95 % of the negative validation images; optimiztic on validation itself",
+        "least 95 % of the negative validation images; optimistic on validation itself",
     ),
     MetricSpec(
         "specificity_at_specificity_threshold",
         "Specificity at that threshold",
         "share of the negative images below this second threshold; on validation "
-        "itself at least 95 % by choice, so optimiztic",
+        "itself at least 95 % by choice, so optimistic",
     ),
 )
 
@@ -220,7 +219,7 @@ def probability_columns(
     "The columns of the predictions table that hold the probabilities, in class order."
     return [f"p_{c}" for c in classes]
 
-# %% ../../nbs/metrics/00_scores.ipynb #a13ff195
+# %% ../../nbs/metrics/00_scores.ipynb #10e29e38
 def check_predictions(
     predictions: pd.DataFrame,  # image_id, lesion_id, split, y_true, p_<class>...
     classes: Sequence[str],  # class codes; their order is the order of the columns
@@ -244,10 +243,17 @@ def check_predictions(
     if predictions.empty:
         raise ConfigError("predictions: the table is empty; it needs a row an image.")
     table = predictions.reset_index(drop=True)
+    _check_names(table, classes)
+    table[probability_columns(classes)] = _probabilities(table, probability_columns(classes))
+    return table
 
-    def first(bad) -> str:
-        return f"image {str(table['image_id'][np.flatnonzero(bad)[0]])!r}"
+# %% ../../nbs/metrics/00_scores.ipynb #53f16575
+def _first(table: pd.DataFrame, bad: np.ndarray) -> str:
+    return f"image {str(table['image_id'][np.flatnonzero(bad)[0]])!r}"
 
+
+def _check_names(table: pd.DataFrame, classes: list[str]) -> None:
+    "A `ConfigError` says which image, split or class is not what it should be."
     for column in ("image_id", "split", "y_true"):
         if (bad := table[column].isna().to_numpy()).any():
             raise ConfigError(
@@ -261,34 +267,36 @@ def check_predictions(
             error = unknown_name("class", name, classes)
             raise ConfigError(f"predictions, column y_true: {error}")
     if (bad := table["image_id"].duplicated().to_numpy()).any():
-        raise ConfigError(f"predictions: {first(bad)} occurs more than once.")
-    p_columns = probability_columns(classes)
+        raise ConfigError(f"predictions: {_first(table, bad)} occurs more than once.")
+
+# %% ../../nbs/metrics/00_scores.ipynb #34df5c19
+def _probabilities(table: pd.DataFrame, columns: list[str]) -> np.ndarray:
+    "The probabilities (n, k) as float64, or a `ConfigError` that names the first bad row."
     try:
-        p = table[p_columns].to_numpy(dtype=np.float64, na_value=np.nan)
+        p = table[columns].to_numpy(dtype=np.float64, na_value=np.nan)
     except (TypeError, ValueError):
         raise ConfigError(
-            f"predictions: columns {p_columns[0]!r} to {p_columns[-1]!r} must hold numbers."
+            f"predictions: columns {columns[0]!r} to {columns[-1]!r} must hold numbers."
         ) from None
-    if (bad := ~np.isfinite(p).all(axis=1)).any():
-        raise ConfigError(
-            f"predictions: a probability of {first(bad)} is missing or infinite "
-            f"({bad.sum()} such rows)."
-        )
-    if (bad := ((p < 0) | (p > 1 + ROW_SUM_TOLERANCE)).any(axis=1)).any():
-        raise ConfigError(
-            f"predictions: a probability of {first(bad)} lies outside 0 to 1 "
-            f"({bad.sum()} such rows)."
-        )
     sums = p.sum(axis=1)
+    outside = ((p < 0) | (p > 1 + ROW_SUM_TOLERANCE)).any(axis=1)
+    for bad, what in (
+        (~np.isfinite(p).all(axis=1), "is missing or infinite"),
+        (outside, "lies outside 0 to 1"),
+    ):
+        if bad.any():
+            raise ConfigError(
+                f"predictions: a probability of {_first(table, bad)} {what} "
+                f"({bad.sum()} such rows)."
+            )
     if (bad := np.abs(sums - 1) > ROW_SUM_TOLERANCE).any():
         raise ConfigError(
-            f"predictions: the probabilities of {first(bad)} sum to "
+            f"predictions: the probabilities of {_first(table, bad)} sum to "
             f"{sums[np.flatnonzero(bad)[0]]:.4g}, not to 1 ({bad.sum()} such rows)."
         )
-    table[p_columns] = p
-    return table
+    return p
 
-# %% ../../nbs/metrics/00_scores.ipynb #f8230c11
+# %% ../../nbs/metrics/00_scores.ipynb #bcd48d8c
 def _ratio(top: np.ndarray, bottom: np.ndarray, empty: float) -> np.ndarray:
     "top / bottom, and `empty` where bottom is 0."
     full = np.full(np.broadcast_shapes(top.shape, bottom.shape), empty, dtype=float)
@@ -300,23 +308,23 @@ def _mean_of_known(values: np.ndarray) -> np.ndarray:
     there = np.isfinite(values)
     return _ratio(np.where(there, values, 0.0).sum(-1), there.sum(-1), np.nan)
 
-# %% ../../nbs/metrics/00_scores.ipynb #fb519bfd
+# %% ../../nbs/metrics/00_scores.ipynb #32aee89e
 def scores_from_counts(
     counts: np.ndarray,  # (..., k, k), rows true, columns predicted
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Overall metrics (...) and metrics a class (..., k), all that need no probabilities.
 
     A class without images has NaN and is left out of the averages. Matthews' correlation
-    is 0 where all is called one class, and NaN where all images are of one.
+    is 0 where all is predicted as one class, and NaN where all images are of one.
     """
     counts = np.asarray(counts, dtype=float)
     hits = np.diagonal(counts, axis1=-2, axis2=-1)
-    support, called = counts.sum(-1), counts.sum(-2)
+    support, predicted = counts.sum(-1), counts.sum(-2)
     present, total = support > 0, support.sum(-1)
     per_class = {
         "recall": _ratio(hits, support, np.nan),
-        "precision": np.where(present, _ratio(hits, called, 0.0), np.nan),
-        "f1": np.where(present, _ratio(2 * hits, support + called, 0.0), np.nan),
+        "precision": np.where(present, _ratio(hits, predicted, 0.0), np.nan),
+        "f1": np.where(present, _ratio(2 * hits, support + predicted, 0.0), np.nan),
     }
     overall = {"accuracy": _ratio(hits.sum(-1), total, np.nan)}
     for metric, values in per_class.items():
@@ -326,15 +334,37 @@ def scores_from_counts(
         )
     overall["balanced_accuracy"] = overall.pop("macro_recall")
     square = total**2
-    chance = (support * called).sum(-1)
+    chance = (support * predicted).sum(-1)
     beyond = total * hits.sum(-1) - chance
     overall["cohen_kappa"] = _ratio(beyond, square - chance, np.nan)
-    spread = [square - (side**2).sum(-1) for side in (support, called)]
+    spread = [square - (side**2).sum(-1) for side in (support, predicted)]
     matthews = _ratio(beyond, np.sqrt(spread[0]) * np.sqrt(spread[1]), 0.0)
     overall["matthews"] = np.where(spread[0] > 0, matthews, np.nan)
     return overall, per_class
 
-# %% ../../nbs/metrics/00_scores.ipynb #40d5e81c
+# %% ../../nbs/metrics/00_scores.ipynb #9f4730fe
+def _sparse(row: np.ndarray, column: np.ndarray, shape: tuple[int, int], values=None):
+    "A sparse matrix with `values`, or ones, that add up where they meet."
+    from scipy.sparse import csr_array  # here: it takes a while to load
+
+    values = np.ones(len(row)) if values is None else values
+    return csr_array((values, (row, column)), shape=shape)
+
+
+def _partial_area(caught, between, tied, positives) -> np.ndarray:
+    "Area (r,) above the floor of sensitivity, in units of negatives."
+    share = caught / np.maximum(positives, 1)
+    over = np.maximum(share - FLOOR_SENSITIVITY, 0)
+    area = np.einsum("br,br->r", between, over)
+    if np.ndim(tied):
+        # Where positives and negatives are passed together the curve is a slope.
+        rise = share[:-1] - share[1:]
+        square = np.diff(over[::-1] ** 2, axis=0)[::-1]
+        slope = _ratio(square, 2 * rise, 0.0)
+        area += np.einsum("br,br->r", tied, np.where(rise > 0, slope, over[1:]) - over[1:])
+    return area
+
+# %% ../../nbs/metrics/00_scores.ipynb #d5671d27
 class RankedScores:
     "Scores of one class, put in order once, for its curves under many sets of weights."
 
@@ -358,7 +388,7 @@ class RankedScores:
 
     def __call__(
         self,
-        weights: np.ndarray,  # (groups, r) how often a group was drawn
+        weights: np.ndarray,  # (groups, r) how often each group counts
     ) -> dict[str, np.ndarray]:
         """Five of `CLASS_METRICS` (r,) under each column of weights.
 
@@ -367,7 +397,7 @@ class RankedScores:
         at, between = self.positives @ weights, self.negatives @ weights
         tied = 0.0 if self.tied is None else self.tied @ weights
         below = between[:-1].cumsum(axis=0)
-        # One row more, the end of the curve where nothing is called positive.
+        # One row more, the end of the curve where nothing is predicted as positive.
         caught = np.zeros((len(at) + 1, at.shape[1]))
         caught[:-1] = at[::-1].cumsum(axis=0)[::-1]
         positives, negatives = caught[0], between.sum(axis=0)
@@ -387,28 +417,6 @@ class RankedScores:
             "specificity_on_curve": (below[found, r], negatives),
         }
         return {m: _ratio(top, of * both, np.nan) for m, (top, of) in scores.items()}
-
-# %% ../../nbs/metrics/00_scores.ipynb #9f4730fe
-def _sparse(row: np.ndarray, column: np.ndarray, shape: tuple[int, int], values=None):
-    "A sparse matrix with `values`, or ones, that add up where they meet."
-    from scipy.sparse import csr_array  # here: it takes a while to load
-
-    values = np.ones(len(row)) if values is None else values
-    return csr_array((values, (row, column)), shape=shape)
-
-
-def _partial_area(caught, between, tied, positives) -> np.ndarray:
-    "Area (r,) above the floor of sensitivity, in units of negatives."
-    share = caught / np.maximum(positives, 1)
-    over = np.maximum(share - FLOOR_SENSITIVITY, 0)
-    area = np.einsum("br,br->r", between, over)
-    if np.ndim(tied):
-        # Where positives and negatives are passed together the curve is a slope.
-        rise = share[:-1] - share[1:]
-        square = np.diff(over[::-1] ** 2, axis=0)[::-1]
-        slope = _ratio(square, 2 * rise, 0.0)
-        area += np.einsum("br,br->r", tied, np.where(rise > 0, slope, over[1:]) - over[1:])
-    return area
 
 # %% ../../nbs/metrics/00_scores.ipynb #a6b69eaa
 BINS = 15
@@ -433,7 +441,7 @@ def log_losses(
     return np.log(p.sum(axis=1)) - np.log(p[np.arange(len(y)), y])
 
 # %% ../../nbs/metrics/00_scores.ipynb #3e3f476c
-CHUNK = 2**18  # weights at a time: as many as stay in cache
+_CHUNK = 2**18  # weights at a time: as many as stay in cache
 
 
 def draw_groups(
@@ -442,7 +450,7 @@ def draw_groups(
     rng: np.random.Generator,
 ) -> Iterator[np.ndarray]:
     "Arrays (groups, up to 512): how often each lesion occurs in each resample."
-    chunk = min(max(CHUNK // groups, 32), 512)
+    chunk = min(max(_CHUNK // groups, 32), 512)
     for first in range(0, resamples, chunk):
         r = min(chunk, resamples - first)
         times = np.empty((r, groups), dtype=np.int32)
@@ -450,7 +458,78 @@ def draw_groups(
             row[:] = np.bincount(rng.integers(0, groups, groups), minlength=groups)
         yield np.ascontiguousarray(times.T)
 
-# %% ../../nbs/metrics/00_scores.ipynb #68b5a11f
+# %% ../../nbs/metrics/00_scores.ipynb #790fac9a
+def lesion_numbers(table: pd.DataFrame) -> np.ndarray:
+    "A whole number for each image's lesion; an image without one is its own."
+    lesion, image = table["lesion_id"], table["image_id"].astype(str)
+    key = ("lesion " + lesion.astype(str)).where(lesion.notna(), "image " + image)
+    return np.unique(key.to_numpy(dtype=str), return_inverse=True)[1]
+
+
+def resampling_unit(
+    table: pd.DataFrame,  # with lesion_id and, where patients are known, patient_id
+) -> str:
+    "What is resampled together: patient, lesion or image, the first of them that is known."
+    for unit in ("patient", "lesion"):
+        if f"{unit}_id" in table and table[f"{unit}_id"].notna().any():
+            return unit
+    return "image"
+
+# %% ../../nbs/metrics/00_scores.ipynb #b9b94814
+def unit_numbers(table: pd.DataFrame) -> np.ndarray:
+    "A whole number for what each image is resampled with: its patient if known, else its lesion."
+    lesion = lesion_numbers(table)
+    if resampling_unit(table) != "patient":
+        return lesion
+    # A lesion is of one patient, though only some of its rows may name them.
+    patient = table["patient_id"].astype("object").groupby(lesion).transform("first")
+    rest = [f"lesion {i}" for i in lesion]
+    key = ("patient " + patient.astype(str)).where(patient.notna(), rest)
+    return np.unique(key.to_numpy(dtype=str), return_inverse=True)[1]
+
+# %% ../../nbs/metrics/00_scores.ipynb #762ff025
+def _blocks(y, p, positive: int | None, cuts: Mapping[str, float | None]) -> dict[str, tuple]:
+    "What is summed: a block of rows each, the row of each image in it, and values other than 1."
+    n, k = p.shape
+    confidence, predicted, zero = p.max(axis=1), p.argmax(axis=1), np.zeros(n, int)
+    blocks = {
+        "counts": (k**2, y * k + predicted, None),
+        "images": (1, zero, None),
+        "log_loss": (1, zero, log_losses(p, y)),
+        "brier": (1, zero, ((p - np.eye(k)[y]) ** 2).sum(axis=1)),
+        "gap": (BINS, confidence_bins(confidence), confidence - (predicted == y)),
+    }
+    for name, cut in cuts.items():
+        if positive is not None and cut is not None:
+            blocks[name] = (4, (y == positive) * 2 + (p[:, positive] >= cut), None)
+    return blocks
+
+# %% ../../nbs/metrics/00_scores.ipynb #67bc7ea9
+_AT_CUTS = {  # of two classes: what follows at the threshold of each block
+    "sensitive": ("sensitivity_at_threshold", "specificity_at_95_sensitivity"),
+    "specific": ("sensitivity_at_95_specificity", "specificity_at_specificity_threshold"),
+}
+
+
+def _binary(sums: Mapping, per_class: Mapping, positive: int | None) -> dict[str, np.ndarray]:
+    "`BINARY_METRICS` (r,) of the positive class; none without one."
+    if positive is None:
+        return {}
+    undefined = np.full(len(per_class["auc"]), np.nan)
+    binary = dict.fromkeys(BINARY_METRICS, undefined) | {
+        "sensitivity": per_class["recall"][:, positive],
+        "specificity": per_class["recall"][:, 1 - positive],
+        "auc": per_class["auc"][:, positive],
+        "partial_auc": per_class["partial_auc"][:, positive],
+    }
+    for block, (sensitivity, specificity) in _AT_CUTS.items():
+        if block in sums:
+            spared, alarms, missed, caught = sums[block]
+            binary[sensitivity] = _ratio(caught, missed + caught, np.nan)
+            binary[specificity] = _ratio(spared, spared + alarms, np.nan)
+    return binary
+
+# %% ../../nbs/metrics/00_scores.ipynb #dbdd8c33
 class TableScores:
     """All scores of one table under many sets of weights: prepared once, called often.
 
@@ -467,38 +546,22 @@ class TableScores:
         specificity_threshold: float | None = None,  # the same for 95 % specificity
         curves: bool = True,  # also what the order of images decides, which takes longest
     ):
-        n, self.k = p.shape
-        self.groups, self.positive = int(group.max()) + 1, positive
-        confidence, called = p.max(axis=1), p.argmax(axis=1)
-        off = (p - np.eye(self.k)[y]) ** 2
-        # What is summed: a block of rows each, every image in one row of a block.
-        blocks = {
-            "counts": (self.k**2, y * self.k + called, None),
-            "images": (1, np.zeros(n, int), None),
-            "log_loss": (1, np.zeros(n, int), log_losses(p, y)),
-            "brier": (1, np.zeros(n, int), off.sum(axis=1)),
-            "gap": (BINS, confidence_bins(confidence), confidence - (called == y)),
-        }
-        for name, cut in (("sensitive", threshold), ("specific", specificity_threshold)):
-            if positive is not None and cut is not None:
-                cell = (y == positive) * 2 + (p[:, positive] >= cut)
-                blocks[name] = (4, cell, None)
+        self.k, self.groups, self.positive = p.shape[1], int(group.max()) + 1, positive
+        cuts = {"sensitive": threshold, "specific": specificity_threshold}
         self.rows, first, parts = {}, 0, []
-        for name, (size, row, values) in blocks.items():
+        for name, (size, row, values) in _blocks(y, p, positive, cuts).items():
             self.rows[name] = slice(first, first + size)
-            parts.append((row + first, np.ones(n) if values is None else values))
+            parts.append((row + first, np.ones(len(y)) if values is None else values))
             first += size
         row, values = (np.concatenate(part) for part in zip(*parts, strict=True))
         columns = np.tile(group, len(parts))
         self.sums = _sparse(row, columns, (first, self.groups), values)
-        self.ranked = {
-            c: RankedScores(p[:, c], y == c, group)
-            for c in (np.unique(y) if curves else ())
-        }
+        ranked = np.unique(y) if curves else ()
+        self.ranked = {c: RankedScores(p[:, c], y == c, group) for c in ranked}
 
     def __call__(
         self,
-        times: np.ndarray,  # (groups, r) whole numbers: how often a lesion was drawn
+        times: np.ndarray,  # (groups, r) whole numbers: how often a lesion occurs
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
         "Overall metrics (r,), metrics a class (r, k) and, with a positive class, its (r,)."
         times = times.astype(float)
@@ -517,31 +580,7 @@ class TableScores:
                 per_class[name][:, c] = values
         for name in ("auc", "average_precision"):
             overall[f"macro_{name}"] = _mean_of_known(per_class[name])
-        return overall, per_class, self._binary(sums, per_class)
-
-    def _binary(self, sums: dict, per_class: dict) -> dict[str, np.ndarray]:
-        if self.positive is None:
-            return {}
-        undefined = np.full(len(per_class["auc"]), np.nan)
-        binary = dict.fromkeys(BINARY_METRICS, undefined) | {
-            "sensitivity": per_class["recall"][:, self.positive],
-            "specificity": per_class["recall"][:, 1 - self.positive],
-            "auc": per_class["auc"][:, self.positive],
-            "partial_auc": per_class["partial_auc"][:, self.positive],
-        }
-        for block, sensitivity, specificity in (
-            ("sensitive", "sensitivity_at_threshold", "specificity_at_95_sensitivity"),
-            (
-                "specific",
-                "sensitivity_at_95_specificity",
-                "specificity_at_specificity_threshold",
-            ),
-        ):
-            if block in sums:
-                spared, alarms, missed, caught = sums[block]
-                binary[sensitivity] = _ratio(caught, missed + caught, np.nan)
-                binary[specificity] = _ratio(spared, spared + alarms, np.nan)
-        return binary
+        return overall, per_class, _binary(sums, per_class, self.positive)
 
     def once(self) -> tuple[dict, dict, dict]:
         "The same three for the table as it is, each value (1,) or (1, k)."
@@ -556,21 +595,6 @@ class TableScores:
             {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             for parts in zip(*chunks, strict=True)
         )
-
-# %% ../../nbs/metrics/00_scores.ipynb #6abdfa0f
-def bootstrap_scores(
-    y: np.ndarray,  # (n,) true class
-    p: np.ndarray,  # (n, k) probabilities
-    group: np.ndarray,  # (n,) lesion of each image, whole numbers from 0 without gaps
-    resamples: int,
-    rng: np.random.Generator,
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Overall metrics (resamples,) and metrics a class (resamples, k).
-
-    A class that a resample happens to miss has NaN there, and that resample's averages
-    are over the classes it has.
-    """
-    return TableScores(y, p, group).resample(resamples, rng)[:2]
 
 # %% ../../nbs/metrics/00_scores.ipynb #5cd01d6c
 def _number(value: float) -> float | None:
@@ -591,35 +615,6 @@ def centered(value: float, samples: np.ndarray) -> np.ndarray:
     "Samples moved so that their mean is the value, for what resampling makes larger."
     known = samples[np.isfinite(samples)]
     return samples + (value - known.mean()) if len(known) else samples
-
-# %% ../../nbs/metrics/00_scores.ipynb #f2c0b701
-def lesion_numbers(table: pd.DataFrame) -> np.ndarray:
-    "A whole number for each image's lesion; an image without one is its own."
-    lesion, image = table["lesion_id"], table["image_id"].astype(str)
-    key = ("lesion " + lesion.astype(str)).where(lesion.notna(), "image " + image)
-    return np.unique(key.to_numpy(dtype=str), return_inverse=True)[1]
-
-# %% ../../nbs/metrics/00_scores.ipynb #15797f5c
-def resampling_unit(
-    table: pd.DataFrame,  # with lesion_id and, where patients are known, patient_id
-) -> str:
-    "What is drawn together: patient, lesion or image, the first of them that is known."
-    for unit in ("patient", "lesion"):
-        if f"{unit}_id" in table and table[f"{unit}_id"].notna().any():
-            return unit
-    return "image"
-
-# %% ../../nbs/metrics/00_scores.ipynb #da7b2ae7
-def unit_numbers(table: pd.DataFrame) -> np.ndarray:
-    "A whole number for what each image is drawn with: its patient if known, else its lesion."
-    lesion = lesion_numbers(table)
-    if resampling_unit(table) != "patient":
-        return lesion
-    # A lesion is of one patient, though only some of its rows may name them.
-    patient = table["patient_id"].astype("object").groupby(lesion).transform("first")
-    rest = [f"lesion {i}" for i in lesion]
-    key = ("patient " + patient.astype(str)).where(patient.notna(), rest)
-    return np.unique(key.to_numpy(dtype=str), return_inverse=True)[1]
 
 # %% ../../nbs/metrics/00_scores.ipynb #b3dab768
 def choose_threshold(
@@ -643,76 +638,6 @@ def choose_specific_threshold(
     "The lowest threshold that this share of negatives is below; None without any."
     highest = choose_threshold(-scores, ~positive, specificity)
     return None if highest is None else float(np.nextafter(-highest, np.inf))
-
-# %% ../../nbs/metrics/00_scores.ipynb #4e040139
-def _evaluate_split(
-    table: pd.DataFrame,
-    classes: list[str],
-    level: float,
-    resamples: int,
-    rng,
-    positive: int | None,
-    thresholds: tuple[float | None, float | None],
-) -> dict:
-    # Sorted, so that the order of rows does not decide which lesions are drawn.
-    table = table.sort_values("image_id", kind="stable").reset_index(drop=True)
-    y = pd.Index(classes).get_indexer(table["y_true"])
-    p = table[probability_columns(classes)].to_numpy(dtype=float)
-    lesion, group = lesion_numbers(table), unit_numbers(table)
-    scores = TableScores(y, p, group, positive, *thresholds)
-    overall, per_class, once_binary = scores.once()
-    many, many_class, many_binary = scores.resample(resamples, rng)
-    error = "calibration_error"
-    many[error] = np.clip(centered(overall[error][0], many[error]), 0, None)
-    counts = np.zeros((len(classes), len(classes)), dtype=int)
-    np.add.at(counts, (y, p.argmax(axis=1)), 1)
-    support, called = counts.sum(1), counts.sum(0)
-    n = {"recall": support, "f1": support, "precision": called}
-    rows = []
-    for c, name in enumerate(classes):
-        row = {
-            "class": name,
-            "n": int(support[c]),
-            "lesions": len(np.unique(lesion[y == c])),
-        }
-        for metric in CLASS_METRICS:
-            row[metric] = estimate(
-                per_class[metric][0, c],
-                many_class[metric][:, c],
-                n[metric][c] if metric in n else len(y),
-                level,
-            )
-        rows.append(row)
-    binary = {}
-    if positive is not None:
-        sizes = {"sensitivity": support[positive], "specificity": support[1 - positive]}
-        metrics = {
-            m: estimate(
-                once_binary[m][0],
-                many_binary[m],
-                sizes.get(m.split("_")[0], len(y)),
-                level,
-            )
-            for m in BINARY_METRICS
-        }
-        binary["binary"] = {
-            "positive": classes[positive],
-            "threshold": thresholds[0],
-            "specificity_threshold": thresholds[1],
-            "metrics": metrics,
-        }
-    return {
-        "n": len(y),
-        "lesions": len(np.unique(lesion)),
-        "units": scores.groups,
-        "absent": [c for c, s in zip(classes, support, strict=True) if s == 0],
-        "metrics": {
-            m: estimate(overall[m][0], many[m], len(y), level) for m in METRICS
-        },
-        "per_class": rows,
-        "confusion": counts.tolist(),
-        **binary,
-    }
 
 # %% ../../nbs/metrics/00_scores.ipynb #2721625a
 def positive_class(
@@ -747,6 +672,72 @@ def recorded_positive(
         )
     return named[0] if named else ""
 
+# %% ../../nbs/metrics/00_scores.ipynb #5fb0aa10
+def _class_rows(scores: tuple, many: tuple, counts, lesion, y, classes, level) -> list[dict]:
+    "Of each class its images, its lesions and `CLASS_METRICS`."
+    support, predicted = counts.sum(1), counts.sum(0)
+    n = {"recall": support, "f1": support, "precision": predicted}
+    rows = []
+    for c, name in enumerate(classes):
+        lesions = len(np.unique(lesion[y == c]))
+        row = {"class": name, "n": int(support[c]), "lesions": lesions}
+        for metric in CLASS_METRICS:
+            images = n[metric][c] if metric in n else len(y)
+            row[metric] = estimate(scores[1][metric][0, c], many[1][metric][:, c], images, level)
+        rows.append(row)
+    return rows
+
+# %% ../../nbs/metrics/00_scores.ipynb #239e5e86
+def _binary_part(scores: tuple, many: tuple, counts, classes, positive, thresholds, level) -> dict:
+    "Of two classes what is said of the positive one, at which thresholds."
+    support = counts.sum(1)
+    sizes = {"sensitivity": support[positive], "specificity": support[1 - positive]}
+    return {
+        "positive": classes[positive],
+        "threshold": thresholds[0],
+        "specificity_threshold": thresholds[1],
+        "metrics": {
+            m: estimate(
+                scores[2][m][0], many[2][m], sizes.get(m.split("_")[0], counts.sum()), level
+            )
+            for m in BINARY_METRICS
+        },
+    }
+
+# %% ../../nbs/metrics/00_scores.ipynb #f8d1ce91
+def _evaluate_split(
+    table: pd.DataFrame,
+    classes: list[str],
+    level: float,
+    resamples: int,
+    rng: np.random.Generator,
+    positive: int | None,
+    thresholds: tuple[float | None, float | None],
+) -> dict:
+    # Sorted, so that the order of rows does not decide which lesions are resampled.
+    table = table.sort_values("image_id", kind="stable").reset_index(drop=True)
+    y = pd.Index(classes).get_indexer(table["y_true"])
+    p = table[probability_columns(classes)].to_numpy(dtype=float)
+    lesion = lesion_numbers(table)
+    scorer = TableScores(y, p, unit_numbers(table), positive, *thresholds)
+    scores, many = scorer.once(), scorer.resample(resamples, rng)
+    error = "calibration_error"
+    many[0][error] = np.clip(centered(scores[0][error][0], many[0][error]), 0, None)
+    counts = np.zeros((len(classes), len(classes)), dtype=int)
+    np.add.at(counts, (y, p.argmax(axis=1)), 1)
+    found = {
+        "n": len(y),
+        "lesions": len(np.unique(lesion)),
+        "units": scorer.groups,
+        "absent": [c for c, s in zip(classes, counts.sum(1), strict=True) if s == 0],
+        "metrics": {m: estimate(scores[0][m][0], many[0][m], len(y), level) for m in METRICS},
+        "per_class": _class_rows(scores, many, counts, lesion, y, classes, level),
+        "confusion": counts.tolist(),
+    }
+    if positive is not None:
+        found["binary"] = _binary_part(scores, many, counts, classes, positive, thresholds, level)
+    return found
+
 # %% ../../nbs/metrics/00_scores.ipynb #e93ec5f6
 def evaluate(
     predictions: pd.DataFrame,  # image_id, lesion_id, split, y_true, p_<class>...
@@ -761,7 +752,7 @@ def evaluate(
     Reads nothing but the table. The result does not depend on the order of its rows, and
     what it says of a split not on the others; only the thresholds for two classes are
     chosen on the validation split, and without one their metrics are None. So is an
-    undefined value, and an interval that the bootstrap cannot give. It draws patients
+    undefined value, and an interval that the bootstrap cannot give. It resamples patients
     where the table has a column patient_id, else lesions, else images: key "unit", and
     "units" is how many a split has. Raises `ConfigError` on a table that is not sound.
     """
@@ -806,7 +797,7 @@ def metrics_table(
     table = pd.DataFrame([{"metric": METRICS[m].title, **rows[m]} for m in METRICS])
     return table.astype({"value": float, "low": float, "high": float})
 
-
+# %% ../../nbs/metrics/00_scores.ipynb #eadb96b7
 def class_table(
     metrics: dict,  # as `evaluate` gives
     split: str = "test",

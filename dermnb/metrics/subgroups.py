@@ -114,14 +114,14 @@ def _grouped(
         place, names = np.full(len(images), -1), []
         if kind.column in found and found[kind.column].notna().any():
             place, names = (_bands if kind.edges else _values)(found[kind.column], kind)
-        known, called = int((place >= 0).sum()), {"kind": kind.column, "title": kind.title}
+        known, base = int((place >= 0).sum()), {"kind": kind.column, "title": kind.title}
         named = [*enumerate(names), (-1, NOT_KNOWN)] if known else []
         named = [(i, value) for i, value in named if (place == i).any()]
-        labels += [called | {"value": value, "known": i >= 0} for i, value in named]
+        labels += [base | {"value": value, "known": i >= 0} for i, value in named]
         masks += [place == i for i, _ in named]
         text = f"known of {known:,} of {len(images):,} images" if known else NOT_KNOWN
         kinds.append(
-            called | {"unit": kind.unit, "known": known, "shown": len(named), "text": text}
+            base | {"unit": kind.unit, "known": known, "shown": len(named), "text": text}
         )
     return labels, kinds, np.array(masks)
 
@@ -242,6 +242,7 @@ def _normal(value: float, variance: float, n: int, level: float, ends=(0.0, 1.0)
     found = {"value": float(value), "low": None, "high": None, "n": int(n)}
     if np.isfinite(variance) and variance > 1e-18:
         half = NormalDist().inv_cdf((1 + level) / 2) * math.sqrt(variance)
+        value = float(value)
         found["low"], found["high"] = max(ends[0], value - half), min(ends[1], value + half)
     return found if np.isfinite(value) else found | dict.fromkeys(("value", "low", "high"))
 
@@ -377,7 +378,7 @@ def _summary(rows: Sequence[Mapping]) -> str:
 
 def _silent(kinds: Sequence[Mapping]) -> list[str]:
     return [
-        f"{kind['title']} is not known, so nothing is said about {of.unknown}."
+        f"Nothing is said about {of.unknown}: {kind['title'].lower()} is not known."
         for kind, of in zip(kinds, FACT_KINDS, strict=True)
         if not kind["known"]
     ]
