@@ -20,7 +20,6 @@ from ..core import ConfigError, listing, plural
 from ..data.values import understand
 from .comparison import SIGNIFICANT, auc_components, holm
 from dermnb.metrics.scores import (
-    METRICS,
     check_predictions,
     draw_groups,
     estimate,
@@ -316,30 +315,28 @@ def _row(s: _Measured, i: int, label: Mapping) -> dict:
     }
 
 # %% ../../nbs/metrics/04_subgroups.ipynb #78b585db
+def _estimates(s: _Measured, i: int, measured: Mapping) -> dict[str, dict]:
+    "Of one subgroup: the metrics of `values` or `gaps`, with their intervals."
+    n = s.sizes(i)
+    return {m: estimate(v[i], many[:, i], n[m], s.level) for m, (v, many) in measured.items()}
+
+
 def _figures(s: _Measured, i: int, areas: tuple, enough: np.ndarray) -> dict:
-    sizes = s.sizes(i)
-    found = {
-        m: estimate(value[i], many[:, i], sizes[m], s.level)
-        for m, (value, many) in s.values.items()
-    }
-    found["macro_auc"] = _normal(*_macro(*areas, enough), sizes["macro_auc"], s.level)
+    found = _estimates(s, i, s.values)
+    found["macro_auc"] = _normal(*_macro(*areas, enough), s.scores.masks[i].sum(), s.level)
     return {m: found[m] for m in s.names}
 
 
 def _difference(s: _Measured, i: int, areas: tuple, shared: np.ndarray) -> dict:
-    mask, sizes, ends = s.scores.masks[i], s.sizes(i), (-1, 1)
+    mask, found = s.scores.masks[i], _estimates(s, i, s.gaps)
     auc, parts = s.scores.areas(~mask)
     value = areas[0][shared].mean() - auc[shared].mean()
     gap = (areas[1] - parts)[:, shared].mean(axis=1)
     spread = _chances(s.scores, mask, shared, s.positive)
     spread["macro_auc"] = float((gap**2).sum())
-    found = {
-        m: estimate(value[i], many[:, i], sizes[m], s.level) for m, (value, many) in s.gaps.items()
-    }
-    found["macro_auc"] = _normal(value, spread["macro_auc"], sizes["macro_auc"], s.level, ends)
-    return {
-        m: found[m] | {"p": _two_sided(found[m]["value"], math.sqrt(spread[m]))} for m in s.names
-    }
+    found["macro_auc"] = _normal(value, spread["macro_auc"], mask.sum(), s.level, (-1, 1))
+    sided = {m: _two_sided(found[m]["value"], math.sqrt(spread[m])) for m in s.names}
+    return {m: found[m] | {"p": sided[m]} for m in s.names}
 
 # %% ../../nbs/metrics/04_subgroups.ipynb #a01938a4
 def _measure(table, classes, positive, masks, level, resamples, rng) -> _Measured:
@@ -361,25 +358,19 @@ def _correct(rows: Sequence[Mapping], metrics: Sequence[str]) -> int:
     return len(compared)
 
 # %% ../../nbs/metrics/04_subgroups.ipynb #155dec82
-def _summary(rows: Sequence[Mapping], metric: str = "balanced_accuracy") -> str:
+def _summary(rows: Sequence[Mapping]) -> str:
     "In a sentence or two: how many subgroups do worse than the other images, and which."
-    judged = [r for r in rows if r["difference"] and r["difference"][metric]["p_holm"] is not None]
+    found = [(row, row["difference"]["balanced_accuracy"]) for row in rows if row["difference"]]
+    judged = [(row, gap) for row, gap in found if gap["p_holm"] is not None]
     if not judged:
         return "No subgroup is large enough to be compared with the other images."
-    apart = [r for r in judged if r["difference"][metric]["p_holm"] < SIGNIFICANT]
-    apart.sort(key=lambda r: r["difference"][metric]["value"])
-    worse = [r for r in apart if r["difference"][metric]["value"] < 0]
-    named = listing(
-        [
-            f"{r['title'].lower()} {r['value']} (by {-r['difference'][metric]['value']:.3f})"
-            for r in worse
-        ],
-        3,
-    )
+    apart = [(row, gap["value"]) for row, gap in judged if gap["p_holm"] < SIGNIFICANT]
+    worse = sorted((pair for pair in apart if pair[1] < 0), key=lambda pair: pair[1])
+    named = [f"{r['title'].lower()} {r['value']} (by {-value:.3f})" for r, value in worse]
     text = (
         f"{len(worse) or 'None'} of {plural(len(judged), 'subgroup')} "
-        f"{'have' if len(worse) > 1 else 'has'} a lower {METRICS[metric].title.lower()} than "
-        f"the other images beyond chance{f': {named}' if worse else ''}."
+        f"{'have' if len(worse) > 1 else 'has'} a lower balanced accuracy than the other images "
+        f"beyond chance{': ' if worse else ''}{listing(named, 3)}."
     )
     better = len(apart) - len(worse)
     return text + (f" {better} {'has' if better == 1 else 'have'} a higher one." if better else "")

@@ -362,7 +362,8 @@ def reporting_blocks(page: Page, rows: Sequence[Mapping]) -> list:
     told = [row for row in rows if row["status"] == STATUSES[0]]
     tables = [table([r for r in rows if r not in told], columns, "What is not, or only in part, reported, and why.")]
     if told:
-        columns = {k: columns[k] for k in ("item", "asked")}
-        tables.append(table(told, columns, "What is reported, on this page or in run.json."))
+        told = [row | {"where": Cell(row["where"].capitalize(), num=False, href=f"#{row['where']}")} for row in told]
+        columns = {"item": "Item", "asked": columns["asked"], "where": "Section"}
+        tables.append(table(told, columns, "What is reported, and where on this page."))
     text = f"Of {len(rows)} items of {names}: {said}. A checklist says what was reported, not that it was done well."
     return [Text(text), Fold("The items", tables)]
