@@ -59,7 +59,7 @@ def serve(place: str) -> None:
     from ipykernel import kernelapp
 
     import dermnb.runs.train
-    import dermnb.serve.saliency  # noqa: F401
+    import dermnb.serve.explain  # noqa: F401
 
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(place)

@@ -14,7 +14,7 @@ import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from ..core import SPLITS, ConfigError, ExperimentConfig, listing
+from ..core import SPLITS, ConfigError, DataConfig, listing
 from .tables import read_table
 from .values import find_columns
 
@@ -153,7 +153,7 @@ def leak_counts(
 # %% ../../nbs/data/11_splits.ipynb #0ab78ada
 def make_split(
     manifest: pd.DataFrame,  # one row an image: image_id, label, lesion_id, patient_id
-    config: ExperimentConfig,  # split, split_seed, fractions, folds, fold, on_problem
+    config: DataConfig,  # split, split_seed, fractions, folds, fold, on_problem
 ) -> pd.DataFrame:  # a copy with split in train, val, test; rows in the same order
     "Divide into training, validation and test; a lesion is in two only with allow_leakage."
     manifest = manifest.reset_index(drop=True)
@@ -166,7 +166,7 @@ def make_split(
     return result
 
 # %% ../../nbs/data/11_splits.ipynb #0d6dcc8f
-def _assigned(manifest: pd.DataFrame, config: ExperimentConfig) -> np.ndarray:
+def _assigned(manifest: pd.DataFrame, config: DataConfig) -> np.ndarray:
     # The split of each image; empty: left out.
     if config.test_list:
         return _listed_split(manifest, config)
@@ -175,7 +175,7 @@ def _assigned(manifest: pd.DataFrame, config: ExperimentConfig) -> np.ndarray:
     return _own_split(manifest, config)
 
 # %% ../../nbs/data/11_splits.ipynb #621019ac
-def _own_split(manifest: pd.DataFrame, config: ExperimentConfig) -> np.ndarray:
+def _own_split(manifest: pd.DataFrame, config: DataConfig) -> np.ndarray:
     # Without the ids of lesions and patients, each image is a group of its own.
     known = manifest[["image_id"]] if config.split == "image" else manifest
     groups, labels = group_numbers(known), manifest["label"]
@@ -239,7 +239,7 @@ def official_problems(
     ).reset_index(drop=True)
 
 # %% ../../nbs/data/11_splits.ipynb #4083b4a4
-def _official_split(manifest: pd.DataFrame, config: ExperimentConfig) -> np.ndarray:
+def _official_split(manifest: pd.DataFrame, config: DataConfig) -> np.ndarray:
     given = _given_split(manifest)
     problems = official_problems(manifest)
     if config.allow_leakage:  # as it was published, and marked as such
@@ -331,7 +331,7 @@ def _listed(manifest: pd.DataFrame, path: str | Path) -> tuple[set, np.ndarray]:
     return listed, np.isin(groups, groups[test]) & ~test
 
 # %% ../../nbs/data/11_splits.ipynb #7f7b2da6
-def _listed_split(manifest: pd.DataFrame, config: ExperimentConfig) -> np.ndarray:
+def _listed_split(manifest: pd.DataFrame, config: DataConfig) -> np.ndarray:
     if config.split != "lesion":
         raise ConfigError(
             f"test_list needs split 'lesion', and split is {config.split!r}: the list "
@@ -349,7 +349,7 @@ def _listed_split(manifest: pd.DataFrame, config: ExperimentConfig) -> np.ndarra
 def inherit_split(
     manifest: pd.DataFrame,  # one row an image: image_id, label, lesion_id, patient_id
     parent_split: pd.DataFrame,  # image_id, lesion_id, patient_id, split of the base
-    config: ExperimentConfig,  # as for `make_split`, which divides what is new
+    config: DataConfig,  # as for `make_split`, which divides what is new
 ) -> pd.DataFrame:  # a copy with split in train, val, test; rows in the same order
     "Divide as a finished run did, so that nothing tests that its network trained on."
     manifest = manifest.reset_index(drop=True)

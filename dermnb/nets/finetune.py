@@ -17,7 +17,14 @@ import keras
 import numpy as np
 import pandas as pd
 
-from ..core import ConfigError, ExperimentConfig, duration, progress, unknown_name
+from dermnb.core import (
+    ConfigError,
+    ExperimentConfig,
+    TrainingConfig,
+    duration,
+    progress,
+    unknown_name,
+)
 
 # %% ../../nbs/nets/05_finetune.ipynb #9f87abdc
 @dataclass(frozen=True)
@@ -444,7 +451,7 @@ def fit_stages(
     train,  # keras.utils.PyDataset of (images, one-hot labels)
     val,  # the same, neither shuffled nor augmented
     loss,  # keras loss on logits and one-hot labels
-    config: ExperimentConfig,  # its optimizer
+    config: TrainingConfig,  # its optimizer
     on_epoch: Callable[[dict], None] | None = None,  # gets each row of the history
 ) -> pd.DataFrame:  # one row an epoch, columns HISTORY
     "Train a network stage by stage; the history says where each stage begins."

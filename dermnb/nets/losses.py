@@ -13,7 +13,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from ..core import ConfigError, ExperimentConfig, unknown_name
+from ..core import ConfigError, TrainingConfig, unknown_name
 
 # %% ../../nbs/nets/00_losses.ipynb #e0883a96
 def dense_labels(
@@ -257,7 +257,7 @@ LOSSES = {  # its name in the config -> from the config and class weights; names
 
 
 def make_loss(
-    config: ExperimentConfig,  # loss, class_weights, gamma and label_smoothing are read
+    config: TrainingConfig,  # loss, class_weights, gamma and label_smoothing are read
     class_counts: Sequence[int],  # training images per class, in class order
 ) -> keras.losses.Loss:
     "The loss a run trains with; the network's output is logits."
