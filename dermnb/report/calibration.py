@@ -158,7 +158,8 @@ def calibration_blocks(page: Page, found: Mapping) -> list:
     blocks += [_table(page, found["rows"]), _risk_plot(page, found)]
     if found["classes"]:
         blocks.append(_class_table(page, found["classes"]))
-    note = "Fitted on validation images. Prediction sets keep their coverage over all images together, not for each class, and not on images of another kind."
+    fitted = "Fitted on validation images" + (", so figures of that split are optimistic" if page.one else "")
+    note = f"{fitted}. Prediction sets keep their coverage over all images together, not for each class, and not on images of another kind."
     return [*blocks, Text(note, muted=True)]
 
 
