@@ -14,10 +14,10 @@ from ..core import listing
 from ..metrics.calibration import COVERAGES, HOTTEST, Decision
 from dermnb.report.blocks import (
     COUNT,
+    DECIMAL,
     ESTIMATE,
     SHARE,
     SIZE,
-    TEXT,
     Cell,
     Column,
     Items,
@@ -169,7 +169,7 @@ _QUANTILES = "share; 15 bins of equally many images; less is better"
 def _table(page: Page, rows: Sequence[Mapping]) -> Table:
     columns = {
         "run": Column("Split" if page.one else "Run"),
-        "temperature": Column("Temperature", TEXT, "what logits are divided by; above 1: overconfident"),
+        "temperature": Column("Temperature", DECIMAL, "what logits are divided by; above 1: overconfident"),
         "log_loss_before": Column("Log loss before", ESTIMATE, "nats"),
         "log_loss_after": Column("Log loss after", ESTIMATE, "nats, temperature-scaled"),
         "brier_before": Column("Brier score before", ESTIMATE, "0 to 2; less is better"),

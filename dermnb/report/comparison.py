@@ -245,7 +245,7 @@ def interval_note(metrics: Mapping) -> str:
 def _board(page: Page, found: Mapping, split: str, metrics: Sequence[str], failed=(), ranked=False) -> Table:
     columns = {"run": Column("Run", TEXT)}
     if ranked:
-        columns["rank"] = Column("Rank", TEXT, "from the best to the worst that paired tests allow")
+        columns["rank"] = Column("Rank", COUNT, "from the best to the worst that paired tests allow")
     columns |= {m: Column(METRICS[m].title, ESTIMATE, METRICS[m].definition) for m in metrics}
     columns["n"] = Column("n", SIZE, "images")
     caption = f"Values with {page.level:.0%} intervals below." if page.done else "No values yet."
