@@ -62,6 +62,13 @@ def check_figures_and_tables(page, charts):
     ids = re.findall(r'data-figure="([^"]+)"', page.text)
     assert len(ids) == len(set(ids))
     assert all(f'type="application/json" id="{id}"' in page.text for id in ids)
+    # A number stands under the title of a column of numbers, and sorts as one.
+    for text in re.findall("(?s)<table.*?</table>", page.text.replace(notebook, "")):
+        heads = [' class="n"' in h for h in re.findall("<th scope=\"col\"[^>]*>", text)][1:]
+        for row in re.findall("(?s)<tr><th scope=\"row\".*?</tr>", text):
+            if "colspan" not in row:
+                cells = [' class="n"' in c for c in re.findall("<td[^>]*>", row)]
+                assert cells == heads, (text[:300], row)
     # A table of its own, or one in its section.
     for figure in re.findall(r"(?s)<figure>(.*?)</figure>", page.text):
         own = "<summary>Table behind this figure</summary>" in figure

@@ -65,7 +65,13 @@ def test_a_claim_far_from_the_conditions_is_not_compared(tmp_path):
     assert text.count("not comparable") == 2 and "1 is not comparable with what was trained" in text
     assert "not comparable: 2 epochs against 400" in text
     assert text.count("measured below the claim") == 2
-    assert "400 epochs, as far as one can tell" in text
+    assert "400 epochs, as far as one can tell" in text and "does not confirm it" not in text
+    value = load_run(tmp_path / "s" / "a").score("accuracy")["value"]
+    suite = {"title": "S", "runs": states, "claims": [claim | {"value": value, "digits": 12}]}
+    write_json(tmp_path / "s" / "suite.json", suite)
+    text = ReadPage(build_report(tmp_path / "s")).said("claims")
+    assert "interval contains the claim" in text
+    assert "An interval that contains a claim does not confirm it" in text
 
 
 def test_claims_that_do_not_fit_are_one_sentence(tmp_path):
@@ -130,6 +136,8 @@ def test_repeats(study):
     for value in values:
         assert f"{value:.3f}" in text
     assert "A standard deviation of fewer than five values is itself only rough" in text
+    assert "Test images of xception are the same in each repeat, so the spread is that of" in text
+    assert "Test images of folded differ from repeat to repeat, so the spread is of other" in text
     assert "xception-seed2 seed 2" in text and "folded-fold1 fold 1" in text
     assert "xception (3)" in page.parts["repeats"]
 
@@ -294,7 +302,7 @@ def test_calibration_of_a_run(demo_suite):
         assert f"{row['risk']['value']:.3f}" in text
     assert f"{1 - found['risk'][0]['risk']['value']:.3f}" in text
     assert f"{decision.min_confidence:.3f}" in text
-    assert "not for each class" in text
+    assert "not for each class" in text and "figures of that split are optimistic" in text
     # And beside the others on the page of the suite.
     page = ReadPage(demo_suite / "index.html")
     text = page.said("calibration")

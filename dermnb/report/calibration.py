@@ -14,10 +14,10 @@ from ..core import listing
 from ..metrics.calibration import COVERAGES, HOTTEST, Decision
 from dermnb.report.blocks import (
     COUNT,
+    DECIMAL,
     ESTIMATE,
     SHARE,
     SIZE,
-    TEXT,
     Cell,
     Column,
     Items,
@@ -159,7 +159,8 @@ def calibration_blocks(page: Page, found: Mapping) -> list:
     blocks += [_table(page, found["rows"]), _risk_plot(page, found)]
     if found["classes"]:
         blocks.append(_class_table(page, found["classes"]))
-    note = "Fitted on validation images. Prediction sets keep their coverage over all images together, not for each class, and not on images of another kind."
+    fitted = "Fitted on validation images" + (", so figures of that split are optimistic" if page.one else "")
+    note = f"{fitted}. Prediction sets keep their coverage over all images together, not for each class, and not on images of another kind."
     return [*blocks, Text(note, muted=True)]
 
 
@@ -169,7 +170,7 @@ _QUANTILES = "share; 15 bins of equally many images; less is better"
 def _table(page: Page, rows: Sequence[Mapping]) -> Table:
     columns = {
         "run": Column("Split" if page.one else "Run"),
-        "temperature": Column("Temperature", TEXT, "what logits are divided by; above 1: overconfident"),
+        "temperature": Column("Temperature", DECIMAL, "what logits are divided by; above 1: overconfident"),
         "log_loss_before": Column("Log loss before", ESTIMATE, "nats"),
         "log_loss_after": Column("Log loss after", ESTIMATE, "nats, temperature-scaled"),
         "brier_before": Column("Brier score before", ESTIMATE, "0 to 2; less is better"),

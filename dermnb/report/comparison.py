@@ -185,6 +185,9 @@ def claims_blocks(page: Page, found: Mapping) -> list:
         "verdict": Column("Verdict", WORDS),
     }
     blocks = [Text(" ".join(said)), table(found["rows"], columns, "Claimed and measured values, shares of 1, with intervals below.")]
+    if any("contains the claim" in r["text"] for r in found["rows"]):
+        note = "An interval that contains a claim does not confirm it: that would need the same data, split and training."
+        blocks.append(Text(note, muted=True))
     if found["conditions"]:
         columns = {"run": Column("Run", WORDS), "there": Column("Claimed under", WORDS), "here": Column("Measured under", WORDS)}
         blocks.append(table(found["conditions"], columns, "Conditions of each figure, as far as they are known.", sortable=False))
@@ -242,7 +245,7 @@ def interval_note(metrics: Mapping) -> str:
 def _board(page: Page, found: Mapping, split: str, metrics: Sequence[str], failed=(), ranked=False) -> Table:
     columns = {"run": Column("Run", TEXT)}
     if ranked:
-        columns["rank"] = Column("Rank", TEXT, "from the best to the worst that paired tests allow")
+        columns["rank"] = Column("Rank", COUNT, "from the best to the worst that paired tests allow")
     columns |= {m: Column(METRICS[m].title, ESTIMATE, METRICS[m].definition) for m in metrics}
     columns["n"] = Column("n", SIZE, "images")
     caption = f"Values with {page.level:.0%} intervals below." if page.done else "No values yet."
@@ -406,6 +409,11 @@ def _spread(s: Mapping) -> Cell:
 def repeats_blocks(page: Page, found: Mapping) -> list:
     groups = found["groups"]
     said = ["A standard deviation of fewer than five values is itself only rough."] if min(map(len, groups.values())) < 5 else []
+    other = [n for n, g in groups.items() if len({r.test_key for r in g}) > 1]
+    if same := [n for n in groups if n not in other]:
+        said.append(f"Test images of {listing(same)} are the same in each repeat, so the spread is that of training.")
+    if other:
+        said.append(f"Test images of {listing(other)} differ from repeat to repeat, so the spread is of other lesions and another training together.")
     if found["lost"]:
         said.append(f"Without results that can be checked, and so not in the means: {listing(found['lost'])}.")
     columns = {"recipe": Column("Recipe"), "repeats": Column("Repeats", COUNT)}
