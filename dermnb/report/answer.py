@@ -47,7 +47,7 @@ def run_pairs(a: Sequence[RunResult], b: Sequence[RunResult]) -> list[tuple[RunR
         raise ConfigError("the two have no repeat in common.")
     return pairs
 
-
+# %% ../../nbs/report/04_answer.ipynb #55edc7ab
 def differences(
     a: Sequence[RunResult], b: Sequence[RunResult], metrics: Sequence[str], split: str = ""
 ) -> list[dict]:
@@ -64,7 +64,7 @@ def differences(
     one, sides = pairs[0][0], ([pair[i].predictions for pair in pairs] for i in (0, 1))
     return paired_differences(*sides, classes[0], metrics, split or one.split, one.positive, *drawn(one))
 
-
+# %% ../../nbs/report/04_answer.ipynb #7d054b6b
 def difference_words(a: str, b: str, row: Mapping) -> str:
     "cnn minus b7: +0.012 (-0.010 to +0.034), not shown to differ."
     if row["value"] is None:
@@ -100,7 +100,7 @@ def _overlap(a: Mapping, b: Mapping) -> bool:
     ends = [(e["value"] or 0.0,) * 2 if e["low"] is None else (e["low"], e["high"]) for e in (a, b)]
     return ends[0][0] <= ends[1][1] and ends[1][0] <= ends[0][1]
 
-
+# %% ../../nbs/report/04_answer.ipynb #394196d5
 def _score_words(members: Sequence[RunResult]) -> str:
     "The balanced accuracy of a recipe: with its interval, or mean and range of its repeats."
     if len(members) == 1:
@@ -151,7 +151,9 @@ def _ensemble(page: Page) -> list[str]:
         best = max(members, key=lambda r: r.score()["value"] or 0.0)
         try:
             row = differences([run], [best], ["balanced_accuracy"])[0]
-            said.append(f"Balanced accuracy, {difference_words(run.name, best.name, row)[:-1]} ({best.name} is its best member).")
+            said.append(
+                f"Balanced accuracy, {difference_words(run.name, best.name, row)[:-1]} ({best.name} is its best member)."
+            )
         except ConfigError as error:
             said.append(f"{run.name} and its best member {best.name} are not compared: {str(error).rstrip('.')}.")
     return said or _best(page)
@@ -182,7 +184,7 @@ def independent_difference(
         found["high"] = found["value"] + math.hypot(a["high"] - a["value"], b["value"] - b["low"])
     return found
 
-
+# %% ../../nbs/report/04_answer.ipynb #7c7e5d01
 def leaking_twins(page: Page) -> list[tuple[RunResult, RunResult]]:
     "Each leaking run with one that differs from it in the split alone, if there is one by lesion first."
     found = []
@@ -192,14 +194,14 @@ def leaking_twins(page: Page) -> list[tuple[RunResult, RunResult]]:
         found += [(run, twins[0])] if twins else []
     return found
 
-
+# %% ../../nbs/report/04_answer.ipynb #fc90daea
 def recipe_of(run: RunResult) -> str:
     "Equal for runs whose settings differ in the split alone (and in the leave to leak)."
     left_out = ("split", "allow_leakage", "suite", "run", "data_dir")
     kept = {k: v for k, v in run.get("config", default={}).items() if k not in left_out}
     return json.dumps(kept, sort_keys=True, default=str)
 
-
+# %% ../../nbs/report/04_answer.ipynb #9cb2e648
 _SPLIT_WORDS = {"lesion": "by lesion", "image": "by image", "official": "as published", "kfold": "in folds"}
 
 
@@ -253,7 +255,7 @@ def _basis(page: Page) -> str:
         said += f"; the predictions of {listing(unsound)} are not sound, so these figures cannot be checked"
     return f"{said}."
 
-
+# %% ../../nbs/report/04_answer.ipynb #5bb3e31b
 def _audit_words(page: Page) -> str:
     "What is known of lesions that several splits share, where no banner says it."
     looked = [r for r in page.done if r.audited]

@@ -32,7 +32,7 @@ def number(
     "Three decimals, or a dash where there is no value."
     return EN_DASH if value is None else f"{value:{sign}.3f}".replace("-", MINUS)
 
-
+# %% ../../nbs/report/01_blocks.ipynb #e1002351
 def interval(
     estimate: Mapping,  # value, low, high
     sign: str = "",
@@ -43,18 +43,18 @@ def interval(
     to = " to " if sign or estimate["low"] < 0 else EN_DASH
     return f"{number(estimate['low'], sign)}{to}{number(estimate['high'], sign)}"
 
-
+# %% ../../nbs/report/01_blocks.ipynb #6f3ca4be
 def spelled(estimate: Mapping, sign: str = "") -> str:
     "0.905 (0.881 to 0.927)"
     ends = interval(estimate, sign).replace(EN_DASH, " to ")
     return number(estimate["value"], sign) + (f" ({ends})" if ends else "")
 
-
+# %% ../../nbs/report/01_blocks.ipynb #e704504d
 def count(value: float | None) -> str:
     "A whole number with thousands separated."
     return EN_DASH if value is None else f"{value:,.0f}"
 
-
+# %% ../../nbs/report/01_blocks.ipynb #2431baa0
 def short_count(value: float | None) -> str:
     "12.3 M"
     if value is None:
@@ -80,7 +80,7 @@ class Cell:
     badge_title: str = ""
     span: int = 0  # columns, of a reason in place of figures
 
-
+# %% ../../nbs/report/01_blocks.ipynb #4ff44298
 def _unknown(value) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
@@ -111,7 +111,10 @@ def _size(n: tuple[int, int]) -> Cell:
 
 TEXT = style(str, num=False)
 NAME = style(lambda v: v if isinstance(v, str) else Cell(v[0], sub=v[1], num=False), num=False)  # (name, title)
-WORDS = style(lambda v: Cell(v, num=False, wrap=True) if isinstance(v, str) else Cell(v[0], sub=v[1], num=False, wrap=True), num=False)
+WORDS = style(
+    lambda v: Cell(v, num=False, wrap=True) if isinstance(v, str) else Cell(v[0], sub=v[1], num=False, wrap=True),
+    num=False,
+)
 COUNT = style(count)
 SIZE = style(_size)  # (images, lesions)
 SHARE = style(number)
@@ -130,7 +133,7 @@ class Text:
     bad: bool = False
     kind = "text"
 
-
+# %% ../../nbs/report/01_blocks.ipynb #2425e006
 @dataclass(frozen=True)
 class Items:
     "A list of sentences, or of (whose, sentence)."
@@ -139,7 +142,7 @@ class Items:
     muted: bool = False
     kind = "items"
 
-
+# %% ../../nbs/report/01_blocks.ipynb #6cef5891
 @dataclass(frozen=True)
 class Facts:
     "Names and values."
@@ -148,13 +151,13 @@ class Facts:
     many: bool = False
     kind = "facts"
 
-
+# %% ../../nbs/report/01_blocks.ipynb #a092bec1
 @dataclass(frozen=True)
 class Heading:
     text: str
     kind = "heading"
 
-
+# %% ../../nbs/report/01_blocks.ipynb #39d1ece4
 @dataclass(frozen=True)
 class Fold:
     "Blocks under a title that opens them."
@@ -164,7 +167,7 @@ class Fold:
     open: bool = False
     kind = "fold"
 
-
+# %% ../../nbs/report/01_blocks.ipynb #83adf8b4
 @dataclass(frozen=True)
 class Group:
     "Blocks side by side, where there is room."
@@ -172,7 +175,7 @@ class Group:
     blocks: Sequence
     kind = "group"
 
-
+# %% ../../nbs/report/01_blocks.ipynb #e33ec7c2
 @dataclass(frozen=True)
 class Html:
     html: Markup
@@ -222,7 +225,7 @@ def table(
     feet = [c.style(foot.get(k)) for k, c in shown.items()] if foot else ()
     return Table(caption, list(shown.values()), written, title, feet, sortable and len(written) > 1)
 
-
+# %% ../../nbs/report/01_blocks.ipynb #f775b53a
 def turned(rows: Sequence[Mapping], columns: Mapping[str, Column], caption: str) -> Table:
     "The same with the columns below each other and a column for each row, named by the first column."
     (first, head), *rest = columns.items()
@@ -230,7 +233,7 @@ def turned(rows: Sequence[Mapping], columns: Mapping[str, Column], caption: str)
     written = [[NAME((c.title, c.about)), *(c.style(row[k]) for row in rows)] for k, c in rest]
     return Table(caption, [Column(""), *(Column(name, ESTIMATE) for name in names)], written, sortable=False)
 
-
+# %% ../../nbs/report/01_blocks.ipynb #05fd559d
 def _row(row: Mapping, columns: Mapping[str, Column]) -> list[Cell]:
     cells = [column.style(row.get(name)) for name, column in columns.items()]
     if _unknown(row.get("reason")):
@@ -250,7 +253,7 @@ class Plot:
     table: Table | None = None
     kind = "plot"
 
-
+# %% ../../nbs/report/01_blocks.ipynb #b6a432e9
 def plot(
     figure: Mapping,
     id: str,
@@ -267,7 +270,7 @@ def plot(
     data = script_json({"data": figure["data"], "layout": layout})
     return Plot(id, plain, about, f"{html.unescape(plain)}. {alt}", layout["height"], data, table)
 
-
+# %% ../../nbs/report/01_blocks.ipynb #52c2323d
 def script_json(value: object) -> Markup:
     "JSON that cannot end the script element that holds it."
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -275,7 +278,7 @@ def script_json(value: object) -> Markup:
         text = text.replace(char, f"\\u{ord(char):04x}")
     return Markup(text)
 
-
+# %% ../../nbs/report/01_blocks.ipynb #8dfcb75f
 def command(before: str, text: str, after: str = "") -> Markup:
     "A sentence that holds a command."
     return Markup("{}<code>{}</code>{}").format(before, text, after)

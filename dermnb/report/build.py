@@ -116,7 +116,7 @@ SECTIONS = (
     Section("provenance", "Provenance", provenance_facts, provenance_blocks),
 )
 
-
+# %% ../../nbs/report/14_build.ipynb #61e51cea
 def shown_sections(page: Page) -> list[dict]:
     "The sections of a page that have anything to show."
     found = [(s, blocks_of(s, page)) for s in SECTIONS]
@@ -127,7 +127,15 @@ def shown_sections(page: Page) -> list[dict]:
     ]
 
 # %% ../../nbs/report/14_build.ipynb #36678057
-RUN_INPUTS = ("run.json", "metrics.json", "history.csv", "notebook.ipynb", "predictions.parquet", "split.parquet", "explain.json")
+RUN_INPUTS = (
+    "run.json",
+    "metrics.json",
+    "history.csv",
+    "notebook.ipynb",
+    "predictions.parquet",
+    "split.parquet",
+    "explain.json",
+)
 
 
 def _fingerprint(folder: Path, photographs: bool) -> str:
@@ -150,7 +158,7 @@ def _up_to_date(folder: Path, photographs: bool) -> bool:
     with page.open(encoding="utf-8") as file:
         return f'content="{_fingerprint(folder, photographs)}"' in file.read(2000)
 
-
+# %% ../../nbs/report/14_build.ipynb #1162ef2a
 def build_run_page(
     run_dir: str | Path,  # reports/<suite>/<run>
     force: bool = False,  # build even if nothing has changed
@@ -207,7 +215,7 @@ def build_suite_page(
     folder = Path(suite_dir)
     return _build_suite_page(folder, *load_suite_runs(folder), single_file)
 
-
+# %% ../../nbs/report/14_build.ipynb #96181c55
 def _build_suite_page(folder: Path, suite: Mapping, runs: Sequence[RunResult], single_file: bool) -> Path:
     done = [r for r in runs if r.status == "done"]
     paged = [r for r in done if not single_file and (r.folder / "report.html").is_file()]
@@ -215,11 +223,15 @@ def _build_suite_page(folder: Path, suite: Mapping, runs: Sequence[RunResult], s
     page = Page(runs, suite, links=links, single_file=single_file)
     script = {"plotly_src": f"../{PLOTLY_JS}"}
     if single_file:
-        script = {"plotly_js": Markup((template_folder() / PLOTLY_JS).read_text("utf-8").replace("</script", "<\\/script"))}
+        script = {
+            "plotly_js": Markup((template_folder() / PLOTLY_JS).read_text("utf-8").replace("</script", "<\\/script"))
+        }
     else:
         write_plotly_js(folder.resolve().parent)
     profile = f", profile {suite['profile']}" if suite.get("profile") else ""
-    expected = [Markup("<strong>Expected beforehand:</strong> {}").format(suite["expected"])] if suite.get("expected") else []
+    expected = (
+        [Markup("<strong>Expected beforehand:</strong> {}").format(suite["expected"])] if suite.get("expected") else []
+    )
     text = render_page(
         suite.get("title") or folder.name,
         shown_sections(page),

@@ -58,7 +58,7 @@ def calibration(page: Page) -> dict:
         by_class += said["per_class"] if page.one else []
     return {"runs": runs, "rows": rows, "risks": risks, "classes": by_class}
 
-
+# %% ../../nbs/report/09_calibration.ipynb #670a5de8
 def _row(run: RunResult, said: Mapping) -> dict:
     decision, cut = run.calibration.decision, said["abstain"]
     fit = f"{decision.n:,} validation" if decision.n else "not fitted"
@@ -78,7 +78,7 @@ def _row(run: RunResult, said: Mapping) -> dict:
 def _shares(said: Mapping) -> list[dict]:
     return [{"share": share, "risk": row["risk"]} for share, row in zip(COVERAGES, said["risk"], strict=True)]
 
-
+# %% ../../nbs/report/09_calibration.ipynb #a7943501
 def unlike_splits(run: RunResult) -> str:
     "The class whose share differs most between validation and test, if it is clear."
     found = run.calibration
@@ -105,7 +105,7 @@ def _temperature(decision: Decision) -> str:
         return start + "near 1, so it is about calibrated."
     return start + ("above 1: the network is overconfident." if t > 1 else "below 1: the network is underconfident.")
 
-
+# %% ../../nbs/report/09_calibration.ipynb #c9de3e9c
 def _run_sentences(run: RunResult) -> list[str]:
     decision, said = run.calibration.decision, run.calibration.summary["splits"][run.split]
     lines = [_temperature(decision)]
@@ -115,27 +115,33 @@ def _run_sentences(run: RunResult) -> list[str]:
     verdict = "lowers" if (change["value"] or 0) < 0 else "raises"
     clear = change["low"] is not None and (change["high"] < 0 or change["low"] > 0)
     end = "" if clear else "; the interval contains 0"
-    lines.append(f"It {verdict} the log loss from {number(loss['before']['value'])} to {number(loss['after']['value'])} ({spelled(change, '+')}{end}).")
+    lines.append(
+        f"It {verdict} the log loss from {number(loss['before']['value'])} to {number(loss['after']['value'])} ({spelled(change, '+')}{end})."
+    )
     share, high = f"{decision.coverage:.0%}", said["coverage"]["high"]
     if decision.set_threshold is None:
         lines.append(f"So few validation images allow no prediction sets of {share} coverage.")
     else:
         short = ", less than promised" if high is not None and high < decision.coverage else ""
-        lines.append(f"Prediction sets of {share} coverage hold the true class in {spelled(said['coverage'])} of images{short}.")
+        lines.append(
+            f"Prediction sets of {share} coverage hold the true class in {spelled(said['coverage'])} of images{short}."
+        )
         known = [r for r in said["per_class"] if r["coverage"]["value"] is not None]
         worst = min(known, key=lambda r: r["coverage"]["value"])
         if worst["coverage"]["value"] < decision.coverage:
             lines.append(f"Least covered is {worst['class']}: {spelled(worst['coverage'])}, n = {size_text(worst)}.")
     return lines
 
-
+# %% ../../nbs/report/09_calibration.ipynb #0c5dbb97
 def _suite_sentences(runs: Sequence[RunResult]) -> list[str]:
     fitted = {r.name: r.calibration.decision for r in runs if r.calibration.decision.n}
     if len(fitted) == 1:
         return [_temperature(next(iter(fitted.values())))]
     hot = [name for name, d in fitted.items() if d.temperature >= 1.05]
     named = f" ({listing(hot, 20)})" if hot else ""
-    return [f"Overconfident, by a temperature of 1.05 or more: {len(hot)} of {len(fitted)} runs{named}."] if fitted else []
+    return (
+        [f"Overconfident, by a temperature of 1.05 or more: {len(hot)} of {len(fitted)} runs{named}."] if fitted else []
+    )
 
 # %% ../../nbs/report/09_calibration.ipynb #05228d45
 def calibration_blocks(page: Page, found: Mapping) -> list:
@@ -148,7 +154,9 @@ def calibration_blocks(page: Page, found: Mapping) -> list:
     unlike = {r.name: text for r in runs if (text := unlike_splits(r))}
     if unlike:
         of = "" if page.one else f" of {listing(unlike)}"
-        said.append(f"Classes are not as common among validation as among test images{of} ({next(iter(unlike.values()))}): what is fitted on the one need not fit the other.")
+        said.append(
+            f"Classes are not as common among validation as among test images{of} ({next(iter(unlike.values()))}): what is fitted on the one need not fit the other."
+        )
     said += [f"No predictions that can be read: {listing(lost)}."] if lost else []
     said += [f"Predictions that are not sound: {listing(unsound)}."] if unsound else []
     blocks += [Items(said)] if said else []
@@ -163,7 +171,7 @@ def calibration_blocks(page: Page, found: Mapping) -> list:
     note = f"{fitted}. Prediction sets keep their coverage over all images together, not for each class, and not on images of another kind."
     return [*blocks, Text(note, muted=True)]
 
-
+# %% ../../nbs/report/09_calibration.ipynb #e594f34e
 _QUANTILES = "share; 15 bins of equally many images; less is better"
 
 
@@ -185,7 +193,9 @@ def _table(page: Page, rows: Sequence[Mapping]) -> Table:
     if page.one:  # two splits, side by side
         return turned(rows, columns, f"Calibration and prediction sets, with {page.level:.0%} intervals.")
     columns = {k: c for k, c in columns.items() if not k.startswith("brier") and k != "single"}
-    return table(rows, columns, f"Calibration and prediction sets, {page.where} split, with {page.level:.0%} intervals.")
+    return table(
+        rows, columns, f"Calibration and prediction sets, {page.where} split, with {page.level:.0%} intervals."
+    )
 
 # %% ../../nbs/report/09_calibration.ipynb #b2bcbea8
 def _point(run: RunResult, split: str) -> dict | None:
@@ -195,38 +205,60 @@ def _point(run: RunResult, split: str) -> dict | None:
         return None
     return {"coverage": cut["answered"]["value"], "risk": 1 - cut["accuracy"]["value"]}
 
-
+# %% ../../nbs/report/09_calibration.ipynb #827bc620
 def _risk_plot(page: Page, found: Mapping) -> Plot:
     "Risk by coverage, with what abstaining costs and gains in its table."
     runs = found["runs"]
     if page.one:
-        curves = {SPLIT_TITLES[s]: runs[0].calibration.curves[s] for s in ("test", "val") if s in runs[0].calibration.curves}
+        curves = {
+            SPLIT_TITLES[s]: runs[0].calibration.curves[s] for s in ("test", "val") if s in runs[0].calibration.curves
+        }
         points = {SPLIT_TITLES[s]: _point(runs[0], s) for s in ("test", "val") if s in runs[0].calibration.curves}
     else:
         curves = {shown_name(r): r.calibration.curves[r.split] if r in runs else pd.DataFrame() for r in page.done}
         points = {shown_name(r): _point(r, r.split) for r in runs}
     sizes = {r.reported["n"] for r in runs}
     where = " and ".join(curves).lower() if page.one else page.where
-    figure = risk_coverage_figure(curves, points, where, sizes.pop() if len(sizes) == 1 and not page.one else None, page.note)
+    figure = risk_coverage_figure(
+        curves, points, where, sizes.pop() if len(sizes) == 1 and not page.one else None, page.note
+    )
     rows = [r | k for r, k in zip(found["rows"], found["risks"], strict=True)]
     columns = {
         "run": Column("Split" if page.one else "Run"),
-        "least": Column("Least confidence", SHARE, "calibrated probability of the predicted class that 80% of validation images reach"),
+        "least": Column(
+            "Least confidence",
+            SHARE,
+            "calibrated probability of the predicted class that 80% of validation images reach",
+        ),
         "answered": Column("Answered", ESTIMATE, "share of images that reach it"),
         "accuracy": Column("Accuracy of those", ESTIMATE),
         "all": Column("Accuracy of all", ESTIMATE),
-        **{s: Column(f"Risk at {s:.0%}", ESTIMATE, "error rate of that share of images, the most confident") for s in COVERAGES if s < 1},
+        **{
+            s: Column(f"Risk at {s:.0%}", ESTIMATE, "error rate of that share of images, the most confident")
+            for s in COVERAGES
+            if s < 1
+        },
         "aurc": Column("AURC", ESTIMATE, "mean error rate over all shares answered; less is better"),
     }
     best = min(runs, key=lambda r: r.calibration.summary["splits"][r.split]["aurc"]["value"])
     said = best.calibration.summary["splits"][best.split]["risk"]
     alt = f"{best.name}: error rate {number(said[0]['risk']['value'])} of all images, {number(said[-1]['risk']['value'])} of the more confident half."
     made = turned if page.one else table
-    return plot(figure, "risk-coverage", alt, made(rows, columns, f"Abstention and risk by coverage, with {page.level:.0%} intervals."))
+    return plot(
+        figure,
+        "risk-coverage",
+        alt,
+        made(rows, columns, f"Abstention and risk by coverage, with {page.level:.0%} intervals."),
+    )
 
-
+# %% ../../nbs/report/09_calibration.ipynb #d71b4406
 def _class_table(page: Page, rows: Sequence[Mapping]) -> Table:
-    columns = {"class": "Class", "size": Column("n", SIZE), "coverage": Column("Coverage", ESTIMATE), "set_size": Column("Classes in a set", ESTIMATE)}
+    columns = {
+        "class": "Class",
+        "size": Column("n", SIZE),
+        "coverage": Column("Coverage", ESTIMATE),
+        "set_size": Column("Classes in a set", ESTIMATE),
+    }
     cells = [row | {"size": (row["n"], row["lesions"])} for row in rows]
     return table(cells, columns, f"Prediction sets by true class, {page.where} split.")
 

@@ -82,7 +82,7 @@ def _groups() -> list[dict]:
     text = (package_files("dermnb") / "checklists" / "reporting.yaml").read_text("utf-8")
     return yaml.safe_load(text)
 
-
+# %% ../../nbs/report/07_checklist.ipynb #a1431d5d
 def checklist(
     records: Sequence[Mapping],  # run.json of one run, or of all runs of a page
     metrics: Sequence[Mapping] = (),  # their metrics.json, in the same order

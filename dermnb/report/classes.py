@@ -48,7 +48,9 @@ def metrics(page: Page) -> dict:
 
 def metrics_blocks(page: Page, found: Mapping) -> list:
     run = page.done[0]
-    shown = table(found["rows"], {"metric": "Metric"} | split_columns(run), "Values with intervals below.", sortable=False)
+    shown = table(
+        found["rows"], {"metric": "Metric"} | split_columns(run), "Values with intervals below.", sortable=False
+    )
     blocks = [shown, Text(interval_note(run.metrics), muted=True)]
     return [*blocks, Text(found["absent"])] if found["absent"] else blocks
 
@@ -57,13 +59,23 @@ def classes(page: Page) -> dict:
     "Of a run all metrics of each class; of a suite the recall of each class and run."
     if not page.one:
         codes = list(dict.fromkeys(c for r in page.done for c in r.record["classes"]))
-        sizes = {c: [row["n"] for r in page.done for row in r.reported["per_class"] if row["class"] == c] for c in codes}
-        rows = [{"run": page.name(r)} | {row["class"]: row["recall"] for row in r.reported["per_class"]} for r in page.done]
+        sizes = {
+            c: [row["n"] for r in page.done for row in r.reported["per_class"] if row["class"] == c] for c in codes
+        }
+        rows = [
+            {"run": page.name(r)} | {row["class"]: row["recall"] for row in r.reported["per_class"]} for r in page.done
+        ]
         return {"rows": rows, "sizes": sizes}
     run = page.done[0]
-    titles = {row["class"]: run.get("class_titles", row["class"], default=row["class"]) for row in run.reported["per_class"]}
+    titles = {
+        row["class"]: run.get("class_titles", row["class"], default=row["class"]) for row in run.reported["per_class"]
+    }
     named = {c: (c, title if title != c else "") for c, title in titles.items()}
-    return {"rows": [row | {"class": named[row["class"]], "n": (row["n"], row["lesions"])} for row in run.reported["per_class"]]}
+    return {
+        "rows": [
+            row | {"class": named[row["class"]], "n": (row["n"], row["lesions"])} for row in run.reported["per_class"]
+        ]
+    }
 
 
 def classes_blocks(page: Page, found: Mapping) -> list:
@@ -77,7 +89,9 @@ def classes_blocks(page: Page, found: Mapping) -> list:
     shown = table(found["rows"], columns, f"Recall by class and run, {where} split.")
     per_class = {shown_name(r): r.reported["per_class"] for r in page.done}
     best = best_of(page.done)
-    alt = f"{best.name}: " + ", ".join(f"{row['class']} {number(row['recall']['value'])}" for row in best.reported["per_class"])
+    alt = f"{best.name}: " + ", ".join(
+        f"{row['class']} {number(row['recall']['value'])}" for row in best.reported["per_class"]
+    )
     figure = per_class_figure(per_class, "recall", where, page.level, page.note)
     return [plot(figure, "class-recall", f"{alt}.", shown)]
 
@@ -104,7 +118,9 @@ def _confusion_plot(page: Page, run: RunResult, id: str) -> Plot:
     codes, scored, where = list(run.record["classes"]), run.reported, SPLIT_TITLES[run.split].lower()
     right = sum(row[i] for i, row in enumerate(scored["confusion"]))
     rows = [{"true": c} | dict(enumerate(n)) | {"all": sum(n)} for c, n in zip(codes, scored["confusion"], strict=True)]
-    columns = {"true": "True class"} | {i: Column(c, COUNT) for i, c in enumerate(codes)} | {"all": Column("Images", COUNT)}
+    columns = (
+        {"true": "True class"} | {i: Column(c, COUNT) for i, c in enumerate(codes)} | {"all": Column("Images", COUNT)}
+    )
     shown = table(rows, columns, f"Images by true class (rows) and predicted class (columns), {where} split.")
     alt = f"{right:,} of {scored['n']:,} images lie on the diagonal."
     return plot(confusion_figure(scored["confusion"], codes, run.name, where, page.note), id, alt, shown)
@@ -131,8 +147,17 @@ def curves_blocks(page: Page, found: Mapping) -> list:
     figure = learning_curves(found["histories"], n if n and None not in n else None, page.note)
     four = style(lambda v: f"{v:.4f}")
     columns = {"run": "Run", "what": "Epoch", "epoch": Column("Number", COUNT), "stage": "Stage"}
-    titles = {"loss": "Training loss", "val_loss": "Validation loss", "accuracy": "Training accuracy", "val_accuracy": "Validation accuracy"}
+    titles = {
+        "loss": "Training loss",
+        "val_loss": "Validation loss",
+        "accuracy": "Training accuracy",
+        "val_accuracy": "Validation accuracy",
+    }
     columns |= {k: Column(t, four) for k, t in titles.items()}
     caption = "Loss (nats) and accuracy (share) of the epoch with the lowest validation loss and of the last; all are in history.csv."
-    ends = [f"{r['run']}: lowest validation loss {r['val_loss']:.3f} in epoch {r['epoch']:.0f} of {r['epochs']}" for r in found["rows"] if r["what"] == "best"]
+    ends = [
+        f"{r['run']}: lowest validation loss {r['val_loss']:.3f} in epoch {r['epoch']:.0f} of {r['epochs']}"
+        for r in found["rows"]
+        if r["what"] == "best"
+    ]
     return [plot(figure, "learning-curves", "; ".join(ends) + ".", table(found["rows"], columns, caption))]

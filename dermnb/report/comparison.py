@@ -114,7 +114,12 @@ def _claim_row(claim: Claim, check: ClaimCheck, page: Page) -> dict:
     "Claimed, measured, the verdict and what bears on it."
     shown = f"{claim.value:.{claim.digits}f}" if claim.value is not None else f"above {claim.better_than}"
     of = SPLIT_TITLES.get(claim.split, "split not said").lower()
-    row = {"run": claim.run, "metric": metric_title(claim.metric), "claimed": Cell(shown, claim.value or "", of), "measured": None}
+    row = {
+        "run": claim.run,
+        "metric": metric_title(claim.metric),
+        "claimed": Cell(shown, claim.value or "", of),
+        "measured": None,
+    }
     fault = f"cannot be true: {check.fault.rstrip('.')}" if check.fault else ""
     try:
         mine = members_of(page.runs, claim.run)
@@ -167,7 +172,7 @@ def claims(page: Page) -> dict | None:
     ]
     return {"rows": rows, "conditions": conditions, "faults": sum(bool(c.fault) for c in checks)}
 
-
+# %% ../../nbs/report/05_comparison.ipynb #0d154ab3
 def claims_blocks(page: Page, found: Mapping) -> list:
     if "error" in found:
         return [Text(found["error"], bad=True)]
@@ -184,13 +189,24 @@ def claims_blocks(page: Page, found: Mapping) -> list:
         "measured": Column("Measured here", ESTIMATE),
         "verdict": Column("Verdict", WORDS),
     }
-    blocks = [Text(" ".join(said)), table(found["rows"], columns, "Claimed and measured values, shares of 1, with intervals below.")]
+    blocks = [
+        Text(" ".join(said)),
+        table(found["rows"], columns, "Claimed and measured values, shares of 1, with intervals below."),
+    ]
     if any("contains the claim" in r["text"] for r in found["rows"]):
-        note = "An interval that contains a claim does not confirm it: that would need the same data, split and training."
+        note = (
+            "An interval that contains a claim does not confirm it: that would need the same data, split and training."
+        )
         blocks.append(Text(note, muted=True))
     if found["conditions"]:
-        columns = {"run": Column("Run", WORDS), "there": Column("Claimed under", WORDS), "here": Column("Measured under", WORDS)}
-        blocks.append(table(found["conditions"], columns, "Conditions of each figure, as far as they are known.", sortable=False))
+        columns = {
+            "run": Column("Run", WORDS),
+            "there": Column("Claimed under", WORDS),
+            "here": Column("Measured under", WORDS),
+        }
+        blocks.append(
+            table(found["conditions"], columns, "Conditions of each figure, as far as they are known.", sortable=False)
+        )
     return blocks
 
 # %% ../../nbs/report/05_comparison.ipynb #5f006d3d
@@ -202,7 +218,11 @@ def _network(run: RunResult) -> str:
 def _rank(run: RunResult, ranks: Mapping[str, tuple[int, int]]) -> Cell:
     found = ranks.get(run.group or run.name)
     if found is None or run.unsound:
-        why = [w for k, w in (("reference", "reference"), ("leaks", "leaks"), ("unsound", "predictions not sound")) if getattr(run, k)]
+        why = [
+            w
+            for k, w in (("reference", "reference"), ("leaks", "leaks"), ("unsound", "predictions not sound"))
+            if getattr(run, k)
+        ]
         return Cell(EN_DASH, "", (why or ["not compared"])[0])
     best, worst = found
     return Cell(str(best) if best == worst else f"{best}{EN_DASH}{worst}", best + worst / 1000)
@@ -222,7 +242,7 @@ def leaderboard(page: Page) -> dict:
     failed = [{"run": r.name, "reason": f"{r.status}: {r.error}", "bad": True} for r in page.runs if r.status != "done"]
     return {"rows": rows, "failed": failed, "ranked": bool(ranks), "absent": absent_classes(page.done)}
 
-
+# %% ../../nbs/report/05_comparison.ipynb #ac11fc3f
 def absent_classes(runs: Sequence[RunResult]) -> str:
     "Which classes have no image in which split; nothing if none."
     found: dict[str, set] = {}
@@ -232,7 +252,7 @@ def absent_classes(runs: Sequence[RunResult]) -> str:
     said = [f"{listing(sorted(c), 20)} in the {SPLIT_TITLES[s].lower()} split" for s, c in found.items() if c]
     return f"Without images, and left out of averages: {'; '.join(said)}." if said else ""
 
-
+# %% ../../nbs/report/05_comparison.ipynb #5c1091aa
 def interval_note(metrics: Mapping) -> str:
     "How the intervals of a metrics.json were made."
     unit = metrics.get("unit", "lesion")
@@ -251,7 +271,7 @@ def _board(page: Page, found: Mapping, split: str, metrics: Sequence[str], faile
     caption = f"Values with {page.level:.0%} intervals below." if page.done else "No values yet."
     return table([*found["rows"][split], *failed], columns, caption, f"{SPLIT_TITLES[split]} split.")
 
-
+# %% ../../nbs/report/05_comparison.ipynb #fe95f83c
 def leaderboard_blocks(page: Page, found: Mapping) -> list:
     rows, first = found["rows"], "test" if found["rows"]["test"] or not found["rows"]["val"] else "val"
     boards = [_board(page, found, first, LEADERBOARD, found["failed"], found["ranked"])]
@@ -273,7 +293,13 @@ def leaderboard_blocks(page: Page, found: Mapping) -> list:
     alt = f"Highest: {best.name}, {number(best.score()['value'])}. The tables have these numbers."
     blocks += [*boards, *([Text(found["absent"])] if found["absent"] else []), plot(figure, "leaderboard-plot", alt)]
     blocks.append(Fold("All other metrics" if len(more) == 1 else "Validation split and all other metrics", more))
-    return [*blocks, Fold("Definitions", [Facts([(m.title, m.definition) for m in METRICS.values()]), Text(interval_note(page.done[0].metrics))])]
+    return [
+        *blocks,
+        Fold(
+            "Definitions",
+            [Facts([(m.title, m.definition) for m in METRICS.values()]), Text(interval_note(page.done[0].metrics))],
+        ),
+    ]
 
 # %% ../../nbs/report/05_comparison.ipynb #73cf14b6
 def pairwise(page: Page) -> dict | None:
@@ -301,11 +327,11 @@ def pairwise(page: Page) -> dict | None:
     sure = [p for p in known if p["p_holm"] is not None and p["p_holm"] <= SIGNIFICANT]
     return {"left_out": left_out, "pairs": page.pairs, "rows": rows, "known": len(known), "sure": len(sure)}
 
-
+# %% ../../nbs/report/05_comparison.ipynb #7e5e456c
 def _mcnemar(test: Mapping) -> Cell:
     return replace(P_VALUE(test["p_holm"]), sub=f"{test['b01']:,} and {test['b10']:,}")
 
-
+# %% ../../nbs/report/05_comparison.ipynb #a20d560b
 def pairwise_blocks(page: Page, found: Mapping) -> list:
     blocks = [Items(found["left_out"])] if found["left_out"] else []
     if not found["pairs"]:
@@ -314,7 +340,9 @@ def pairwise_blocks(page: Page, found: Mapping) -> list:
         "pair": Column("Pair", WORDS),
         "difference": Column("Balanced accuracy", DIFFERENCE, "difference by paired bootstrap over lesions"),
         "p": Column("p (Holm)", P_VALUE, "adjusted for all pairs"),
-        "mcnemar": Column("McNemar p (Holm)", P_VALUE, "below: images that only the second, and only the first, got right"),
+        "mcnemar": Column(
+            "McNemar p (Holm)", P_VALUE, "below: images that only the second, and only the first, got right"
+        ),
         "auc": Column("Macro AUC", DIFFERENCE, "difference by DeLong's method over lesions"),
         "delong": Column("DeLong p (Holm)", P_VALUE),
         "n": Column("n", SIZE),
@@ -352,9 +380,13 @@ def paired(page: Page) -> list[dict] | None:
             found.append({"a": a, "b": b, "error": f"{text[:1].upper()}{text[1:]}"})
     return found or None
 
-
+# %% ../../nbs/report/05_comparison.ipynb #e80a1b66
 def paired_blocks(page: Page, found: Sequence[Mapping]) -> list:
-    blocks = [Text("Both runs predicted the same images, and the same lesions are resampled for both. Of twenty intervals one leaves out 0 by chance.")]
+    blocks = [
+        Text(
+            "Both runs predicted the same images, and the same lesions are resampled for both. Of twenty intervals one leaves out 0 by chance."
+        )
+    ]
     for i, pair in enumerate(found):
         if "error" in pair:
             blocks += [Heading(f"{pair['a']} against {pair['b']}"), Text(pair["error"], bad=True)]
@@ -362,11 +394,13 @@ def paired_blocks(page: Page, found: Sequence[Mapping]) -> list:
         blocks.append(_paired_plot(page, pair, i))
     return blocks
 
-
+# %% ../../nbs/report/05_comparison.ipynb #f7363d8f
 def _paired_plot(page: Page, pair: Mapping, i: int) -> Plot:
     rows, where = pair["rows"], SPLIT_TITLES[pair["split"]].lower()
     note = f"mean of {pair['repeats']} repeats" if pair["repeats"] > 1 else ""
-    figure = difference_figure(rows, pair["a"], pair["b"], where, page.level, "; ".join(n for n in (note, page.note) if n))
+    figure = difference_figure(
+        rows, pair["a"], pair["b"], where, page.level, "; ".join(n for n in (note, page.note) if n)
+    )
     columns = {
         "label": "Metric",
         "a": Column(pair["a"], SHARE),
@@ -400,7 +434,7 @@ def repeats(page: Page) -> dict | None:
     lost = [r.name for r in page.runs if (r.status != "done" or r.unsound) and r.group in groups]
     return {"rows": rows, "each": each, "groups": groups, "lost": lost}
 
-
+# %% ../../nbs/report/05_comparison.ipynb #bc9aba0c
 def _spread(s: Mapping) -> Cell:
     sub = f"SD {s['sd']:.3f}; {number(s['min'])}{EN_DASH}{number(s['max'])}" if s["n"] > 1 else ""
     return Cell(number(s["mean"]), "" if s["mean"] is None else s["mean"], sub, wrap=True)
@@ -408,24 +442,37 @@ def _spread(s: Mapping) -> Cell:
 
 def repeats_blocks(page: Page, found: Mapping) -> list:
     groups = found["groups"]
-    said = ["A standard deviation of fewer than five values is itself only rough."] if min(map(len, groups.values())) < 5 else []
+    said = (
+        ["A standard deviation of fewer than five values is itself only rough."]
+        if min(map(len, groups.values())) < 5
+        else []
+    )
     other = [n for n, g in groups.items() if len({r.test_key for r in g}) > 1]
     if same := [n for n in groups if n not in other]:
         said.append(f"Test images of {listing(same)} are the same in each repeat, so the spread is that of training.")
     if other:
-        said.append(f"Test images of {listing(other)} differ from repeat to repeat, so the spread is of other lesions and another training together.")
+        said.append(
+            f"Test images of {listing(other)} differ from repeat to repeat, so the spread is of other lesions and another training together."
+        )
     if found["lost"]:
         said.append(f"Without results that can be checked, and so not in the means: {listing(found['lost'])}.")
     columns = {"recipe": Column("Recipe"), "repeats": Column("Repeats", COUNT)}
     columns |= {m: Column(METRICS[m].title, style(_spread), METRICS[m].definition) for m in LEADERBOARD}
     each = {"run": "Run", "repeat": "Repeat", "score": Column("Balanced accuracy", ESTIMATE), "n": Column("n", SIZE)}
-    points = {n: [(r.repeat, r.score()["value"]) for r in g if r.score()["value"] is not None] for n, g in groups.items()}
+    points = {
+        n: [(r.repeat, r.score()["value"]) for r in g if r.score()["value"] is not None] for n, g in groups.items()
+    }
     figure = repeats_figure(points, "balanced_accuracy", page.where, page.note)
     alt = "; ".join(f"{n}: mean {number(group_score(g)['value'])} of {len(g)}" for n, g in groups.items())
     return [
         *([Text(" ".join(said))] if said else []),
         table(found["rows"], columns, "Mean over repeats; below it the standard deviation (SD), minimum and maximum."),
-        plot(figure, "repeats-plot", f"{alt}.", table(found["each"], each, "Balanced accuracy of each repeat, with its interval.")),
+        plot(
+            figure,
+            "repeats-plot",
+            f"{alt}.",
+            table(found["each"], each, "Balanced accuracy of each repeat, with its interval."),
+        ),
     ]
 
 # %% ../../nbs/report/05_comparison.ipynb #7c27dda9
@@ -448,7 +495,7 @@ def ensembles(page: Page) -> list[dict] | None:
             rows.append(row | {"score": score, "whole": run.score()})
     return rows or None
 
-
+# %% ../../nbs/report/05_comparison.ipynb #49961b96
 def ensembles_blocks(page: Page, rows: Sequence[Mapping]) -> list:
     columns = {
         "ensemble": Column("Ensemble"),
@@ -474,7 +521,7 @@ def two_classes(page: Page) -> dict | None:
     notes = [_unnamed_note(pair, page.done) for pair in dict.fromkeys(unnamed)]
     return {"rows": rows, "notes": notes} if notes or rows["test"] or rows["val"] else None
 
-
+# %% ../../nbs/report/05_comparison.ipynb #a56d86b1
 def _unnamed_note(pair: Sequence[str], done: Sequence[RunResult]) -> str:
     "That none of two classes is named as positive, and how to name one."
     run = next(r for r in done if tuple(r.record["classes"]) == tuple(pair))
@@ -487,9 +534,11 @@ def _unnamed_note(pair: Sequence[str], done: Sequence[RunResult]) -> str:
         f"Of {pair[0]} and {pair[1]} none is named as the positive class, so no sensitivity, specificity or threshold is given. To name "
         "one, say positive: CODE in the suite file or -p positive=CODE, which trains nothing again, or positive: CODE in a taxonomy."
     )
-    return note + (f" {malignant[0]} is a malignant diagnosis: -p positive={malignant[0]} names it." if len(malignant) == 1 else "")
+    return note + (
+        f" {malignant[0]} is a malignant diagnosis: -p positive={malignant[0]} names it." if len(malignant) == 1 else ""
+    )
 
-
+# %% ../../nbs/report/05_comparison.ipynb #acdbffa3
 def two_classes_blocks(page: Page, found: Mapping) -> list:
     blocks = [Text(s) for s in found["notes"]]
     columns = {"run": Column("Run")}

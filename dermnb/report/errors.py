@@ -35,7 +35,7 @@ def errors(page: Page) -> dict | None:
         return {"error": str(error)}
     return {"run": run, "worst": worst, "doubts": doubts}
 
-
+# %% ../../nbs/report/11_errors.ipynb #3720d4ee
 def errors_blocks(page: Page, found: Mapping) -> list:
     if "error" in found:
         return [Text(found["error"])]
@@ -57,7 +57,7 @@ def errors_blocks(page: Page, found: Mapping) -> list:
     blocks.insert(0, Text(f"{of}{doubts['summary']}{few}"))
     return [*blocks, *_doubt_tables(doubts), Text(" ".join(doubts["notes"]), muted=True)]
 
-
+# %% ../../nbs/report/11_errors.ipynb #50bc5468
 def _doubt_tables(doubts: Mapping) -> list:
     if not doubts["rows"]:
         return []
@@ -65,6 +65,11 @@ def _doubt_tables(doubts: Mapping) -> list:
     heads |= {"p_given": Column("Probability of the label", SHARE), "p_suggested": Column("of the suggested", SHARE)}
     caption = f"Doubtful labels, the most doubtful first ({len(doubts['rows'])} of {doubts['found']:,})."
     shown = table(doubts["rows"], heads, caption)
-    columns = {"given": "Label", "suggested": "Suggested", "counted": Column("Images", COUNT), "expected": Column("Expected in all", DECIMAL)}
+    columns = {
+        "given": "Label",
+        "suggested": "Suggested",
+        "counted": Column("Images", COUNT),
+        "expected": Column("Expected in all", DECIMAL),
+    }
     pairs = table(doubts["pairs"][: len(doubts["rows"])], columns, "Which labels are doubted in favor of which.")
     return [Fold(f"Doubtful labels ({len(doubts['rows'])})", [shown, pairs])]

@@ -154,7 +154,7 @@ def _scatter(mode: str, x, y, **more) -> dict:
 def _n(n: int | None, unit: str = "image") -> str:
     return f"n = {plural(n, unit)}" if n else ""
 
-
+# %% ../../nbs/report/00_figures.ipynb #973e72c4
 def _axis(title: str, names: Sequence[str] = (), **more) -> dict:
     "An axis; names are counted from 0."
     named = {"tickvals": list(range(len(names))), "ticktext": list(names), "showgrid": False}
@@ -231,7 +231,7 @@ def _spec(metric: str, *tables: Mapping, kind: str = "metric"):
         raise unknown_name(kind, metric, known)
     return known[metric]
 
-
+# %% ../../nbs/report/00_figures.ipynb #3b6c47cb
 def leaderboard_figure(
     results: Mapping[str, Mapping],  # run -> the splits of its metrics.json
     metric: str = "balanced_accuracy",  # a name in METRICS
@@ -263,7 +263,9 @@ def leaderboard_figure(
     notes += ["dotted: chance level" if chance is not None else "", note]
     lines = [] if chance is None else [chance]
     axes = f"{spec.title} (share)", "Run"
-    return forest_figure(f"{spec.title} of each run", notes, [label(n, 22) for n in order], series, axes, lines, step=44)
+    return forest_figure(
+        f"{spec.title} of each run", notes, [label(n, 22) for n in order], series, axes, lines, step=44
+    )
 
 # %% ../../nbs/report/00_figures.ipynb #4cd6dcfc
 def per_class_figure(
@@ -297,7 +299,7 @@ def per_class_figure(
     figure["layout"]["shapes"] = [rule | {"y0": k + 0.5, "y1": k + 0.5} for k in range(len(classes) - 1)]
     return figure
 
-
+# %% ../../nbs/report/00_figures.ipynb #b28af661
 def span(counts: Sequence[int]) -> str:
     "120, or 120 to 135 where counts differ."
     low, high = min(counts), max(counts)
@@ -319,7 +321,9 @@ def subgroup_figure(
         said = {j: f"{label(r['title'])} {label(r['value'], 40)}" for j, r in shown.items()}
         cells = {j: r["metrics"][metric] for j, r in shown.items()}
         style = style_of(i)
-        series.append({"name": label(kind), "cells": cells, "said": said, "color": style["color"], "symbol": style["symbol"]})
+        series.append(
+            {"name": label(kind), "cells": cells, "said": said, "color": style["color"], "symbol": style["symbol"]}
+        )
     names = [f"{label(r['title'], 12)}: {label(r['value'], 14)} ({r['n']:,})" for r in rows]
     notes = [f"{SPLIT_TITLES[found['split']].lower()} split", f"lines: {found['level']:.0%} intervals"]
     notes += ["dotted: all images", "n: images; no point: too few", note]
@@ -343,16 +347,25 @@ def difference_figure(
         cells[clear][at] = row
     said = {at: label(row["label"], 60) for at, row in enumerate(rows)}
     looks = ((True, COLORS[0], "circle"), (False, INK, "circle-open"))
-    series = [{"name": "", "cells": cells[c], "said": said, "color": color, "symbol": s, "size": 10} for c, color, s in looks]
-    notes = [f"{split} split, same images", f"lines: {level:.0%} intervals, paired", "filled: the interval leaves out 0", note]
+    series = [
+        {"name": "", "cells": cells[c], "said": said, "color": color, "symbol": s, "size": 10} for c, color, s in looks
+    ]
+    notes = [
+        f"{split} split, same images",
+        f"lines: {level:.0%} intervals, paired",
+        "filled: the interval leaves out 0",
+        note,
+    ]
     names = [f"{label(r['label'], 24)} ({r['n']:,})" for r in rows]
     title = f"{html.unescape(label(a))} minus {html.unescape(label(b))}"
     ends = [e for r in rows for e in (r["value"], r["low"], r["high"]) if e is not None]
     pad = 0.05 * (max(ends, default=1) - min(ends, default=0)) + 0.005
     ends = [min([*ends, 0]) - pad, max([*ends, 0]) + pad]
-    return forest_figure(title, notes, names, [s for s in series if s["cells"]], ("Difference (share)", "Metric (n)"), [0], ends)
+    return forest_figure(
+        title, notes, names, [s for s in series if s["cells"]], ("Difference (share)", "Metric (n)"), [0], ends
+    )
 
-
+# %% ../../nbs/report/00_figures.ipynb #0f19b700
 def repeats_figure(
     groups: Mapping[str, Sequence[tuple[str, float]]],  # group -> (repeat, value)
     metric: str = "balanced_accuracy",
@@ -365,10 +378,20 @@ def repeats_figure(
         color = style_of(at)["color"]
         for repeat, value in points:
             said = {at: f"{label(name, 60)}, {label(repeat)}"}
-            series.append({"name": label(name), "cells": {at: {"value": value}}, "said": said, "color": color, "symbol": "circle-open"})
+            series.append(
+                {
+                    "name": label(name),
+                    "cells": {at: {"value": value}},
+                    "said": said,
+                    "color": color,
+                    "symbol": "circle-open",
+                }
+            )
         mean = {at: {"value": float(np.mean([v for _, v in points]))}}
         said = {at: f"{label(name, 60)}, mean"}
-        series.append({"name": label(name), "cells": mean, "said": said, "color": color, "symbol": "line-ns", "size": 26})
+        series.append(
+            {"name": label(name), "cells": mean, "said": said, "color": color, "symbol": "line-ns", "size": 26}
+        )
     names = [f"{label(g, 22)} ({len(p)})" for g, p in groups.items()]
     axes, notes = (f"{spec.title} (share)", "Recipe (n)"), [f"{split} split", "stroke: mean", "n: repeats", note]
     values = [s["cells"][at]["value"] for s in series for at in s["cells"]]
@@ -378,9 +401,7 @@ def repeats_figure(
 
 # %% ../../nbs/report/00_figures.ipynb #57fd603b
 def shortcut_figure(
-    results: Mapping[str, Mapping],  # run -> plain, covered, border, and majority
-    level: float = 0.95,
-    note: str = "",
+    results: Mapping[str, Mapping], level: float = 0.95, note: str = ""  # run -> plain, covered, border, and majority
 ) -> dict:
     "Accuracy on whole images, with the lesion covered and on the border, of each run."
     series = [{
@@ -395,7 +416,9 @@ def shortcut_figure(
     notes = ["stroke: always predicting the commonest class", f"lines: {level:.0%} intervals"]
     notes += [_n(*sizes) if len(sizes) == 1 else "", note]
     axes, ends = ("Accuracy (share)", "Run"), _SHARE["range"]
-    return forest_figure("Accuracy with the lesion covered", notes, [label(n, 22) for n in results], series, axes, ends=ends, step=66)
+    return forest_figure(
+        "Accuracy with the lesion covered", notes, [label(n, 22) for n in results], series, axes, ends=ends, step=66
+    )
 
 # %% ../../nbs/report/00_figures.ipynb #84678c5c
 def _heat(z, scale: Sequence[str], stops: Sequence[float], low: float, high: float, bar: str, **more) -> dict:
@@ -407,7 +430,7 @@ def _heat(z, scale: Sequence[str], stops: Sequence[float], low: float, high: flo
 
 _STOPS = (0, 0.25, 0.6, 1)
 
-
+# %% ../../nbs/report/00_figures.ipynb #8065a611
 def confusion_figure(
     counts: Sequence[Sequence[int]],  # (k, k), rows true, columns predicted
     classes: Sequence[str],  # class codes in the order of rows and columns
@@ -452,7 +475,11 @@ def pairs_figure(
     "Differences of every pair of groups as a matrix; numbers where they are significant."
     known, k = [p for p in pairs if p["value"] is not None], len(names)
     _require("figure of pairs", known)
-    place, z, text = {name: i for i, name in enumerate(names)}, [[None] * k for _ in range(k)], [[""] * k for _ in range(k)]
+    place, z, text = (
+        {name: i for i, name in enumerate(names)},
+        [[None] * k for _ in range(k)],
+        [[""] * k for _ in range(k)],
+    )
     for pair in known:
         sure = pair["p_holm"] is not None and pair["p_holm"] <= significant
         for a, b, sign in ((pair["a"], pair["b"], 1), (pair["b"], pair["a"], -1)):
@@ -474,7 +501,7 @@ def pairs_figure(
         yaxis=_axis("Run", ticks, autorange="reversed"),
     )
 
-
+# %% ../../nbs/report/00_figures.ipynb #69859c7c
 def mean_map_figure(
     values: Sequence[Sequence[float]],  # square, 0 to 1; the first row is the top
     n: int | None = None,  # images
@@ -485,7 +512,17 @@ def mean_map_figure(
     if grid.ndim != 2 or not grid.size:
         raise ConfigError("a mean map is a table of numbers, a row of the image a row.")
     hover = "%{x} from the left, %{y} from the top: %{z:.2f}<extra></extra>"
-    trace = _heat(grid.round(3).tolist(), SHADES, _STOPS, 0, max(float(grid.max()), 1e-6), "Importance", x0=1, y0=1, hovertemplate=hover)
+    trace = _heat(
+        grid.round(3).tolist(),
+        SHADES,
+        _STOPS,
+        0,
+        max(float(grid.max()), 1e-6),
+        "Importance",
+        x0=1,
+        y0=1,
+        hovertemplate=hover,
+    )
     still = {"showgrid": False, "ticks": "", "constrain": "domain"}
     return _figure(
         [trace],
@@ -502,7 +539,7 @@ def stage_starts(
     rows = history[history["stage"].ne(history["stage"].shift())].iloc[1:]
     return [(int(e), str(s)) for e, s in zip(rows["epoch"], rows["stage"], strict=True)]
 
-
+# %% ../../nbs/report/00_figures.ipynb #53d2f714
 def _curves(i: int, name: str, history: pd.DataFrame, starts: Sequence) -> list[dict]:
     "The traces of one run: loss above, accuracy below."
     style, epoch, traces = style_of(i), history["epoch"].tolist(), []
@@ -572,7 +609,7 @@ COSTS = {
     "train_s": ("Training time", "Training time (seconds, log scale)"),
 }
 
-
+# %% ../../nbs/report/00_figures.ipynb #cb26ca03
 def cost_figure(
     points: Mapping[str, Mapping],  # run -> {a name in COSTS: its cost, value, low, high, n}
     cost: str = "parameters",  # a name in COSTS
@@ -604,7 +641,7 @@ def cost_figure(
         yaxis=_axis(f"{spec.title} (share)", rangemode="tozero"),
     )
 
-
+# %% ../../nbs/report/00_figures.ipynb #b4deaf44
 def _lower(text: str) -> str:
     "A title within a sentence; FLOPs stay as they are."
     return text if text[1:2].isupper() else text[:1].lower() + text[1:]
@@ -620,7 +657,7 @@ def _thinned(curve: pd.DataFrame) -> pd.DataFrame:
     rows = np.linspace(first, len(curve) - 1, MOST_POINTS).round().astype(int)
     return curve.iloc[np.unique(rows)]
 
-
+# %% ../../nbs/report/00_figures.ipynb #1733c096
 def risk_coverage_figure(
     curves: Mapping[str, pd.DataFrame],  # name -> `risk_coverage`
     points: Mapping[str, Mapping] | None = None,  # name -> coverage and risk where it starts to abstain
@@ -650,7 +687,13 @@ def risk_coverage_figure(
                 marker={"color": style["color"], "symbol": style["symbol"], "size": 11},
                 hovertemplate=f"{label(name, 60)} abstains beyond: %{{x:.1%}} answered, error rate %{{y:.3f}}<extra></extra>",
             ))  # fmt: skip
-    notes = [f"{split} split", _n(n), "most confident first, from 5% on", "mark: where it starts to abstain" if points else "", note]
+    notes = [
+        f"{split} split",
+        _n(n),
+        "most confident first, from 5% on",
+        "mark: where it starts to abstain" if points else "",
+        note,
+    ]
     return _figure(
         traces,
         **_frame("Risk by coverage", notes, 320, len(shown)),

@@ -44,13 +44,16 @@ def leakage(page: Page) -> dict | None:
             sides += [_side(page, twin), _side(page, run)]
         if effect := _effect(run, twin):
             what = "lesion new, with several photographs" if twin else "lesion new"
-            seen += [_seen_row(page, run, effect["seen"], "lesion in training"), _seen_row(page, twin or run, effect["unseen"], what)]
+            seen += [
+                _seen_row(page, run, effect["seen"], "lesion in training"),
+                _seen_row(page, twin or run, effect["unseen"], what),
+            ]
             if effect["difference"]["value"] is not None:
                 effects.append((run.name, effect["difference"]))
     lone = [r.name for r in leaky if r.name not in twins]
     return {"sides": sides, "seen": seen, "effects": effects, "lone": lone if len(page.done) > 1 else []}
 
-
+# %% ../../nbs/report/06_leakage.ipynb #a4a6bd82
 def _effect(run: RunResult, twin: RunResult | None) -> Mapping | None:
     "`leak_effect`, where the tables of both can be read."
     if run.predictions is None or run.split_table is None:
@@ -81,19 +84,34 @@ def leakage_blocks(page: Page, found: Mapping) -> list:
     scores = {"accuracy": Column("Accuracy", ESTIMATE), "balanced_accuracy": Column("Balanced accuracy", ESTIMATE)}
     blocks, effects = [], found["effects"]
     if effects:
-        said = [f"{name}: accuracy on lesions seen in training minus on new ones {spelled(e, '+')}." for name, e in effects]
+        said = [
+            f"{name}: accuracy on lesions seen in training minus on new ones {spelled(e, '+')}." for name, e in effects
+        ]
         if all(e["low"] is None or e["low"] <= 0 <= e["high"] for _, e in effects):
             said.append("No effect is measured here; a network trained for longer remembers more of what it has seen.")
         blocks.append(Items(said))
     if found["lone"]:
-        blocks.append(Text(f"No run differs from {listing(found['lone'])} in the split alone, so what leakage adds there is not measured."))
+        blocks.append(
+            Text(
+                f"No run differs from {listing(found['lone'])} in the split alone, so what leakage adds there is not measured."
+            )
+        )
     if found["sides"]:
         columns = {"run": Column("Run"), "split": "Split", **scores, "n": Column("Test images", SIZE)}
         columns["leaking"] = Column("Lesion in training", COUNT, "test images whose lesion is in training too")
-        blocks.append(table(found["sides"], columns, "The same settings but for the split; test images are not the same.", sortable=False))
+        blocks.append(
+            table(
+                found["sides"],
+                columns,
+                "The same settings but for the split; test images are not the same.",
+                sortable=False,
+            )
+        )
     if found["seen"]:
         columns = {"run": Column("Run"), "what": Column("Test images", WORDS), **scores, "n": Column("n", SIZE)}
-        blocks.append(table(found["seen"], columns, "Test images by whether training holds their lesion.", sortable=False))
+        blocks.append(
+            table(found["seen"], columns, "Test images by whether training holds their lesion.", sortable=False)
+        )
         note = "Only lesions with several photographs can leak, and they are harder than those with one: so the two rows of a pair are of such lesions."
         blocks.append(Text(note, muted=True))
     return blocks
@@ -141,13 +159,18 @@ def _audit(page: Page, record: Mapping, many: bool) -> list:
     kinds = list(dict.fromkeys(kind for t in tables.values() for kind in t))
     blocks = [Text(" ".join(_audit_sentences(record, tables)))]
     if kinds:
-        heads = {"pairs": "Pairs", "new_pairs": "Not linked by lesion ID", "leaks": "Across splits", "two_labels": "Under two labels"}
+        heads = {
+            "pairs": "Pairs",
+            "new_pairs": "Not linked by lesion ID",
+            "leaks": "Across splits",
+            "two_labels": "Under two labels",
+        }
         columns = {"kind": "Kind"} | {k: Column(h, COUNT) for k, h in heads.items()}
         rows = [{"kind": kind} | {k: t.get(kind, 0) for k, t in tables.items()} for kind in kinds]
         blocks.append(table(rows, columns, "Pairs by kind; of ids, each id that two splits share counts once."))
     return blocks + (_audit_lists(record) if page.one else [])
 
-
+# %% ../../nbs/report/06_leakage.ipynb #2e07bd89
 def _audit_sentences(record: Mapping, tables: Mapping[str, Mapping]) -> list[str]:
     pairs, new, leaks, two = tables.values()
     images, unreadable = int(record["images"]), int(record.get("unreadable") or 0)
@@ -157,15 +180,29 @@ def _audit_sentences(record: Mapping, tables: Mapping[str, Mapping]) -> list[str
     if note := str(record.get("note") or "").rstrip("."):
         lines.append(f"{note[0].upper()}{note[1:]}.")
     shows = plural(sum(pairs.values()), "pair shows", "pairs show")
-    lines.append(f"{shows} the same lesion, {sum(new.values()):,} of them not linked by lesion ID." if pairs else "No duplicates were found.")
+    lines.append(
+        f"{shows} the same lesion, {sum(new.values()):,} of them not linked by lesion ID."
+        if pairs
+        else "No duplicates were found."
+    )
     joined, groups = (int(record.get(k) or 0) for k in ("images_joined", "groups_joined"))
     if joined:
-        end = "; the split was made before that was known" if record.get("afterwards") else ", so that a split keeps them together"
+        end = (
+            "; the split was made before that was known"
+            if record.get("afterwards")
+            else ", so that a split keeps them together"
+        )
         lines.append(f"{plural(joined, 'image')} were grouped into {plural(groups, 'lesion')}{end}.")
     refused, across = int(record.get("chains_refused") or 0), record.get("refused_across")
     if refused:
-        of = "whether splits share them was not recorded" if across is None else f"{int(across) or 'none'} of them across splits"
-        lines.append(f"{plural(refused, 'further pair looks', 'further pairs look')} alike only through a chain and {'was' if refused == 1 else 'were'} not grouped; {of}.")
+        of = (
+            "whether splits share them was not recorded"
+            if across is None
+            else f"{int(across) or 'none'} of them across splits"
+        )
+        lines.append(
+            f"{plural(refused, 'further pair looks', 'further pairs look')} alike only through a chain and {'was' if refused == 1 else 'were'} not grouped; {of}."
+        )
     if leaks:
         lines.append(f"The audit found {found_words(leaks)}.")
     elif not across:
@@ -173,10 +210,17 @@ def _audit_sentences(record: Mapping, tables: Mapping[str, Mapping]) -> list[str
     lines += [f"{plural(sum(two.values()), 'pair has', 'pairs have')} two labels."] if two else []
     return lines
 
-
+# %% ../../nbs/report/06_leakage.ipynb #369657ba
 def _audit_lists(record: Mapping) -> list:
     "The ids, closed."
-    heads = {"finding": "Finding", "a": "Image", "b": "Other image", "part_a": "Split", "part_b": "Other split", "detail": "What they share"}
+    heads = {
+        "finding": "Finding",
+        "a": "Image",
+        "b": "Other image",
+        "part_a": "Split",
+        "part_b": "Other split",
+        "detail": "What they share",
+    }
     lists = (
         ("findings", "Findings, the worst first", heads),
         ("examples", "Duplicates not linked by lesion ID", {"a": "Image", "b": "Other image", "kind": "Kind"}),

@@ -232,12 +232,12 @@ def row_html(cells: Sequence[Cell]) -> Markup:
     "A row of a table. (Most of a page are cells, and jinja takes several times as long.)"
     return Markup(f"<tr>{''.join(_cell_html(c, not i) for i, c in enumerate(cells))}</tr>")
 
-
+# %% ../../nbs/report/02_pages.ipynb #de9aa157
 def breakable(text: str) -> Markup:
     "A name that is broken, if at all, after an underline."
     return Markup(str(escape(text)).replace("_", "_<wbr>"))
 
-
+# %% ../../nbs/report/02_pages.ipynb #53ee2396
 def _cell_html(cell: Cell, first: bool) -> str:
     text, tag = escape(cell.text), "th" if first else "td"
     kind = ' scope="row"' if first else ' class="reason"' if cell.span else ' class="n"' if cell.num else ""
@@ -262,7 +262,7 @@ def _cell_html(cell: Cell, first: bool) -> str:
 
 _DIGITS_ONLY = str.maketrans("", "", f"{MINUS}+,.")
 
-
+# %% ../../nbs/report/02_pages.ipynb #a986e318
 def _is_number(text: str) -> bool:
     "Whether the page can sort by the text itself."
     return text == EN_DASH or text.translate(_DIGITS_ONLY).isdecimal()
@@ -309,10 +309,7 @@ def write_plotly_js(
     return path
 
 # %% ../../nbs/report/02_pages.ipynb #fdb7442b
-def build_notebook_page(
-    notebook: str | Path,  # executed
-    page: str | Path = "",  # empty: beside it
-) -> Path:
+def build_notebook_page(notebook: str | Path, page: str | Path = "") -> Path:  # executed  # empty: beside it
     "An executed notebook as a page of its own, with its code folded."
     notebook = Path(notebook)
     page = Path(page) if str(page) else notebook.with_suffix(".html")
@@ -322,5 +319,9 @@ def build_notebook_page(
     charts = "data-figure=" in text
     if charts:
         write_plotly_js(page.resolve().parent.parent)
-    text = render_page(Markup(title[1]).striptags() if title else notebook.stem, notebook=text, plotly_src=f"../{PLOTLY_JS}" if charts else "")
+    text = render_page(
+        Markup(title[1]).striptags() if title else notebook.stem,
+        notebook=text,
+        plotly_src=f"../{PLOTLY_JS}" if charts else "",
+    )
     return write_page(page, text)

@@ -55,10 +55,18 @@ def cost(page: Page) -> list[dict]:
         each = seconds.get("epoch_s") or (train / epochs if train and epochs else None)
         row = {k: model.get(k) for k in ("parameters", "trainable_parameters", "flops", "size_mb")}
         row |= {"epochs": epochs or None, "epoch_s": each, "train_s": train, "total_s": seconds.get("total_s")}
-        rows.append(row | {"run": page.name(run), "memory": run.get("peak_memory_mb"), "point": run.score(), "name": shown_name(run)})
+        rows.append(
+            row
+            | {
+                "run": page.name(run),
+                "memory": run.get("peak_memory_mb"),
+                "point": run.score(),
+                "name": shown_name(run),
+            }
+        )
     return rows
 
-
+# %% ../../nbs/report/13_records.ipynb #1b46ea5a
 def cost_blocks(page: Page, rows: Sequence[Mapping]) -> list:
     columns = {
         "run": Column("Run"),
@@ -81,7 +89,13 @@ def cost_blocks(page: Page, rows: Sequence[Mapping]) -> list:
         if points:
             say = DURATION if key == "train_s" else SHORT
             alt = ", ".join(f"{n}: {number(p['value'])} at {say(p[key]).text}" for n, p in points.items())
-            plots.append(plot(cost_figure(points, key, split=page.where, note=page.note), f"cost-{key}", f"{alt}. The table has these numbers."))
+            plots.append(
+                plot(
+                    cost_figure(points, key, split=page.where, note=page.note),
+                    f"cost-{key}",
+                    f"{alt}. The table has these numbers.",
+                )
+            )
     return [shown, Text(" ".join(notes), muted=True), *([Group(plots)] if plots else [])]
 
 # %% ../../nbs/report/13_records.ipynb #c8ec4209
@@ -111,12 +125,12 @@ def _setting(value) -> str:
         return ", ".join(map(str, value)) or "none"
     return forget_paths(str(value)) if str(value) else "default"
 
-
+# %% ../../nbs/report/13_records.ipynb #d834b34d
 def settings_of(run: RunResult) -> dict[str, str]:
     config = run.get("config", default={})
     return {k: _setting(v) for k, v in config.items() if k not in ("suite", "run", "data_dir")}
 
-
+# %% ../../nbs/report/13_records.ipynb #4bdb3ed8
 def provenance_of(run: RunResult) -> dict[str, str]:
     source = dict(run.get("provenance", default={}))
     source |= source.pop("hardware", None) or {}
@@ -134,7 +148,12 @@ def provenance_of(run: RunResult) -> dict[str, str]:
         if key in ("started", "finished"):
             text = text.split(".")[0].split("+")[0].replace("T", " ").rstrip("Z")
         shown[title] = text
-    times, names = run.get("timing", default={}), {"data_s": "Data", "build_s": "Network", "train_s": "Training", "total_s": "All"}
+    times, names = run.get("timing", default={}), {
+        "data_s": "Data",
+        "build_s": "Network",
+        "train_s": "Training",
+        "total_s": "All",
+    }
     return shown | {f"{name} (time)": duration(times[k]) for k, name in names.items() if times.get(k) is not None}
 
 # %% ../../nbs/report/13_records.ipynb #2e10ffc8
@@ -146,7 +165,7 @@ def split_shared(
     found = {n: {v.get(n, EN_DASH) for v in values.values()} for n in names}
     return [(n, f.pop()) for n, f in found.items() if len(f) == 1], [n for n in names if found[n]]
 
-
+# %% ../../nbs/report/13_records.ipynb #c3a51fac
 def _differing(caption: str, values: Mapping, names: Sequence[str]) -> list:
     if not names:
         return []
@@ -157,19 +176,23 @@ def _differing(caption: str, values: Mapping, names: Sequence[str]) -> list:
 def settings(page: Page) -> dict[str, dict]:
     return {r.name: settings_of(r) for r in page.done}
 
-
+# %% ../../nbs/report/13_records.ipynb #aa5972dc
 def settings_blocks(page: Page, found: Mapping) -> list:
     shared, differing = split_shared(found)
     if len(found) == 1:
         return [Facts(shared, many=True)]
     said = [] if differing else [Text("The runs have the same settings.")]
-    return [*said, *_differing("Settings that differ between runs.", found, differing), Fold(f"{len(shared)} settings shared by all runs", [Facts(shared, many=True)])]
+    return [
+        *said,
+        *_differing("Settings that differ between runs.", found, differing),
+        Fold(f"{len(shared)} settings shared by all runs", [Facts(shared, many=True)]),
+    ]
 
-
+# %% ../../nbs/report/13_records.ipynb #a1f1b54c
 def provenance_facts(page: Page) -> dict[str, dict]:
     return {r.name: provenance_of(r) for r in page.done}
 
-
+# %% ../../nbs/report/13_records.ipynb #d89fcc94
 def provenance_blocks(page: Page, found: Mapping) -> list:
     shared, differing = split_shared(found)
     packages = {r.name: r.get("provenance", "packages", default={}) for r in page.done}
@@ -200,7 +223,9 @@ def data_blocks(page: Page, groups: Sequence[Sequence[RunResult]]) -> list:
         blocks += [Heading(f"Used by {listing([r.name for r in runs], 99)}")] if len(groups) > 1 else []
         blocks += [Facts(_data_facts(runs)), _data_table(runs[0])]
         if runs[0].get("config", "balance"):
-            blocks.append(Text("Training images are a sample with the same number for each class, repeats included.", muted=True))
+            blocks.append(
+                Text("Training images are a sample with the same number for each class, repeats included.", muted=True)
+            )
     return blocks
 
 # %% ../../nbs/report/13_records.ipynb #73e84161
@@ -227,7 +252,7 @@ def _data_facts(runs: Sequence[RunResult]) -> list[tuple[str, str]]:
         facts.append(("Manifest hash", dataset["manifest_hash"]))
     return facts + _sample_facts(runs) + _metadata_facts(runs)
 
-
+# %% ../../nbs/report/13_records.ipynb #e29d15bc
 def _sample_facts(runs: Sequence[RunResult]) -> list[tuple[str, str]]:
     "Which training images were sampled, and whether all runs share the sample."
     samples: dict[tuple, list[str]] = {}
@@ -255,7 +280,7 @@ def _metadata_facts(runs: Sequence[RunResult]) -> list[tuple[str, str]]:
             found.setdefault(text, []).append(f"{run.name} ({known.get('fusion', 'fused')})")
     return [("Metadata", f"{text}; used by {listing(n, 8)}") for text, n in found.items()]
 
-
+# %% ../../nbs/report/13_records.ipynb #a4d78505
 def _data_table(run: RunResult) -> Table:
     lesions, splits = lesions_per_class(run), [s for s in SPLITS if run.get("split", s)]
     rows, total = [], dict.fromkeys(splits, 0)
@@ -290,7 +315,13 @@ def run_states(page: Page) -> list[dict]:
 
 
 def run_states_blocks(page: Page, rows: Sequence[Mapping]) -> list:
-    columns = {"run": "Run", "status": "Status", "network": "Network", "origin": "Made from", "reason_": Column("Reason", WORDS)}
+    columns = {
+        "run": "Run",
+        "status": "Status",
+        "network": "Network",
+        "origin": "Made from",
+        "reason_": Column("Reason", WORDS),
+    }
     if all(r["origin"] == EN_DASH for r in rows):
         columns.pop("origin")
     blocks = [table(rows, columns, "Runs of the suite; a name leads to the page of its run.")]
@@ -304,7 +335,9 @@ def limitations(page: Page) -> list[str]:
     "What a reader must not conclude from the figures."
     lines = [str(c) for c in page.suite.get("caveats", ())]
     if page.synthetic:
-        lines.append("Images are generated: neither figures nor the order of networks carry over to photographs of skin.")
+        lines.append(
+            "Images are generated: neither figures nor the order of networks carry over to photographs of skin."
+        )
     few: dict[str, int] = {}
     for run in page.done:
         for row in run.reported["per_class"]:
@@ -312,7 +345,9 @@ def limitations(page: Page) -> list[str]:
                 few.setdefault(row["class"], row["lesions"])
     if few:
         named = listing([f"{c} ({n})" for c, n in few.items()], 12)
-        lines.append(f"Classes with fewer than {FEW_TESTED} test lesions support no comparison, and weigh in balanced accuracy as much as any: {named}.")
+        lines.append(
+            f"Classes with fewer than {FEW_TESTED} test lesions support no comparison, and weigh in balanced accuracy as much as any: {named}."
+        )
     if any(r.status != "done" for r in page.runs):
         lines.append("Runs without results are not part of any figure.")
     lines += [
@@ -324,7 +359,7 @@ def limitations(page: Page) -> list[str]:
     ]
     return list(dict.fromkeys(lines))
 
-
+# %% ../../nbs/report/13_records.ipynb #d6a9615e
 def _apart(done: Sequence[RunResult]) -> list[str]:
     "How far it is known that images of one lesion stay in one split."
     late, clean = [r for r in done if r.found_late], [r for r in done if not r.leaks and not r.found_late]
@@ -336,7 +371,11 @@ def _apart(done: Sequence[RunResult]) -> list[str]:
     if clean:
         known = "lesion IDs and the audit know" if looked else "lesion IDs know"
         known = "lesion IDs, and the audit where there was one, know" if 0 < looked < len(done) else known
-        rest = ", but for runs marked as leaking" if any(r.leaks for r in done) and not late else " in the other runs" if late else ""
+        rest = (
+            ", but for runs marked as leaking"
+            if any(r.leaks for r in done) and not late
+            else " in the other runs" if late else ""
+        )
         lines.append(f"Images of one lesion stay in one split{rest}, as far as {known} of them.")
     elif done and not late:
         lines.append("Images of one lesion do not stay in one split: every run leaks.")
@@ -351,7 +390,9 @@ def reporting(page: Page) -> list[dict]:
     "The items of the checklists and what the records answer."
     runs = page.ranked
     explained = any(r.explanation and "error" not in r.explanation for r in runs)
-    return checklist([r.record for r in runs], [r.metrics for r in runs], page.suite or None, runs[0].subgroups, explained)
+    return checklist(
+        [r.record for r in runs], [r.metrics for r in runs], page.suite or None, runs[0].subgroups, explained
+    )
 
 
 def reporting_blocks(page: Page, rows: Sequence[Mapping]) -> list:

@@ -62,14 +62,16 @@ def _shortcut(cuts: Mapping) -> str:
     gives, covered = "something other than the lesion gives the answer away", cuts["covered"]
     border = above(cuts["border"])
     if text := above(covered):
-        return f"With the lesion covered it has {text}: {gives}." + (f" The border alone gives {border}." if border else "")
+        return f"With the lesion covered it has {text}: {gives}." + (
+            f" The border alone gives {border}." if border else ""
+        )
     if border:
         return f"The border of the image alone gives {border}: {gives}."
     if covered["accuracy"]["value"] is None:
         return "What it knows with the lesion covered was not measured."
     return f"With the lesion covered it has an accuracy of {spelled(covered['accuracy'])}: no shortcut is shown, which is not to say that there is none."
 
-
+# %% ../../nbs/report/12_saliency.ipynb #3d6a9ea4
 def _removal(kind: str, result: Mapping) -> str:
     "Whether a map beats removing or showing at random."
     change, name = result["difference"], kind.capitalize()
@@ -98,7 +100,9 @@ def _run_sentences(e: Mapping) -> list[str]:
     lines += [_removal(k, e[k]) for k in ("deletion", "insertion") if k in e]
     if "inside" in e and e["inside"]["share"]["value"] is not None:
         what = "the lesion masks" if e["masks"] == "dataset" else "a central ellipse"
-        lines.append(f"{spelled(e['inside']['share'])} of the maps' mass lies within {what} ({spelled(e['inside']['area'])} of the image).")
+        lines.append(
+            f"{spelled(e['inside']['share'])} of the maps' mass lies within {what} ({spelled(e['inside']['area'])} of the image)."
+        )
     lines += [_shortcut(e["shortcuts"])] if "shortcuts" in e else []
     return [line for line in lines if line]
 
@@ -106,7 +110,9 @@ def _run_sentences(e: Mapping) -> list[str]:
 def _limits(e: Mapping) -> str:
     "What the figures do not show."
     few = ", which is few" if e["lesions"] < 100 else ""
-    lines = [f"Figures are of {size_text(e)}{few}. A plausible map is no proof that the network uses the lesion as a dermatologist would."]
+    lines = [
+        f"Figures are of {size_text(e)}{few}. A plausible map is no proof that the network uses the lesion as a dermatologist would."
+    ]
     if "shortcuts" in e or "inside" in e:
         lines.append(
             "A covered lesion still shows its size and place."
@@ -122,7 +128,7 @@ def saliency(page: Page) -> dict:
     runs = [r for r in page.ranked if r.name in read]
     return {"runs": runs, "read": read, "lost": [r for r in page.done if r.name not in read]}
 
-
+# %% ../../nbs/report/12_saliency.ipynb #c12953f1
 def saliency_blocks(page: Page, found: Mapping) -> list:
     runs, read, lost = found["runs"], found["read"], found["lost"]
     if page.one and lost and lost[0].get("config", "metadata") == "only":
@@ -140,16 +146,23 @@ def saliency_blocks(page: Page, found: Mapping) -> list:
     blocks.append(_checks(page, runs, read))
     blocks += _foreign(page, runs, read) + (gallery(page, runs[0], e) if page.one else [])
     if lost:
-        blocks.append(Text(command(f"Not explained: {listing([r.name for r in lost])}. To compute saliency: ", HOW_TO_EXPLAIN)))
+        blocks.append(
+            Text(command(f"Not explained: {listing([r.name for r in lost])}. To compute saliency: ", HOW_TO_EXPLAIN))
+        )
     masks = {read[r.name]["masks"] for r in runs}
     few = min((read[r.name] for r in runs), key=lambda e: e["lesions"])
     how = [_how(e)] if page.one else []
-    return [*blocks, Text(" ".join([*how, _limits(few | {"masks": "dataset" if masks == {"dataset"} else "central"})]), muted=True)]
+    return [
+        *blocks,
+        Text(" ".join([*how, _limits(few | {"masks": "dataset" if masks == {"dataset"} else "central"})]), muted=True),
+    ]
 
-
+# %% ../../nbs/report/12_saliency.ipynb #01f7106b
 def _how(e: Mapping) -> str:
     layers = listing([f"{layer} of {name}" for name, layer in e["layers"].items()] or ["-"])
-    methods, where = {"gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++"}, SPLIT_TITLES.get(e["split"], e["split"]).lower()
+    methods, where = {"gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++"}, SPLIT_TITLES.get(
+        e["split"], e["split"]
+    ).lower()
     return f"{methods.get(e['method'], e['method'])} at layer {layers}, for the predicted class, of {e['n']:,} {where} images."
 
 # %% ../../nbs/report/12_saliency.ipynb #4c216a41
@@ -158,14 +171,21 @@ def _checks(page: Page, runs: Sequence[RunResult], read: Mapping) -> Table:
     for run in runs:
         e = read[run.name]
         same, inside = e.get("randomization", {}), e.get("inside", {})
-        row = {f"re_{w}": same.get(w, NOTHING) | {"note": f"(chance {number(same.get(f'{w}_chance', NOTHING)['value'])})"} for w in ("head", "all")}
+        row = {
+            f"re_{w}": same.get(w, NOTHING) | {"note": f"(chance {number(same.get(f'{w}_chance', NOTHING)['value'])})"}
+            for w in ("head", "all")
+        }
         row |= {k: e.get(k, {}).get("difference", NOTHING) for k in ("deletion", "insertion")}
         area = inside.get("area", NOTHING)["value"]
         row["inside"] = inside.get("share", NOTHING) | {"note": "" if area is None else f"of {number(area)}"}
         rows.append(row | {"run": page.name(run), "n": (e["n"], e["lesions"])})
     columns = {
         "run": Column("Run"),
-        "re_head": Column("Resemblance, head re-initialized", ESTIMATE, "rank correlation of maps before and after; near 1 says that maps ignore the weights"),
+        "re_head": Column(
+            "Resemblance, head re-initialized",
+            ESTIMATE,
+            "rank correlation of maps before and after; near 1 says that maps ignore the weights",
+        ),
         "re_all": Column("all weights re-initialized", ESTIMATE),
         "deletion": Column("Deletion minus random", DIFFERENCE, "below 0 speaks for the maps"),
         "insertion": Column("Insertion minus random", DIFFERENCE, "above 0 speaks for the maps"),
@@ -174,7 +194,7 @@ def _checks(page: Page, runs: Sequence[RunResult], read: Mapping) -> Table:
     }
     return table(rows, columns, "Checks of the maps, with intervals over images.")
 
-
+# %% ../../nbs/report/12_saliency.ipynb #e445b0a1
 def _shortcut_plot(page: Page, runs: Sequence[RunResult], read: Mapping) -> list:
     if not runs:
         return []
@@ -186,25 +206,37 @@ def _shortcut_plot(page: Page, runs: Sequence[RunResult], read: Mapping) -> list
         for r in runs
     ]
     names = {"accuracy": "Accuracy", "balanced_accuracy": "Balanced accuracy"}
-    columns = {"run": Column("Run")} | {(m, v): Column(f"{names[m]}, {t}", ESTIMATE) for m in SHORTCUT_METRICS for v, t in VIEWS.items()}
+    columns = {"run": Column("Run")} | {
+        (m, v): Column(f"{names[m]}, {t}", ESTIMATE) for m in SHORTCUT_METRICS for v, t in VIEWS.items()
+    }
     columns |= {"majority": Column("Commonest class", SHARE), "n": Column("Images", COUNT)}
-    views = {shown_name(r): {v: cuts[r.name][v]["accuracy"] for v in VIEWS} | {"majority": cuts[r.name]["majority"]} for r in runs}
+    views = {
+        shown_name(r): {v: cuts[r.name][v]["accuracy"] for v in VIEWS} | {"majority": cuts[r.name]["majority"]}
+        for r in runs
+    }
     alt = "; ".join(f"{name}: {number(c['covered']['accuracy']['value'])}" for name, c in cuts.items())
     shown = table(rows, columns, "Accuracy when part of the image is covered, with intervals.")
     return [plot(shortcut_figure(views, page.level, page.note), "shortcuts", f"Lesion covered: {alt}.", shown)]
 
-
+# %% ../../nbs/report/12_saliency.ipynb #93c60197
 def _run_plots(page: Page, e: Mapping) -> list:
     plots, kinds = [], [k for k in ("deletion", "insertion") if k in e]
     if kinds:
-        alt = "; ".join(f"{k}: area {number(e[k]['area']['value'])} by the map, {number(e[k]['random_area']['value'])} at random" for k in kinds)
+        alt = "; ".join(
+            f"{k}: area {number(e[k]['area']['value'])} by the map, {number(e[k]['random_area']['value'])} at random"
+            for k in kinds
+        )
         same = [k for k in kinds if e[k]["share"] == e[kinds[0]]["share"]]
         rows = [
             {"share": share} | {(k, c): e[k][c][i] for k in same for c in ("curve", "random")}
             for i, share in enumerate(e[kinds[0]]["share"])
         ]
         columns = {"share": Column("Share", style(lambda v: f"{v:.0%}"))}
-        columns |= {(k, c): Column(f"{k.capitalize()}, {w}", SHARE) for k in same for c, w in (("curve", "by the map"), ("random", "at random"))}
+        columns |= {
+            (k, c): Column(f"{k.capitalize()}, {w}", SHARE)
+            for k in same
+            for c, w in (("curve", "by the map"), ("random", "at random"))
+        }
         shown = table(rows, columns, "Mean probability of the predicted class by the share of pixels.", sortable=False)
         plots.append(plot(removal_figure(e, e["n"], page.note), "removal", f"{alt}.", shown))
     if "mean_map" in e:
@@ -212,12 +244,14 @@ def _run_plots(page: Page, e: Mapping) -> list:
         top, i, j = max((v, i, j) for i, row in enumerate(grid) for j, v in enumerate(row))
         alt = f"Highest, {top:.2f}, in cell {j + 1} from the left and {i + 1} from the top of {len(grid)}."
         rows = [{"row": str(i + 1)} | dict(enumerate(row)) for i, row in enumerate(grid)]
-        columns = {"row": "From the top"} | {j: Column(str(j + 1), style(lambda v: f"{v:.2f}")) for j in range(len(grid[0]))}
+        columns = {"row": "From the top"} | {
+            j: Column(str(j + 1), style(lambda v: f"{v:.2f}")) for j in range(len(grid[0]))
+        }
         shown = table(rows, columns, "Mean importance by place in the image.", sortable=False)
         plots.append(plot(mean_map_figure(grid, e["n"], page.note), "mean-map", alt, shown))
     return plots
 
-
+# %% ../../nbs/report/12_saliency.ipynb #ef973995
 def _foreign(page: Page, runs: Sequence[RunResult], read: Mapping) -> list:
     kinds = list(dict.fromkeys(f["kind"] for r in runs for f in read[r.name]["foreign"]))
     if not kinds:
@@ -225,11 +259,22 @@ def _foreign(page: Page, runs: Sequence[RunResult], read: Mapping) -> list:
     rows = []
     for run in runs:
         refused = {f["kind"]: f for f in read[run.name]["foreign"]}
-        cells = {k: Cell(f"{f['refused']:,} of {f['n']:,}", f["refused"] / f["n"] if f["n"] else "") for k, f in refused.items()}
-        rows.append({k: cells.get(k) for k in kinds} | {"run": page.name(run), "alarm": read[run.name].get("refused_test")})
+        cells = {
+            k: Cell(f"{f['refused']:,} of {f['n']:,}", f["refused"] / f["n"] if f["n"] else "")
+            for k, f in refused.items()
+        }
+        rows.append(
+            {k: cells.get(k) for k in kinds} | {"run": page.name(run), "alarm": read[run.name].get("refused_test")}
+        )
     columns = {"run": Column("Run")} | {k: Column(k[:1].upper() + k[1:], COUNT) for k in kinds}
     columns["alarm"] = Column("False alarms", ESTIMATE, "share of the dataset's own images that were refused too")
-    return [table(rows, columns, "Non-skin images refused as out of distribution, and the dataset's own images that were refused too.")]
+    return [
+        table(
+            rows,
+            columns,
+            "Non-skin images refused as out of distribution, and the dataset's own images that were refused too.",
+        )
+    ]
 
 # %% ../../nbs/report/12_saliency.ipynb #7288c708
 OPEN_LICENSE = re.compile(
@@ -284,16 +329,29 @@ def gallery(page: Page, run: RunResult, e: Mapping) -> list:
     credit = "Photographs: " + ". ".join(str(n).rstrip(".") for n in [*names, e["license"]] if n) + "."
     blocks = []
     for name, figures in groups.items():
-        blocks += [Heading(name[:1].upper() + name[1:]), Html(Markup('<div class="gallery">{}</div>').format(Markup("\n").join(figures)))]
+        blocks += [
+            Heading(name[:1].upper() + name[1:]),
+            Html(Markup('<div class="gallery">{}</div>').format(Markup("\n").join(figures))),
+        ]
     return blocks if _generated(run) else [*blocks, Text(credit, muted=True)]
 
-
+# %% ../../nbs/report/12_saliency.ipynb #57004a53
 def _pictures(row: Mapping, image: str, overlay: str) -> Markup:
     return Markup(
         '<figure><div><img src="{}" alt="Image {}, true class {}" loading="lazy"><img src="{}" alt="The same image under its '
         'saliency map for {}" loading="lazy"></div><figcaption><bdi>{}</bdi>: true <bdi>{}</bdi>, predicted <bdi>{}</bdi>, '
         "confidence {:.2f}</figcaption></figure>"
-    ).format(image, row["image_id"], row["y_true"], overlay, row["predicted"], row["image_id"], row["y_true"], row["predicted"], row["confidence"])
+    ).format(
+        image,
+        row["image_id"],
+        row["y_true"],
+        overlay,
+        row["predicted"],
+        row["image_id"],
+        row["y_true"],
+        row["predicted"],
+        row["confidence"],
+    )
 
 
 def _picture(folder: Path, name: str) -> str:

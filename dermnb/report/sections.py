@@ -28,7 +28,7 @@ def ranked(
     "By balanced accuracy, best first; references and runs whose predictions are unsound last."
     return sorted(runs, key=lambda r: (r.reference, bool(r.unsound), -(r.score()["value"] or 0.0)))
 
-
+# %% ../../nbs/report/03_sections.ipynb #15454ea2
 def judged(
     runs: Sequence[RunResult],  # done
 ) -> list[RunResult]:
@@ -37,7 +37,7 @@ def judged(
     clean = [r for r in compared if not r.leaks] or compared
     return [r for r in clean if not r.unsound] or clean
 
-
+# %% ../../nbs/report/03_sections.ipynb #eb3286b5
 def grouped(
     runs: Sequence[RunResult],  # done
 ) -> dict[str, list[RunResult]]:
@@ -47,7 +47,7 @@ def grouped(
         groups.setdefault(run.group or run.name, []).append(run)
     return dict(sorted(groups.items(), key=lambda g: -group_score(g[1])["value"]))
 
-
+# %% ../../nbs/report/03_sections.ipynb #ca76a4ad
 def group_score(runs: Sequence[RunResult]) -> dict:
     "Mean, and the ends of all intervals together."
     cells = [r.score() for r in runs]
@@ -56,7 +56,7 @@ def group_score(runs: Sequence[RunResult]) -> dict:
     low = min((c["low"] for c in ends), default=None)
     return {"value": mean, "low": low, "high": max((c["high"] for c in ends), default=None)}
 
-
+# %% ../../nbs/report/03_sections.ipynb #d950aaec
 def best_of(done: Sequence[RunResult]) -> RunResult:
     "The best run of those that are `judged`."
     return ranked(judged(done))[0]
@@ -100,7 +100,7 @@ def shown_name(run: RunResult) -> str:
     "The name of a run in a chart, with a mark if it leaks."
     return f"{LEAK_MARK if run.leaks else ''}{run.name}"
 
-
+# %% ../../nbs/report/03_sections.ipynb #d6c94452
 @dataclass(frozen=True)
 class Page:
     "The runs of a suite, or one run, and what several sections need to know of them."
@@ -160,17 +160,17 @@ class Page:
             more = {"badge": "reference", "badge_title": "Shown for reference: neither compared nor ranked."}
         return Cell(run.name, num=False, sub=sub, href=self.links.get(run.name, ""), **more)
 
-
+# %% ../../nbs/report/03_sections.ipynb #537f2df9
 def drawn(run: RunResult) -> tuple[int, float]:
     "Resamples and level of its intervals."
     return run.metrics.get("resamples", 1000), run.metrics.get("level", 0.95)
 
-
+# %% ../../nbs/report/03_sections.ipynb #c5564807
 def size_of(run: RunResult, split: str = "") -> tuple[int, int]:
     scored = run.splits[split or run.split]
     return scored["n"], scored["lesions"]
 
-
+# %% ../../nbs/report/03_sections.ipynb #a583c70b
 def split_columns(run: RunResult) -> dict[str, Column]:
     "Of a run's page: its test and validation split side by side."
     return {
@@ -215,13 +215,13 @@ def leak_text(run: RunResult) -> str:
     said = said or ["lesions of test images are in training too"]
     return f"{'; '.join(said)}. Its figures are optimistic."
 
-
+# %% ../../nbs/report/03_sections.ipynb #0561a5d6
 def leak_head(runs: Sequence[RunResult]) -> str:
     "What the banner of leaking runs is called."
     into_test = any(r.leaks_into_test for r in runs)
     return "Data leakage into the test images." if into_test else "Data leakage between splits."
 
-
+# %% ../../nbs/report/03_sections.ipynb #e097d155
 def found_words(
     found: Mapping[str, int],  # kind -> pairs of images, or of an id in two splits
 ) -> str:
@@ -236,7 +236,7 @@ def found_words(
     kinds = ", ".join(f"{kind}: {n:,}" for kind, n in found.items())
     return f"{' and '.join(said)} in different splits ({kinds})"
 
-
+# %% ../../nbs/report/03_sections.ipynb #6611a92d
 def found_text(run: RunResult) -> str:
     "What the audit found in a run that is not marked as leaking."
     if not run.found_late:
@@ -244,7 +244,7 @@ def found_text(run: RunResult) -> str:
     when = "An audit after training" if run.get("audit", "afterwards") else "The audit"
     return f"{when} found {found_words(run.found_late)}, so figures may be slightly optimistic."
 
-
+# %% ../../nbs/report/03_sections.ipynb #156772de
 def notices(
     runs: Sequence[RunResult],  # done
 ) -> list[tuple[str, str]]:  # which runs (empty: all), and a sentence

@@ -36,11 +36,14 @@ def subgroup_results(page: Page) -> dict | None:
             found = run.subgroups or run.find_subgroups()
         except ConfigError as error:
             return {"error": str(error)}
-        return {"found": found, "rows": [_subgroup_row(r, found["metrics"]) for r in (found["overall"], *found["rows"])]}
+        return {
+            "found": found,
+            "rows": [_subgroup_row(r, found["metrics"]) for r in (found["overall"], *found["rows"])],
+        }
     known = [r for r in page.ranked if r.subgroups is not None]
     return _overview(known) if known else None
 
-
+# %% ../../nbs/report/10_subgroups.ipynb #a943c78b
 def _subgroup_row(row: Mapping, metrics: Sequence[str]) -> dict:
     few = f"without {listing(row['few'])}" if row["few"] and row["metrics"] else ""
     name = "All images" if row["kind"] == "all" else group_name(row)
@@ -54,7 +57,7 @@ def _subgroup_row(row: Mapping, metrics: Sequence[str]) -> dict:
 def group_name(row: Mapping) -> str:
     return f"{row['title']}: {row['value']}"
 
-
+# %% ../../nbs/report/10_subgroups.ipynb #1480909c
 def _overview(known: Sequence[RunResult]) -> dict:
     "A row for each subgroup large enough in any run, a column for each run."
     said: dict[str, list[str]] = {}
@@ -89,18 +92,29 @@ def subgroups_blocks(page: Page, found: Mapping) -> list:
     columns |= {"classes": Column("Classes", COUNT, "of which balanced accuracy and macro AUC are means")}
     columns |= {m: Column(spec[m].title, ESTIMATE, spec[m].definition) for m in names}
     columns |= {
-        "apart": Column("Minus all others", DIFFERENCE, f"difference in {spec[main].title.lower()} over the classes that both have"),
+        "apart": Column(
+            "Minus all others", DIFFERENCE, f"difference in {spec[main].title.lower()} over the classes that both have"
+        ),
         "p": Column("p (Holm)", P_VALUE, "adjusted for all subgroups"),
     }
     where = SPLIT_TITLES[said["split"]].lower()
-    shown = table(found["rows"], columns, f"Subgroups of the {where} split with {said['level']:.0%} intervals over {said['unit']}s.")
+    shown = table(
+        found["rows"],
+        columns,
+        f"Subgroups of the {where} split with {said['level']:.0%} intervals over {said['unit']}s.",
+    )
     known = sum(bool(r["metrics"]) for r in said["rows"])
     alt = f"{known} of {len(said['rows'])} subgroups are large enough for a figure."
     figure = subgroup_figure(said, "accuracy", run.name, page.note)
     kinds = "; ".join(f"{k['title'].lower()} {k['text']}" for k in said["kinds"])
-    return [Text(said["summary"]), plot(figure, "subgroups-plot", alt, shown), *silent, Text(f"{said['caution']} Facts: {kinds}.", muted=True)]
+    return [
+        Text(said["summary"]),
+        plot(figure, "subgroups-plot", alt, shown),
+        *silent,
+        Text(f"{said['caution']} Facts: {kinds}.", muted=True),
+    ]
 
-
+# %% ../../nbs/report/10_subgroups.ipynb #2e53a223
 def _overview_blocks(page: Page, found: Mapping) -> list:
     known, rows = found["known"], found["rows"]
     largest = sorted(rows[1:], key=lambda r: -max(r["sizes"]))[:MOST_SUBGROUPS]
@@ -108,7 +122,9 @@ def _overview_blocks(page: Page, found: Mapping) -> list:
     silent = list(dict.fromkeys(s for r in known for s in r.subgroups["silent"]))
     blocks = [Items([(listing(who), text) for text, who in found["said"].items()])] if found["said"] else []
     if len(kept) > 1:
-        columns = {"group": Column("Subgroup"), "n": Column("Images", TEXT)} | {i: Column(r.name, ESTIMATE) for i, r in enumerate(known)}
+        columns = {"group": Column("Subgroup"), "n": Column("Images", TEXT)} | {
+            i: Column(r.name, ESTIMATE) for i, r in enumerate(known)
+        }
         caption = f"Accuracy by subgroup, {measured_on(known)} split, with intervals"
         caption += "." if len(kept) == len(rows) else f"; the {len(kept) - 1} largest subgroups."
         blocks.append(table(kept, columns, caption))

@@ -514,7 +514,7 @@ def data_key(run: RunResult) -> str:
     data = {k: v for k, v in run.get("dataset", default={}).items() if k not in told}
     return json.dumps([data, run.get("split"), sizes], sort_keys=True)
 
-
+# %% ../../nbs/runs/03_results.ipynb #cce857b8
 def conditions_of(
     run: RunResult,
     split: str = "",  # of the figure; empty, or one that the run does not have: its own
@@ -535,7 +535,7 @@ def conditions_of(
         note=_note_of(run, config) if trained else f"{len(run.members)} members",
     )
 
-
+# %% ../../nbs/runs/03_results.ipynb #b530d37c
 def _note_of(run: RunResult, config: Mapping) -> str:
     "What else bears on its figures."
     weights = forget_paths(str(config.get("weights") or "none"))
@@ -652,7 +652,7 @@ def _even(rows) -> list[list[float]]:
         raise ValueError("rows of different length")
     return rows
 
-
+# %% ../../nbs/runs/03_results.ipynb #4b5e8462
 def _read_explanation(raw: Mapping) -> dict:
     "The parts that are there, each whole; raises what Python raises on anything else."
     if "randomisation" in raw:  # as it was once spelled
