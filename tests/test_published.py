@@ -7,6 +7,7 @@ import html
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pandas as pd
@@ -22,6 +23,7 @@ RUNS = sorted(path.parent for path in REPORTS.glob("*/*/metrics.json"))
 FIRST = [min(r for r in RUNS if r.parent == suite) for suite in sorted({r.parent for r in RUNS})]
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
 OLD_NAMES = {old: new for old, new in ALIASES.items() if old not in METRICS}
+
 EXACT = 1e-12  # sums of a few thousand numbers below 1 in another order
 
 
@@ -80,6 +82,17 @@ def test_published_values_stay():
                     assert [now["value"], now["low"], now["high"]] == value, (suite, run, name)
 
 
+def test_what_is_published_is_light():
+    "So that a clone takes seconds, also on a slow line."
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPORTS.parent, capture_output=True, text=True, check=False)
+    if listed.returncode or not listed.stdout:
+        pytest.skip("this is no git checkout")
+    files = [REPORTS.parent / name for name in listed.stdout.split("\0") if name]
+    sizes = {f: f.lstat().st_size for f in files if f.is_symlink() or f.is_file()}
+    assert sum(n for f, n in sizes.items() if REPORTS in f.parents) < 10e6
+    assert sum(sizes.values()) < 18e6
+
+
 def boards(page: str) -> dict[str, dict[str, dict[str, str]]]:
     "The tables of a leaderboard: split -> run -> title of a metric -> value and interval as they are shown."
     found = {}
@@ -98,7 +111,7 @@ def boards(page: str) -> dict[str, dict[str, dict[str, str]]]:
 @pytest.mark.parametrize("suite", ["ham10000", "isic2019"])
 def test_pages_show_the_published_values(suite, tmp_path):
     "The leaderboards of pages built anew, with intervals, to the digits shown."
-    shutil.copytree(REPORTS / suite, tmp_path / "r" / suite)
+    shutil.copytree(REPORTS / suite, tmp_path / "r" / suite)  # follows the links
     shown = boards(build_suite_page(tmp_path / "r" / suite).read_text(encoding="utf-8"))
     assert set(shown["test"]) == set(PUBLISHED[suite])
     for run, splits in PUBLISHED[suite].items():

@@ -10,8 +10,10 @@ __all__ = ['EN_DASH', 'MINUS', 'TEXT', 'NAME', 'WORDS', 'COUNT', 'SIZE', 'SHARE'
 
 # %% ../../nbs/report/01_blocks.ipynb #2e908e11
 import html
+import itertools
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -203,8 +205,25 @@ class Table:
     kind = "table"
 
     @property
+    def width(self) -> float:
+        "About how many letters wide it is at least: a page has room for 99 in its usual print."
+        cells = [[c for c in column if c and not c.span] for column in itertools.zip_longest(*self.rows)]
+        heads = [_longest(c.title) + 2 * self.sortable for c in self.columns]
+        return sum(2.2 + max(h, *map(_letters, column), 0) for h, column in itertools.zip_longest(heads, cells, fillvalue=()))
+
+    @property
     def label(self) -> str:
         return (self.title or self.caption).split(".")[0]
+
+
+def _longest(text: str) -> int:
+    "Letters of its longest part that no line breaks."
+    return max((len(word) for word in re.split(r"[ _\-/]", text)), default=0)
+
+
+def _letters(cell: Cell) -> float:
+    below = _longest(cell.sub) if cell.wrap else len(cell.sub)
+    return max(len(cell.text) if cell.num else _longest(cell.text), 0.82 * below)
 
 # %% ../../nbs/report/01_blocks.ipynb #55c07bbf
 def table(

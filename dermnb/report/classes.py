@@ -96,14 +96,12 @@ def classes_blocks(page: Page, found: Mapping) -> list:
     return [plot(figure, "class-recall", f"{alt}.", shown)]
 
 # %% ../../nbs/report/08_classes.ipynb #f8fa42e2
-MOST_MATRICES = 1  # on the page of a suite whose runs have pages
+MOST_MATRICES = 1  # on the page of a suite, where its runs have pages of their own
 
 
 def confusion(page: Page) -> list[RunResult]:
     "The runs whose matrices are shown."
-    chosen = judged(page.ranked)
-    linked = all(r.name in page.links for r in page.done)
-    return chosen[:MOST_MATRICES] if linked and not page.one else page.done
+    return page.done if page.one or page.single_file else judged(page.ranked)[:MOST_MATRICES]
 
 
 def confusion_blocks(page: Page, found: Sequence[RunResult]) -> list:

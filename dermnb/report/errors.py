@@ -45,7 +45,7 @@ def errors_blocks(page: Page, found: Mapping) -> list:
     heads |= {"p_predicted": Column("Probability of the predicted", SHARE), "p_true": Column("of the label", SHARE)}
     if not worst:
         blocks.append(Text(f"{run.name} makes no error on the {where} split."))
-    elif page.one or run.name not in page.links:
+    elif page.one or page.single_file:
         caption = f"The {len(worst)} most confident errors of {run.name}, {where} split."
         blocks.append(Fold(f"Most confident errors ({len(worst)})", [table(worst, heads, caption)]))
     if doubts is None:

@@ -202,14 +202,14 @@ def _shortcut_plot(page: Page, runs: Sequence[RunResult], read: Mapping) -> list
     rows = [
         {"run": page.name(r)}
         | {(m, v): cuts[r.name][v][m] for m in SHORTCUT_METRICS for v in VIEWS}
-        | {"majority": cuts[r.name]["majority"], "n": cuts[r.name]["plain"]["accuracy"]["n"]}
+        | {"majority": cuts[r.name]["majority"]}
         for r in runs
     ]
     names = {"accuracy": "Accuracy", "balanced_accuracy": "Balanced accuracy"}
     columns = {"run": Column("Run")} | {
         (m, v): Column(f"{names[m]}, {t}", ESTIMATE) for m in SHORTCUT_METRICS for v, t in VIEWS.items()
     }
-    columns |= {"majority": Column("Commonest class", SHARE), "n": Column("Images", COUNT)}
+    columns["majority"] = Column("Commonest class", SHARE)
     views = {
         shown_name(r): {v: cuts[r.name][v]["accuracy"] for v in VIEWS} | {"majority": cuts[r.name]["majority"]}
         for r in runs
