@@ -614,10 +614,16 @@ def test_flops_of_layers_by_hand():
     assert count_flops(sized)["flops_not_counted"] == ["somewhere (Conv2D)"]
 
 
-def test_every_loss_of_the_table_can_be_asked_for():
+@pytest.mark.parametrize("field", ["loss", "class_weights", "augment", "mix", "resize"])
+def test_every_row_of_a_table_can_be_asked_for(field):
+    "`core` lists the names, so that a wrong one stops before Keras is loaded."
     from typing import get_args
 
     from dermnb.core import ExperimentConfig
-    from dermnb.nets.losses import LOSSES
+    from dermnb.data.images import AUGMENTATIONS, MIXES, RESIZE_METHODS
+    from dermnb.nets.losses import CLASS_WEIGHTS, LOSSES
 
-    assert set(get_args(ExperimentConfig.model_fields["loss"].annotation)) == set(LOSSES)
+    tables = {"loss": LOSSES, "class_weights": CLASS_WEIGHTS, "augment": AUGMENTATIONS}
+    tables |= {"mix": MIXES, "resize": RESIZE_METHODS}
+    known = get_args(ExperimentConfig.model_fields[field].annotation)
+    assert set(known) == {"none"} & set(known) | set(tables[field])

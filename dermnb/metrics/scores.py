@@ -43,9 +43,9 @@ METRICS = _table(
     MetricSpec(
         "balanced_accuracy",
         "Balanced accuracy",
-        "mean over classes of the share of their images that were recognized",
+        "mean recall over classes",
     ),
-    MetricSpec("accuracy", "Accuracy", "share of all images that were recognized"),
+    MetricSpec("accuracy", "Accuracy", "share of all images that were predicted correctly"),
     MetricSpec("macro_f1", "Macro F1", "mean over classes of F1"),
     MetricSpec("weighted_f1", "Weighted F1", "mean of F1 weighted by class size"),
     MetricSpec("macro_precision", "Macro precision", "mean over classes of precision"),
@@ -117,7 +117,7 @@ CLASS_METRICS = _table(
     MetricSpec(
         "recall",
         "Recall",
-        "share of the class's images that were recognized (sensitivity)",
+        "share of the class's images that were predicted as it (sensitivity)",
     ),
     MetricSpec(
         "precision",

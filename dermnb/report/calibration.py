@@ -63,7 +63,7 @@ def _row(run: RunResult, said: Mapping) -> dict:
     decision, cut = run.calibration.decision, said["abstain"]
     fit = f"{decision.n:,} validation" if decision.n else "not fitted"
     return {
-        "temperature": Cell(f"{decision.temperature:.2f}", decision.temperature, fit),
+        "temperature": Cell(_limit(decision.temperature), decision.temperature, fit),
         **{f"{k}_{w}": said[k][w] for k in ("log_loss", "brier", "calibration_error") for w in ("before", "after")},
         "coverage": said["coverage"],
         "set_size": said["set_size"] | {"note": f"of {len(run.record['classes'])}"},
@@ -73,6 +73,11 @@ def _row(run: RunResult, said: Mapping) -> dict:
         "aurc": said["aurc"],
         "n": (said["n"], said["lesions"]),
     }
+
+
+def _limit(temperature: float) -> str:
+    "With a sign where the search ended at its limit."
+    return f"{'≥ ' if temperature > 0.99 * HOTTEST else ''}{temperature:.2f}"
 
 
 def _shares(said: Mapping) -> list[dict]:
@@ -137,11 +142,13 @@ def _suite_sentences(runs: Sequence[RunResult]) -> list[str]:
     fitted = {r.name: r.calibration.decision for r in runs if r.calibration.decision.n}
     if len(fitted) == 1:
         return [_temperature(next(iter(fitted.values())))]
-    hot = [name for name, d in fitted.items() if d.temperature >= 1.05]
-    named = f" ({listing(hot, 20)})" if hot else ""
-    return (
-        [f"Overconfident, by a temperature of 1.05 or more: {len(hot)} of {len(fitted)} runs{named}."] if fitted else []
-    )
+    sides = (("Over", "1.05 or more", lambda t: t >= 1.05), ("Under", "0.95 or less", lambda t: t <= 0.95))
+    said = []
+    for side, limit, beyond in sides if fitted else ():
+        names = [name for name, d in fitted.items() if beyond(d.temperature)]
+        named = f" ({listing(names, 20)})" if names else ""
+        said.append(f"{side}confident, by a temperature of {limit}: {len(names)} of {len(fitted)} runs{named}.")
+    return said
 
 # %% ../../nbs/report/09_calibration.ipynb #05228d45
 def calibration_blocks(page: Page, found: Mapping) -> list:
@@ -226,7 +233,7 @@ def _risk_plot(page: Page, found: Mapping) -> Plot:
     columns = {
         "run": Column("Split" if page.one else "Run"),
         "least": Column(
-            "Least confidence",
+            "Abstention threshold",
             SHARE,
             "calibrated probability of the predicted class that 80% of validation images reach",
         ),

@@ -144,7 +144,7 @@ def curves_blocks(page: Page, found: Mapping) -> list:
     n = sizes.pop() if len(sizes) == 1 else None
     figure = learning_curves(found["histories"], n if n and None not in n else None, page.note)
     four = style(lambda v: f"{v:.4f}")
-    columns = {"run": "Run", "what": "Epoch", "epoch": Column("Number", COUNT), "stage": "Stage"}
+    columns = {"run": "Run", "what": "Checkpoint", "epoch": Column("Epoch", COUNT), "stage": "Stage"}
     titles = {
         "loss": "Training loss",
         "val_loss": "Validation loss",

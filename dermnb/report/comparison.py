@@ -358,8 +358,11 @@ def pairwise_blocks(page: Page, found: Mapping) -> list:
     names = list(dict.fromkeys(n for p in found["pairs"] for n in (p["a"], p["b"])))
     if len(names) > 2:
         blocks.append(plot(pairs_figure(found["pairs"], names, SIGNIFICANT, page.where, page.note), "pairs-plot", said))
-    note = "Where recipes were repeated, the bootstrap covers training again; McNemar's and DeLong's tests speak of the trained networks only."
-    return [*blocks, shown, Text(note, muted=True)]
+    blocks.append(shown)
+    if any(r.repeat for r in page.done):
+        note = "The bootstrap covers training again; McNemar's and DeLong's tests speak of the trained networks only."
+        blocks.append(Text(note, muted=True))
+    return blocks
 
 # %% ../../nbs/report/05_comparison.ipynb #c5e0fdcd
 PAIRED = ("balanced_accuracy", "accuracy", "macro_f1", "macro_auc")
@@ -384,7 +387,7 @@ def paired(page: Page) -> list[dict] | None:
 def paired_blocks(page: Page, found: Sequence[Mapping]) -> list:
     blocks = [
         Text(
-            "Both runs predicted the same images, and the same lesions are resampled for both. Of twenty intervals one leaves out 0 by chance."
+            "Both runs predicted the same images, and the same lesions are resampled for both. If nothing differed, about one in twenty intervals would still exclude 0."
         )
     ]
     for i, pair in enumerate(found):
@@ -411,7 +414,7 @@ def _paired_plot(page: Page, pair: Mapping, i: int) -> Plot:
     cells = [r | {"difference": r, "n": (r["n"], r["lesions"])} for r in rows]
     shown = table(cells, columns, f"{pair['a']} minus {pair['b']}, {where} split.")
     clear = [r for r in rows if r["low"] is not None and (r["low"] > 0 or r["high"] < 0)]
-    alt = f"{difference_words(pair['a'], pair['b'], rows[0])} {len(clear)} of {len(rows)} intervals leave out 0."
+    alt = f"{difference_words(pair['a'], pair['b'], rows[0])} {len(clear)} of {len(rows)} intervals exclude 0."
     return plot(figure, f"paired-{i}", alt, shown)
 
 # %% ../../nbs/report/05_comparison.ipynb #14319140

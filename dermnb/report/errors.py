@@ -42,7 +42,7 @@ def errors_blocks(page: Page, found: Mapping) -> list:
     run, doubts, worst = found["run"], found["doubts"], found["worst"]
     where, blocks = SPLIT_TITLES[run.split].lower(), []
     heads = {"image_id": "Image", "lesion_id": "Lesion", "true": "Label", "predicted": "Predicted"}
-    heads |= {"p_predicted": Column("Probability of the predicted", SHARE), "p_true": Column("of the label", SHARE)}
+    heads |= {"p_predicted": Column("Probability of the predicted class", SHARE), "p_true": Column("Probability of the label", SHARE)}
     if not worst:
         blocks.append(Text(f"{run.name} makes no error on the {where} split."))
     elif page.one or page.single_file:
@@ -62,14 +62,14 @@ def _doubt_tables(doubts: Mapping) -> list:
     if not doubts["rows"]:
         return []
     heads = {"image_id": "Image", "lesion_id": "Lesion", "given": "Label", "suggested": "Suggested"}
-    heads |= {"p_given": Column("Probability of the label", SHARE), "p_suggested": Column("of the suggested", SHARE)}
+    heads |= {"p_given": Column("Probability of the label", SHARE), "p_suggested": Column("Probability of the suggested label", SHARE)}
     caption = f"Doubtful labels, the most doubtful first ({len(doubts['rows'])} of {doubts['found']:,})."
     shown = table(doubts["rows"], heads, caption)
     columns = {
         "given": "Label",
         "suggested": "Suggested",
         "counted": Column("Images", COUNT),
-        "expected": Column("Expected in all", DECIMAL),
+        "expected": Column("Estimated number of wrong labels", DECIMAL),
     }
     pairs = table(doubts["pairs"][: len(doubts["rows"])], columns, "Which labels are doubted in favor of which.")
     return [Fold(f"Doubtful labels ({len(doubts['rows'])})", [shown, pairs])]

@@ -353,7 +353,7 @@ def difference_figure(
     notes = [
         f"{split} split, same images",
         f"lines: {level:.0%} intervals, paired",
-        "filled: the interval leaves out 0",
+        "filled: the interval excludes 0",
         note,
     ]
     names = [f"{label(r['label'], 24)} ({r['n']:,})" for r in rows]
@@ -393,7 +393,7 @@ def repeats_figure(
             {"name": label(name), "cells": mean, "said": said, "color": color, "symbol": "line-ns", "size": 26}
         )
     names = [f"{label(g, 22)} ({len(p)})" for g, p in groups.items()]
-    axes, notes = (f"{spec.title} (share)", "Recipe (n)"), [f"{split} split", "stroke: mean", "n: repeats", note]
+    axes, notes = (f"{spec.title} (share)", "Recipe (n)"), [f"{split} split", "vertical mark: mean", "n: repeats", note]
     values = [s["cells"][at]["value"] for s in series for at in s["cells"]]
     pad = 0.08 * (max(values, default=1) - min(values, default=0)) + 0.005
     ends = [min(values, default=0) - pad, max(values, default=1) + pad]
@@ -413,7 +413,7 @@ def shortcut_figure(
     name = "commonest class"
     series.append({"name": name, "cells": always, "color": INK, "symbol": "line-ns", "size": 34, "legend": True})
     sizes = {r["plain"]["n"] for r in results.values()}
-    notes = ["stroke: always predicting the commonest class", f"lines: {level:.0%} intervals"]
+    notes = ["vertical mark: always predicting the commonest class", f"lines: {level:.0%} intervals"]
     notes += [_n(*sizes) if len(sizes) == 1 else "", note]
     axes, ends = ("Accuracy (share)", "Run"), _SHARE["range"]
     return forest_figure(

@@ -88,7 +88,7 @@ def leakage_blocks(page: Page, found: Mapping) -> list:
             f"{name}: accuracy on lesions seen in training minus on new ones {spelled(e, '+')}." for name, e in effects
         ]
         if all(e["low"] is None or e["low"] <= 0 <= e["high"] for _, e in effects):
-            said.append("No effect is measured here; a network trained for longer remembers more of what it has seen.")
+            said.append("No difference is shown here; a network trained for longer remembers more of what it has seen.")
         blocks.append(Items(said))
     if found["lone"]:
         blocks.append(
@@ -190,6 +190,8 @@ def _audit_sentences(record: Mapping, tables: Mapping[str, Mapping]) -> list[str
         end = (
             "; the split was made before that was known"
             if record.get("afterwards")
+            else "; a split by image ignores that"
+            if leaks.get("lesion id")
             else ", so that a split keeps them together"
         )
         lines.append(f"{plural(joined, 'image')} were grouped into {plural(groups, 'lesion')}{end}.")

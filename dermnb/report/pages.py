@@ -309,7 +309,10 @@ def write_plotly_js(
     return path
 
 # %% ../../nbs/report/02_pages.ipynb #fdb7442b
-def build_notebook_page(notebook: str | Path, page: str | Path = "") -> Path:  # executed  # empty: beside it
+def build_notebook_page(
+    notebook: str | Path,  # executed
+    page: str | Path = "",  # empty: beside it
+) -> Path:
     "An executed notebook as a page of its own, with its code folded."
     notebook = Path(notebook)
     page = Path(page) if str(page) else notebook.with_suffix(".html")

@@ -48,7 +48,7 @@ HOW_TO_EXPLAIN = "dermnb explain RUN_FOLDER --data-dir DIR"
 NOTHING = {"value": None, "low": None, "high": None, "n": 0}
 
 
-def _shortcut(cuts: Mapping) -> str:
+def _shortcut(cuts: Mapping, masks: str) -> str:
     "Whether the network knows more with the lesion covered than it should."
 
     def above(view: Mapping) -> str:
@@ -60,6 +60,8 @@ def _shortcut(cuts: Mapping) -> str:
         return ""
 
     gives, covered = "something other than the lesion gives the answer away", cuts["covered"]
+    if masks != "dataset":
+        gives = "as there are no lesion masks, what lies outside the covered ellipse may be lesion"
     border = above(cuts["border"])
     if text := above(covered):
         return f"With the lesion covered it has {text}: {gives}." + (
@@ -103,7 +105,7 @@ def _run_sentences(e: Mapping) -> list[str]:
         lines.append(
             f"{spelled(e['inside']['share'])} of the maps' mass lies within {what} ({spelled(e['inside']['area'])} of the image)."
         )
-    lines += [_shortcut(e["shortcuts"])] if "shortcuts" in e else []
+    lines += [_shortcut(e["shortcuts"], e["masks"])] if "shortcuts" in e else []
     return [line for line in lines if line]
 
 
@@ -135,13 +137,13 @@ def saliency_blocks(page: Page, found: Mapping) -> list:
         return [Text("This network knows metadata only and sees no image.")]
     if not runs:
         error = (lost[0].explanation or {}).get("error", "") if page.one else ""
-        what = error or f"{'This run has' if page.one else 'No run has'} not been explained."
+        what = error or f"{'This run has not' if page.one else 'No run has'} been explained."
         return [Text(command(f"{what} To compute saliency: ", HOW_TO_EXPLAIN))]
     e = read[runs[0].name]
     blocks = [Items(_run_sentences(e))] if page.one else []
     cut = [r for r in runs if "shortcuts" in read[r.name]]
     if not page.one and cut:
-        blocks.append(Items([(r.name, _shortcut(read[r.name]["shortcuts"])) for r in cut]))
+        blocks.append(Items([(r.name, _shortcut(read[r.name]["shortcuts"], read[r.name]["masks"])) for r in cut]))
     blocks += _shortcut_plot(page, cut, read) + (_run_plots(page, e) if page.one else [])
     blocks.append(_checks(page, runs, read))
     blocks += _foreign(page, runs, read) + (gallery(page, runs[0], e) if page.one else [])
@@ -177,7 +179,7 @@ def _checks(page: Page, runs: Sequence[RunResult], read: Mapping) -> Table:
         }
         row |= {k: e.get(k, {}).get("difference", NOTHING) for k in ("deletion", "insertion")}
         area = inside.get("area", NOTHING)["value"]
-        row["inside"] = inside.get("share", NOTHING) | {"note": "" if area is None else f"of {number(area)}"}
+        row["inside"] = inside.get("share", NOTHING) | {"note": "" if area is None else f"(mask covers {number(area)})"}
         rows.append(row | {"run": page.name(run), "n": (e["n"], e["lesions"])})
     columns = {
         "run": Column("Run"),
@@ -209,7 +211,7 @@ def _shortcut_plot(page: Page, runs: Sequence[RunResult], read: Mapping) -> list
     columns = {"run": Column("Run")} | {
         (m, v): Column(f"{names[m]}, {t}", ESTIMATE) for m in SHORTCUT_METRICS for v, t in VIEWS.items()
     }
-    columns["majority"] = Column("Commonest class", SHARE)
+    columns["majority"] = Column("Always the commonest class", SHARE)
     views = {
         shown_name(r): {v: cuts[r.name][v]["accuracy"] for v in VIEWS} | {"majority": cuts[r.name]["majority"]}
         for r in runs
@@ -266,7 +268,7 @@ def _foreign(page: Page, runs: Sequence[RunResult], read: Mapping) -> list:
         rows.append(
             {k: cells.get(k) for k in kinds} | {"run": page.name(run), "alarm": read[run.name].get("refused_test")}
         )
-    columns = {"run": Column("Run")} | {k: Column(k[:1].upper() + k[1:], COUNT) for k in kinds}
+    columns = {"run": Column("Run")} | {k: Column(k[:1].upper() + k[1:].replace("colour", "color"), COUNT) for k in kinds}
     columns["alarm"] = Column("False alarms", ESTIMATE, "share of the dataset's own images that were refused too")
     return [
         table(

@@ -66,7 +66,7 @@ def _overview(known: Sequence[RunResult]) -> dict:
         found = run.subgroups
         if any(row["difference"] for row in found["rows"]):
             said.setdefault(found["summary"], []).append(run.name)
-        for row in (found["overall"], *found["rows"]):
+        for row in (found["overall"], *(r for r in found["rows"] if r["rest"]["n"])):
             name = "All images" if row["kind"] == "all" else group_name(row)
             if row["metrics"]:
                 here = rows.setdefault(name, {"group": name, "sizes": []})
