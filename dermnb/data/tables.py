@@ -161,7 +161,7 @@ class Account:
 class Source:
     "What a reader found, before classes are assigned and problems looked for."
 
-    table: pd.DataFrame  # image_id, labels (tuples), and any manifest columns
+    table: pd.DataFrame  # image_id, labels (tuples), any manifest columns, perhaps file
     files: Files
     problems: list[tuple] = field(default_factory=list)  # kind, image_id, path, detail
     taxonomy: Taxonomy | None = None  # where the files themselves name the classes
