@@ -147,7 +147,7 @@ class RunResult:
 
     @property
     def found_leaks(self) -> dict[str, int]:
-        "What parts of its split share by the audit, by kind: pairs of images, or ids."
+        "What its splits share by the audit, by kind: pairs of images, or ids."
         found = self.get("audit", "leaks", default={})
         found = found if isinstance(found, Mapping) else {}
         return {str(k): n for k, n in found.items() if isinstance(n, int) and n > 0}
@@ -208,7 +208,7 @@ class RunResult:
 
     @cached_property
     def calibration(self) -> "Calibration | None":
-        "What `calibration` says of it, or None without predictions that can be read."
+        "Its decision rule and calibration, or None without predictions that can be read."
         return _calibration_of(self)
 
     @property
@@ -224,7 +224,7 @@ class RunResult:
 
     @cached_property
     def subgroups(self) -> Mapping | None:
-        "What `review.subgroups` says, or None without tables that can be read."
+        "What `metrics.subgroups.subgroups` says, or None without tables that can be read."
         return self._measured["subgroups"]
 
     @cached_property
@@ -281,7 +281,7 @@ def load_run(
     """Read a run folder; a `ConfigError` says which record is absent or unfit.
 
     Metrics of an older schema, or of a positive class that the record does not name, are
-    computed anew from the predictions, as they were, and kept.
+    recomputed from the predictions, as they were, and kept.
     Metrics that count other answers than the predictions hold are refused.
     """
     folder = Path(folder)
@@ -347,13 +347,13 @@ def _is_old(metrics: Mapping, record: Mapping) -> bool:
 
 # %% ../../nbs/runs/03_results.ipynb #1d2ce1bb
 def _renewed(folder: Path, record: Mapping, old: Mapping) -> dict:
-    "Metrics of the same predictions with the same draws, written back; and what follows."
+    "Metrics of the same predictions with the same resamples, written back; and what follows."
     try:
         table = pd.read_parquet(folder / "predictions.parquet")
     except (OSError, ValueError):
         raise ConfigError(
             f"{folder}: metrics.json is of an older dermnb, and without predictions.parquet it "
-            "cannot be computed anew; repeat the run."
+            "cannot be recomputed; repeat the run."
         ) from None
     try:
         classes = list(record["classes"])
@@ -510,7 +510,7 @@ def _example_run(folder: Path, skill: float, seed: int) -> None:
 def data_key(run: RunResult) -> str:
     "Equal for runs on the same images in the same split."
     sizes = [(s, m["n"], [r["n"] for r in m["per_class"]]) for s, m in run.splits.items()]
-    told = ("found", "not_used")  # how it was read, which may be worded anew
+    told = ("found", "not_used")  # how it was read, whose wording may change
     data = {k: v for k, v in run.get("dataset", default={}).items() if k not in told}
     return json.dumps([data, run.get("split"), sizes], sort_keys=True)
 
@@ -592,7 +592,7 @@ def _changed(run: RunResult, digest: str) -> bool:
 # %% ../../nbs/runs/03_results.ipynb #534183a9
 @dataclass(frozen=True)
 class Calibration:
-    "What `calibrate` says of a run."
+    "What `fit_decision` and `calibration_summary` say of a run."
 
     decision: Decision
     summary: Mapping  # of val and test, as `calibration_summary` gives it
@@ -600,7 +600,7 @@ class Calibration:
 
 # %% ../../nbs/runs/03_results.ipynb #3ee7157a
 def _calibrated(run: RunResult) -> dict:
-    "What `calibrate` fits and says, or None for each where the predictions do not allow it."
+    "`fit_decision` and `calibration_summary`, or None for each where predictions do not allow it."
     table, classes = run.predictions, list(run.record["classes"])
     with suppress(ConfigError):
         if table is not None:
@@ -696,7 +696,7 @@ def _explanation_of(run: RunResult) -> dict | None:
     try:
         read = _read_explanation(read_json(path))
     except (ConfigError, AttributeError, KeyError, TypeError, ValueError):
-        return {"error": "explain.json is there but cannot be read; make it anew."}
+        return {"error": "explain.json is there but cannot be read; make it again."}
     cuts = read.get("shortcuts")
     if cuts and cuts["chance"] is None:
         cuts["chance"] = run.chance

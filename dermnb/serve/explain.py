@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from ..core import ConfigError, progress, read_json, write_json
 from ..data.datasets import load_dataset
 from ..data.images import read_pixels
-from ..metrics.scores import TableScores, draw_groups, estimate, lesion_numbers
+from ..metrics.scores import TableScores, estimate, lesion_numbers, resample_groups
 from ..nets.novelty import Novelty, known_images
 from ..runs.bundle import is_complete, load_bundle, take_members, write_bundle
 from ..runs.ensemble import load_members
@@ -175,7 +175,7 @@ def _mean(values: np.ndarray, group: np.ndarray) -> dict:
     total = np.bincount(numbers, values[there])
     rng = np.random.default_rng(0)
     resampled = np.concatenate(
-        [(t.T @ total) / (t.T @ size) for t in draw_groups(len(size), _RESAMPLES, rng)]
+        [(t.T @ total) / (t.T @ size) for t in resample_groups(len(size), _RESAMPLES, rng)]
     )
     return estimate(float(values[there].mean()), resampled, int(there.sum()), 0.95)
 
