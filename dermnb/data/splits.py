@@ -7,6 +7,7 @@ __all__ = ['group_numbers', 'stratified_group_split', 'check_split', 'leak_count
            'test_list_problems', 'inherit_split', 'take_subset', 'balance_training', 'balance_validation']
 
 # %% ../../nbs/data/11_splits.ipynb #4eb9d466
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,11 @@ from .values import find_columns
 _IDS = ("lesion_id", "patient_id")
 
 # %% ../../nbs/data/11_splits.ipynb #a26013f1
+def _codes(ids: pd.Series) -> np.ndarray:
+    texts = ids.astype("object").where(ids.notna(), None)
+    return pd.factorize(texts.where(texts != "", None), use_na_sentinel=True)[0]
+
+
 def group_numbers(
     manifest: pd.DataFrame,  # with image_id, and lesion_id and patient_id where known
 ) -> np.ndarray:  # (n_images,) integers from 0
@@ -49,12 +55,49 @@ def group_numbers(
     number[first_seen] = np.arange(len(first_seen))
     return number[component]
 
-# %% ../../nbs/data/11_splits.ipynb #d04b080a
-def _codes(ids: pd.Series) -> np.ndarray:
-    texts = ids.astype("object").where(ids.notna(), None)
-    return pd.factorize(texts.where(texts != "", None), use_na_sentinel=True)[0]
-
 # %% ../../nbs/data/11_splits.ipynb #93dea486
+class _Filling:
+    "What each split holds, and lacks, while groups are given to splits."
+
+    def __init__(self, shares: np.ndarray, classes: np.ndarray, contents: list[list[tuple]]):
+        sizes = np.bincount(classes)
+        self.splits = np.flatnonzero(shares > 0).tolist()
+        self.alike = len(set(shares.tolist())) == 1
+        self.wanted = np.outer(shares, sizes).tolist()  # images, by split and class
+        self.held = np.zeros((len(shares), len(sizes)), int).tolist()
+        self.images = [0] * len(shares)  # held, of any class
+        self.lacking = [set(self.splits) for _ in sizes]  # splits without the class so far
+        self.groups_left = [0] * len(sizes)  # with images of the class
+        for content in contents:
+            for label, _ in content:
+                self.groups_left[label] += 1
+
+    def best(self, content: list[tuple]) -> int:
+        "The split that misses a group most; `content` is its classes, and images of each."
+        size = sum(n for _, n in content)
+        best, lowest = self.splits[0], np.inf
+        for split in self.splits:
+            # The first term decides between equals.
+            score = 1e-9 * (self.images[split] if self.alike else split)
+            for label, n in content:
+                held, wanted = self.held[split][label], self.wanted[split][label]
+                score += n / size * (held + n / 2) / wanted
+                lacking = self.lacking[label]
+                if self.groups_left[label] <= len(lacking) and split not in lacking:
+                    score += 1e6  # this group is needed where the class is absent
+            if score < lowest:
+                best, lowest = split, score
+        return best
+
+    def add(self, split: int, content: list[tuple]) -> None:
+        "Give a group to a split."
+        for label, n in content:
+            self.images[split] += n
+            self.held[split][label] += n
+            self.lacking[label].discard(split)
+            self.groups_left[label] -= 1
+
+
 def stratified_group_split(
     groups: np.ndarray,  # (n,) group number of each image, as from `group_numbers`
     labels: np.ndarray,  # (n,) class of each image
@@ -62,50 +105,27 @@ def stratified_group_split(
     seed: int = 0,  # order among groups of equal size
 ) -> np.ndarray:  # (n,) number of the split of each image
     "Give whole groups to splits so that each split holds its share of every class."
-    names, classes = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
-    shares = np.asarray(shares, float) / np.sum(shares)
-    splits = np.flatnonzero(shares > 0).tolist()
-    alike = len(set(shares.tolist())) == 1
+    classes = np.unique(np.asarray(labels, dtype=str), return_inverse=True)[1]
     n_groups = int(groups.max(initial=-1)) + 1
-    counts = coo_array(
-        (np.ones(len(groups), int), (groups, classes)), shape=(n_groups, len(names))
-    ).tocsr()
-    counts.sum_duplicates()
+    contents = _contents(groups, classes, n_groups)
+    filling = _Filling(np.asarray(shares, float) / np.sum(shares), classes, contents)
     sizes = np.bincount(groups, minlength=n_groups)
     shuffled = np.random.default_rng(seed).permutation(n_groups)
-    order = shuffled[np.argsort(-sizes[shuffled], kind="stable")].tolist()
-
-    wanted = np.outer(shares, np.bincount(classes, minlength=len(names))).tolist()
-    held = np.zeros((len(shares), len(names)), int).tolist()
-    filled = [0] * len(shares)  # images of any class
-    lacking = [set(splits) for _ in names]  # splits without the class so far
-    left = np.bincount(counts.indices, minlength=len(names)).tolist()  # groups to come
     split = np.zeros(n_groups, int)
-    for g in order:
-        of_group = slice(counts.indptr[g], counts.indptr[g + 1])
-        content = list(
-            zip(
-                counts.indices[of_group].tolist(),
-                counts.data[of_group].tolist(),
-                strict=True,
-            )
-        )
-        best, lowest = splits[0], np.inf
-        for p in splits:
-            score = 1e-9 * (filled[p] if alike else p)  # decides between equals
-            for c, k in content:
-                score += k / sizes[g] * (held[p][c] + k / 2) / wanted[p][c]
-                if left[c] <= len(lacking[c]) and p not in lacking[c]:
-                    score += 1e6  # this group is needed where the class is absent
-            if score < lowest:
-                best, lowest = p, score
-        split[g] = best
-        filled[best] += int(sizes[g])
-        for c, k in content:
-            held[best][c] += k
-            lacking[c].discard(best)
-            left[c] -= 1
+    for group in shuffled[np.argsort(-sizes[shuffled], kind="stable")].tolist():
+        split[group] = best = filling.best(contents[group])
+        filling.add(best, contents[group])
     return split[groups]
+
+
+def _contents(groups: np.ndarray, classes: np.ndarray, n_groups: int) -> list[list[tuple]]:
+    "Of each group its classes, and how many images it has of each."
+    shape = n_groups, int(classes.max(initial=-1)) + 1
+    counts = coo_array((np.ones(len(groups), int), (groups, classes)), shape=shape).tocsr()
+    counts.sum_duplicates()
+    pairs = list(zip(counts.indices.tolist(), counts.data.tolist(), strict=True))
+    ends = counts.indptr.tolist()
+    return [pairs[start:end] for start, end in itertools.pairwise(ends)]
 
 # %% ../../nbs/data/11_splits.ipynb #fd17a324
 def check_split(
