@@ -9,7 +9,7 @@ __all__ = ['DECAYS', 'LAYER_COUNTS', 'HISTORY', 'parse_train', 'Stage', 'make_sc
 # %% ../../nbs/nets/05_finetune.ipynb #04b275e0
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -340,28 +340,59 @@ def _epoch_line(row: dict, left: int, seconds_left: int | None) -> str:
         f"  {row['seconds']:.1f} s, {wait}"
     )
 
+# %% ../../nbs/nets/05_finetune.ipynb #c0335582
+class _Remaining:
+    "How many epochs and seconds a training still takes."
+
+    def __init__(self, stages: Sequence[Stage], steps: int):
+        self.planned, self.steps = [stage.epochs for stage in stages], steps
+
+    def begin(self) -> None:
+        "The next stage begins."
+        self.of_stage = self.planned.pop(0)
+        self.done: list[float] = []  # seconds of each epoch of this stage
+
+    def epochs_of_stage(self) -> int:
+        return self.of_stage - len(self.done)
+
+    def epochs(self) -> int:
+        return self.epochs_of_stage() + sum(self.planned)
+
+    def seconds(
+        self,
+        batches: int,  # of the epoch under way
+    ) -> int | None:
+        # The first step of a stage also builds the graph, which can take a minute, and the
+        # first epoch the one for validation; what follows says more.
+        if self.done:
+            each = float(np.mean(self.done[1:] or self.done))
+        elif batches > 1:
+            since = time.perf_counter() - self.first_step_over
+            each = since / (batches - 1) * self.steps
+        else:
+            return None
+        return round(each * (self.epochs() - batches / self.steps))
+
 # %% ../../nbs/nets/05_finetune.ipynb #137906e7
 class _Watch(keras.callbacks.Callback):
     "Writes the history, prints, publishes progress, keeps the best weights."
 
     def __init__(self, stages, steps: int, on_epoch):
         super().__init__()
-        self.planned = [s.epochs for s in stages]
-        self.steps, self.report = steps, on_epoch
+        self.left, self.steps, self.report = _Remaining(stages, steps), steps, on_epoch
         self.keep_best = any(s.early_stopping for s in stages)
         self.rows, self.best, self.weights, self.restored = [], np.inf, None, 0
-        self.stage_number, self.checked = -1, 0.0
+        self.checked = 0.0
 
     def begin(self, stage: Stage, model: keras.Model) -> int:
-        self.stage, self.stage_number = stage, self.stage_number + 1
-        self.stage_first = len(self.rows)
+        self.stage = stage
+        self.left.begin()
         shapes = [w.shape for w in model.trainable_weights]
         self.parameters = sum(math.prod(shape) for shape in shapes)
         return len(self.rows)
 
     def end(self, model: keras.Model) -> None:
-        stopped_early = len(self.rows) - self.stage_first < self.stage.epochs
-        if stopped_early and self.weights is not None:
+        if self.left.epochs_of_stage() and self.weights is not None:
             model.set_weights(self.weights)
 
     def restore_best(self, model: keras.Model) -> int | None:
@@ -375,7 +406,7 @@ class _Watch(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         if batch == 0:
-            self.first_step_over = time.perf_counter()
+            self.left.first_step_over = time.perf_counter()
         now = time.monotonic()
         if now - self.checked < 0.5:
             return  # reading the loss waits for the device: not at every batch
@@ -386,11 +417,11 @@ class _Watch(keras.callbacks.Callback):
         progress(
             "training",
             done=round(done, 3),
-            total=len(self.rows) + self._epochs_left(),
+            total=len(self.rows) + self.left.epochs(),
             stage=self.stage.name,
             epoch=len(self.rows) + 1,
             loss=round(loss, 4),
-            seconds_left=self._seconds_left(batch + 1),
+            seconds_left=self.left.seconds(batch + 1),
         )
 
     def on_epoch_end(self, epoch, logs=None):
@@ -405,29 +436,13 @@ class _Watch(keras.callbacks.Callback):
             "trainable_parameters": self.parameters,
         }
         self.rows.append(row)
+        self.left.done.append(row["seconds"])
         if self.keep_best and row["val_loss"] < self.best:
             self.best, self.restored = row["val_loss"], row["epoch"]
             self.weights = self.model.get_weights()
-        print(_epoch_line(row, self._epochs_left(), self._seconds_left(0)), flush=True)
+        print(_epoch_line(row, self.left.epochs(), self.left.seconds(0)), flush=True)
         if self.report:
             self.report(row)
-
-    def _epochs_left(self) -> int:
-        in_stage = self.stage.epochs - (len(self.rows) - self.stage_first)
-        return in_stage + sum(self.planned[self.stage_number + 1 :])
-
-    def _seconds_left(self, batches: int) -> int | None:
-        # The first step of a stage also builds the graph, which can take a minute, and the
-        # first epoch the one for validation; what follows says more.
-        seconds = [row["seconds"] for row in self.rows[self.stage_first :]]
-        if seconds:
-            each = float(np.mean(seconds[1:] or seconds))
-        elif batches > 1:
-            since = time.perf_counter() - self.first_step_over
-            each = since / (batches - 1) * self.steps
-        else:
-            return None
-        return round(each * (self._epochs_left() - batches / self.steps))
 
 # %% ../../nbs/nets/05_finetune.ipynb #6edb416c
 def make_optimizer(
