@@ -250,7 +250,7 @@ def _non_skin_images(n: int = 12, size: int = 128) -> dict[str, np.ndarray]:
     }
 
 # %% ../../nbs/serve/05_explain.ipynb #d645ac03
-def _refused(predictor, images, rows) -> np.ndarray | None:
+def _out_of_distribution(predictor, images, rows) -> np.ndarray | None:
     answers = predictor(list(images), metadata=rows)
     if any(a.novelty is None for a in answers):
         return None
@@ -258,9 +258,9 @@ def _refused(predictor, images, rows) -> np.ndarray | None:
 
 
 def _non_skin(predictor) -> list[dict]:
-    "Of each kind of non-skin images how many are refused."
+    "From how many non-skin images of each kind the network abstains."
     return [
-        {"kind": kind, "n": len(found), "refused": int(np.sum(_refused(predictor, found, None)))}
+        {"kind": kind, "n": len(found), "refused": int(np.sum(_out_of_distribution(predictor, found, None)))}
         for kind, found in _non_skin_images().items()
     ]
 
@@ -366,7 +366,7 @@ def _measures(folder: Path, predictor: Predictor, sample: _Sample) -> dict:
     progress("covering lesions")
     shortcuts = _shortcuts(ask, sample, p)
     progress("predicting non-skin images")
-    refused = _refused(predictor, list(squares), rows)
+    refused = _out_of_distribution(predictor, list(squares), rows)
     return {
         "randomization": {k: _mean(v, group) for k, v in alike.items()},
         "draws": 3,

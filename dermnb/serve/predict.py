@@ -95,7 +95,7 @@ def _reasons(
     return reasons
 
 # %% ../../nbs/serve/02_predict.ipynb #392368d2
-def _refuse(answer: Answer, error: Exception) -> Answer:
+def _failed(answer: Answer, error: Exception) -> Answer:
     "The answer where there can be none; whatever happened, the others go on."
     reason = str(error)
     if not isinstance(error, ConfigError):
@@ -298,7 +298,7 @@ def _open(source, name: str, sizes: set, frame: str) -> tuple[Answer, dict]:
         return answer, squares
     except Exception as error:  # whatever it is, the others are still answered
         answer = Answer(shown(name or file_name(path) or "the image"), path)
-        return _refuse(answer, error), {}
+        return _failed(answer, error), {}
 
 
 def _pool() -> ThreadPoolExecutor:
@@ -309,7 +309,7 @@ def _pool() -> ThreadPoolExecutor:
 def _add_metadata(
     bundle: Bundle, answers: list[Answer], metadata: pd.DataFrame, faults, notes
 ) -> None:
-    "Refuse images whose age, sex or site cannot be right; note what is not used."
+    "An error for images whose age, sex or site cannot be right; notes on what is not used."
     encoders = [leaf.classifier.encoder for _, _, leaf in bundle.networks]
     encoders = [e for e in encoders if e is not None]
     for i, answer in enumerate(answers):
@@ -404,7 +404,7 @@ def _answer_all(predictor: Predictor, answers, squares, metadata, *how) -> None:
         raise
     except Exception as error:
         if len(answers) == 1:
-            _refuse(answers[0], error)
+            _failed(answers[0], error)
             return
         for i in range(len(answers)):
             row = slice(i, i + 1)
