@@ -331,8 +331,10 @@ class RunResult(_Leakage):
         if self.predictions is None or self.unsound:
             raise ConfigError(self.no_predictions)
         facts = self.split_table
-        facts = facts.drop_duplicates("image_id") if facts is not None and "image_id" in facts else None
-        return subgroups(self.predictions, facts, self.record["classes"], self.split, self.positive)
+        has_ids = facts is not None and "image_id" in facts
+        facts = facts.drop_duplicates("image_id") if has_ids else None
+        classes = self.record["classes"]
+        return subgroups(self.predictions, facts, classes, self.split, self.positive)
 
     @cached_property
     def explanation(self) -> Mapping | None:
@@ -494,8 +496,12 @@ def load_suite_runs(
 # %% ../../nbs/runs/03_results.ipynb #d5ecc11c
 def _suite_run(suite_dir: Path, state: Mapping) -> RunResult:
     name, status = str(state["run"]), state.get("status", "missing")
-    place = {"group": str(state.get("group") or name), "repeat": str(state.get("repeat") or "")}
-    place |= {"note": forget_paths(str(state.get("note") or "")), "reference": state.get("reference") is True}
+    place = {
+        "group": str(state.get("group") or name),
+        "repeat": str(state.get("repeat") or ""),
+        "note": forget_paths(str(state.get("note") or "")),
+        "reference": state.get("reference") is True,
+    }
     folder = suite_dir / name
     if name in ("", ".", "..") or "\\" in name or Path(name).name != name:
         error = "This name cannot be the name of a folder."
@@ -506,7 +512,8 @@ def _suite_run(suite_dir: Path, state: Mapping) -> RunResult:
         except ConfigError as problem:
             status, error = "failed", str(problem)
     else:
-        error = str(state.get("error") or "It has no results yet: it is still to run, or did not run to its end.")
+        none_yet = "It has no results yet: it is still to run, or did not run to its end."
+        error = str(state.get("error") or none_yet)
     return RunResult(name, folder, status, forget_paths(error), **place)
 
 
@@ -530,7 +537,8 @@ def conditions_of(
     split: str = "",  # of the figure; empty, or one that the run does not have: its own
 ) -> Conditions:
     "Under which conditions its figures stand, to be set beside those of a claim."
-    config, own = run.get("config", default={}), run.splits[split if split in run.splits else run.split]
+    config = run.get("config", default={})
+    own = run.splits[split if split in run.splits else run.split]
     weights = str(run.get("model", "weights") or config.get("weights") or "none")
     split_kind, trained = config.get("split"), not run.get("ensemble")
     return Conditions(
