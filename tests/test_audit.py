@@ -97,7 +97,7 @@ def test_near_hashes_are_those_of_a_comparison_of_all():
     for n, row in enumerate(bits[150:]):
         row[1 + rng.choice(255, n % 18, replace=False)] ^= 1
     some = np.packbits(bits, axis=1)
-    turned = np.stack(list(hashes.turned_hashes(some)))
+    turned = np.stack(list(hashes.orientation_hashes(some)))
     apart = np.bitwise_count(turned[:, :, None] ^ some).sum(-1).min(0)
     expected = np.argwhere(np.triu(apart <= 17, 1))
     found = hashes.near_hashes(some, 17)

@@ -156,12 +156,12 @@ def test_reinitialization_of_a_saved_network(fusion, tmp_path, rng):
         return np.mean([n.explain(given, [0, 1, 2])[2] for n in networks], 0)
 
     before = maps_of()
-    found = parameter_randomization([model, other], maps_of, draws=1)
+    found = parameter_randomization([model, other], maps_of, repeats=1)
     assert list(found) == ["head", "head_chance", "all", "all_chance"]
     for v in found.values():  # NaN where an untrained network's map is even
         assert v.shape == (3,) and not ((v < 0) | (v > 1)).any()
     assert not changed(trained, values(model))  # left as it was
-    same = parameter_randomization([model], lambda: before, draws=2)
+    same = parameter_randomization([model], lambda: before, repeats=2)
     np.testing.assert_allclose([same["head"], same["all"]], 1)
     # Not 1 - before: in float32 that makes one of two values that differ by less than 6e-8.
     inverted = parameter_randomization(

@@ -18,9 +18,9 @@ from dermnb.data.taxonomies import load_taxonomy
 from dermnb.data.values import (
     find_columns,
     likely_column,
-    read_cells,
+    parse_column,
     split_word,
-    understand,
+    column_values,
 )
 
 
@@ -89,7 +89,7 @@ def table(folder: Path, header: str, *rows: str, images: str = "im/{}.jpg") -> P
 )
 @pytest.mark.parametrize("kind", ["id", "age", "sex", "site", "skin_tone", "size_mm"])
 def test_what_stands_for_unknown_is_unknown_in_every_kind(kind, cell):
-    assert understand(pd.Series([cell, None]), kind).isna().all()
+    assert column_values(pd.Series([cell, None]), kind).isna().all()
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_what_stands_for_unknown_is_unknown_in_every_kind(kind, cell):
     ],
 )  # fmt: skip
 def test_cells_are_understood(kind, cell, value):
-    assert understand(pd.Series([cell]), kind).tolist() == [value]
+    assert column_values(pd.Series([cell]), kind).tolist() == [value]
 
 
 @pytest.mark.parametrize(
@@ -138,13 +138,13 @@ def test_cells_are_understood(kind, cell, value):
 )
 def test_what_is_neither_right_nor_unknown_is_refused_in_a_sentence(kind, cell):
     column = pd.Series([cell, None, cell, "unknown"], name="col")
-    text = sentence(understand, column, kind, "t.csv")
+    text = sentence(column_values, column, kind, "t.csv")
     assert text.startswith(f"t.csv: col {cell!r} is not ") and "nor is 1 other" in text
 
 
 def test_zero_is_an_age_and_no_size_or_skin_tone():
     for kind, known in (("age", True), ("size_mm", False), ("skin_tone", False)):
-        assert understand(pd.Series(["0", "0.0"]), kind).notna().all() == known
+        assert column_values(pd.Series(["0", "0.0"]), kind).notna().all() == known
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_zero_is_an_age_and_no_size_or_skin_tone():
 )  # fmt: skip
 def test_zero_is_an_id_where_ids_are_counted(ids, known):
     column = pd.Series(ids.split())
-    assert understand(column, "id").notna().iloc[0] == known
+    assert column_values(column, "id").notna().iloc[0] == known
 
 
 def test_codes_and_phrases_for_unknown():
@@ -164,20 +164,20 @@ def test_codes_and_phrases_for_unknown():
         ("age", ["age unknown"]),
         ("id", ["n.n.", "unknown patient"]),
     ):
-        assert understand(pd.Series(cells), kind).isna().all(), kind
-    assert understand(pd.Series(["1", "2", "0"]), "sex").tolist()[:2] == ["1", "2"]
-    assert understand(pd.Series(["site", "type b"]), "site").notna().all()
-    text = sentence(understand, pd.Series(["0", "1", "1"]), "sex")
+        assert column_values(pd.Series(cells), kind).isna().all(), kind
+    assert column_values(pd.Series(["1", "2", "0"]), "sex").tolist()[:2] == ["1", "2"]
+    assert column_values(pd.Series(["site", "type b"]), "site").notna().all()
+    text = sentence(column_values, pd.Series(["0", "1", "1"]), "sex")
     assert "write male and female" in text
 
 
 def test_h_and_m_are_not_taken_for_male_twice():
-    assert "mujer" in sentence(understand, pd.Series(["H", "M", "H"]), "sex")
-    assert understand(pd.Series(["M", "F"]), "sex").tolist() == ["male", "female"]
+    assert "mujer" in sentence(column_values, pd.Series(["H", "M", "H"]), "sex")
+    assert column_values(pd.Series(["M", "F"]), "sex").tolist() == ["male", "female"]
 
 
 def test_what_was_read_is_counted():
-    cells = read_cells(pd.Series(["80+", "40", "NA", "NA", "-1", ""]), "age")
+    cells = parse_column(pd.Series(["80+", "40", "NA", "NA", "-1", ""]), "age")
     assert cells.unknown == {"NA": 2, "-1": 1} and cells.changed == {"80+": "80"}
 
 
@@ -187,7 +187,7 @@ def test_manifests_are_read_again_without_change():
         ("site", ["head/neck"]),
         ("skin_tone", ["4", "dark"]),
     ):
-        assert understand(pd.Series(values), kind).tolist() == values
+        assert column_values(pd.Series(values), kind).tolist() == values
 
 
 # Columns

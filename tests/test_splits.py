@@ -22,7 +22,7 @@ from dermnb.data.splits import (
     leak_counts,
     make_split,
     official_problems,
-    share_out,
+    stratified_group_split,
     take_subset,
 )
 
@@ -58,7 +58,7 @@ def splits_of_groups(manifest, split):
 def test_any_manifest_splits_without_leak_and_whatever_the_row_order(seed):
     manifest = random_manifest(seed)
     shares = [0.7, 0.15, 0.15]
-    part = share_out(group_numbers(manifest), manifest["label"], shares, seed)
+    part = stratified_group_split(group_numbers(manifest), manifest["label"], shares, seed)
     for column in ("lesion_id", "patient_id"):
         known = manifest[column].notna()
         spread = pd.Series(part)[known].groupby(manifest[column][known]).nunique()
@@ -67,7 +67,7 @@ def test_any_manifest_splits_without_leak_and_whatever_the_row_order(seed):
 
     order = np.random.default_rng(seed).permutation(len(manifest))
     moved = manifest.iloc[order].reset_index(drop=True)
-    again = share_out(group_numbers(moved), moved["label"], shares, seed)
+    again = stratified_group_split(group_numbers(moved), moved["label"], shares, seed)
     assert (again == part[order]).all()
 
 
@@ -77,7 +77,7 @@ def test_classes_keep_their_shares_when_lesions_are_many(seed):
     lesions = 600
     label = rng.choice(["a", "b", "c"], lesions, p=[0.8, 0.15, 0.05])
     lesion = np.repeat(np.arange(lesions), rng.choice([1, 2, 4], lesions))
-    part = share_out(lesion, label[lesion], [0.7, 0.15, 0.15], seed)
+    part = stratified_group_split(lesion, label[lesion], [0.7, 0.15, 0.15], seed)
     for name, inside in pd.Series(part).groupby(label[lesion]):
         got = np.bincount(inside, minlength=3)
         wanted = np.array([0.7, 0.15, 0.15]) * len(inside)

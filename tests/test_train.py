@@ -244,7 +244,7 @@ def test_a_base_that_knows_the_pictures_of_another_dataset_stops_the_run(
 ):
     as_csv(tmp_path, prepare_data(config_of(demo_dir)).manifest.groupby("label").head(8), "x")
     config = config_of(tmp_path, dataset="csv", base=str(base))
-    with pytest.raises(ConfigError, match=r"the split leaks: .*\(train of base\) by same bytes"):
+    with pytest.raises(ConfigError, match=r"data leakage between splits: .*\(train of base\) by same bytes"):
         prepare_data(config, base)
     allowed = prepare_data(config.model_copy(update={"allow_leakage": True}), base)
     assert allowed.audit["leaks"]["same bytes"] > 0

@@ -13,7 +13,7 @@ import pandas as pd
 
 from dermnb.audit.duplicates import (
     AUDIT_METHODS,
-    KINDS,
+    DUPLICATE_KINDS,
     Audit,
     audit_images,
     column_texts,
@@ -132,8 +132,8 @@ def audit_record(
         "images": audit.images,
         "unreadable": audit.unreadable,
         "seconds": round(audit.seconds, 1),
-        "pairs": _counts(pairs, KINDS),
-        "new_pairs": _counts(new, KINDS),
+        "pairs": _counts(pairs, DUPLICATE_KINDS),
+        "new_pairs": _counts(new, DUPLICATE_KINDS),
         "images_joined": len({*grouped["a"], *grouped["b"]}),
         "groups_joined": _count_groups(grouped),
         "chains_refused": len(new) - len(grouped),

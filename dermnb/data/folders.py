@@ -168,15 +168,15 @@ def _repeated(tree: _Tree, known: frozenset, folder: Path) -> set[str]:
         if len(p) > start:
             name = normalize_label(p[start + 1]) if len(p) > start + 1 else ""
             below.setdefault(p[start], set()).add(name)
-    spelt, again = {normalize_label(top): top for top in below}, set()
+    spellings, again = {normalize_label(top): top for top in below}, set()
     for top, names in below.items():
-        same = names & (spelt.keys() - {normalize_label(top)})
+        same = names & (spellings.keys() - {normalize_label(top)})
         if normalize_label(top) in known or not same:
             continue  # benign/nevus beside nevus: a diagnosis, with others below
         if same != names:
             raise ConfigError(
                 f"{folder} has {_counted(tree.at(start))}, and "
-                f"{top}/ holds {listing([f'{spelt[n]}/' for n in sorted(same)], 4)} once "
+                f"{top}/ holds {listing([f'{spellings[n]}/' for n in sorted(same)], 4)} once "
                 "more, and other images: move it away, or its folders to the classes."
             )
         again.add(top)

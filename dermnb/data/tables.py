@@ -25,7 +25,7 @@ from dermnb.data.values import (
     find_columns,
     likely_column,
     normalize_label,
-    read_cells,
+    parse_column,
     split_word,
     value_kind,
 )
@@ -211,7 +211,7 @@ def _cells(raw: pd.Series, column: str, path: Path, mapping: Path | None) -> Cel
     if value_kind(column) is None:
         return Cells(raw, {}, {})
     try:
-        return read_cells(raw, column, str(path), raw.name)
+        return parse_column(raw, column, str(path), raw.name)
     except ConfigError as error:
         way = f"'columns: {{{column}: }}' in {mapping} leaves the column out."
         raise ConfigError(f"{error} {way}" if mapping else str(error)) from None

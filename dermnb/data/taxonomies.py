@@ -212,11 +212,11 @@ def own_taxonomy(
         return found
     # Written as the first of the spellings; in one Unicode form, so that a tree copied
     # from macOS has the same classes elsewhere.
-    spelt = {}
+    spellings = {}
     for label in sorted({unicodedata.normalize("NFC", c) for c in labels}):
         if not is_no_label(label):
-            spelt.setdefault(normalize_label(label), label)
-    classes = tuple(spelt.values())
+            spellings.setdefault(normalize_label(label), label)
+    classes = tuple(spellings.values())
     return Taxonomy("own", classes, {c: c for c in classes}, {})
 
 # %% ../../nbs/data/04_taxonomies.ipynb #1e8618eb

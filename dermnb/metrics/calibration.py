@@ -22,11 +22,11 @@ from dermnb.metrics.scores import (
     check_predictions,
     choose_threshold,
     confidence_bins,
-    draw_groups,
     estimate,
     lesion_numbers,
     positive_class,
     probability_columns,
+    resample_groups,
     unit_numbers,
 )
 
@@ -402,7 +402,7 @@ class _Resampled:
 def _resampled(scores: _SplitScores, y, level: float, resamples: int, rng) -> _Resampled:
     groups = scores.sums.shape[1]
     once = scores(np.ones((groups, 1), dtype=np.int32))
-    many = [scores(times) for times in draw_groups(groups, resamples, rng)]
+    many = [scores(times) for times in resample_groups(groups, resamples, rng)]
     many = {name: np.concatenate([part[name] for part in many]) for name in once}
     # Resamples have gaps of their own, so without a shift the interval misses its value.
     for end in (*_STAGES, "difference"):

@@ -20,11 +20,11 @@ from dermnb.metrics.scores import (
     METRICS,
     TableScores,
     check_predictions,
-    draw_groups,
     estimate,
     lesion_numbers,
     positive_class,
     probability_columns,
+    resample_groups,
     unit_numbers,
 )
 
@@ -40,7 +40,7 @@ class _Answers:
         self.p = table[probability_columns(classes)].to_numpy(dtype=float)
         self.image, self.truth = table["image_id"], table["y_true"].astype("object")
         self.lesion = table["lesion_id"].astype("object")
-        self.draws = zlib.crc32("\n".join(self.image).encode())
+        self.images_key = zlib.crc32("\n".join(self.image).encode())
         # Of each metric the value, of each resample, and of each resample of one class.
         self.once, self.many, self.spread = {}, {}, {}
         self.group = unit_numbers(table) if len(table) else np.empty(0, int)
@@ -103,16 +103,16 @@ def _score(
     curves = any(map(_needs_curves, metrics))
     same: dict[tuple, list[_Answers]] = {}
     for one in answers:
-        same.setdefault((one.draws, one.group.max()), []).append(one)
-    for (draws, _), runs in same.items():
+        same.setdefault((one.images_key, one.group.max()), []).append(one)
+    for (key, _), runs in same.items():
         scorers = [TableScores(r.y, r.p, r.group, positive, curves=curves) for r in runs]
         pairs = list(zip(runs, scorers, strict=True))
         for run, scorer in pairs:
             once = scorer.once()
             run.once = {m: float(_pick(once, m, classes)[0]) for m in metrics}
             run.many, run.spread = ({m: [] for m in metrics} for _ in range(2))
-        rng = np.random.default_rng([seed, draws])
-        for times in draw_groups(scorers[0].groups, resamples, rng):
+        rng = np.random.default_rng([seed, key])
+        for times in resample_groups(scorers[0].groups, resamples, rng):
             _add(pairs, "many", times, classes)
         for run in runs:
             run.many = {m: np.concatenate(values) for m, values in run.many.items()}
@@ -213,7 +213,7 @@ def _difference(pairs: Sequence[tuple[_Answers, _Answers]], metric: str, level: 
 # %% ../../nbs/metrics/03_comparison.ipynb #eaa7734d
 def _extent(runs: Sequence[_Answers], name: str) -> tuple[int, int]:
     "Images and lesions, of all classes or of one, that the runs cover together."
-    runs = list({run.draws: run for run in runs}.values())
+    runs = list({run.images_key: run for run in runs}.values())
     part = pd.concat([run.table for run in runs]) if len(runs) > 1 else runs[0].table
     if name:
         part = part[part["y_true"] == name]
@@ -413,10 +413,10 @@ def _read_groups(
 # %% ../../nbs/metrics/03_comparison.ipynb #e87cf267
 def _pair_up(a: Sequence[_Answers], b: Sequence[_Answers], split: str) -> list[tuple]:
     "Runs on the same images, in order; a single one on either side is used again."
-    kinds = dict.fromkeys(run.draws for run in (*a, *b))
+    keys = dict.fromkeys(run.images_key for run in (*a, *b))
     pairs = []
-    for kind in kinds:
-        mine, theirs = ([r for r in runs if r.draws == kind] for runs in (a, b))
+    for key in keys:
+        mine, theirs = ([r for r in runs if r.images_key == key] for runs in (a, b))
         if len(mine) == 1 or len(theirs) == 1:
             pairs += itertools.product(mine, theirs)
         else:
@@ -451,10 +451,10 @@ def _rights(pairs: Sequence[tuple]) -> list[np.ndarray]:
     starts: dict[int, int] = {}  # folds have lesions of their own, seeds the same
     for pair in pairs:
         run = pair[0]
-        if run.draws not in starts:
-            starts[run.draws] = first
+        if run.images_key not in starts:
+            starts[run.images_key] = first
             first += int(run.group.max()) + 1
-        groups.append(run.group + starts[run.draws])
+        groups.append(run.group + starts[run.images_key])
         for one, side in zip(pair, rights, strict=True):
             side.append(one.right())
     return [np.concatenate(values) for values in (*rights, groups)]
@@ -466,13 +466,13 @@ def _delong(pairs: Sequence[tuple], level: float, areas: Mapping) -> dict:
     for pair in pairs:
         (value, parts), (other, others) = (areas[id(one)] for one in pair)
         values.append(value - other)
-        draws = pair[0].draws
-        apart[draws] = apart.get(draws, 0) + (parts - others) / len(pairs)
+        key = pair[0].images_key
+        apart[key] = apart.get(key, 0) + (parts - others) / len(pairs)
     value = float(np.mean(values))
     variance = float(sum((part**2).sum() for part in apart.values()))
     own, sizes = [], []
-    for draws, part in apart.items():
-        run = next(a for a, _ in pairs if a.draws == draws)
+    for key, part in apart.items():
+        run = next(a for a, _ in pairs if a.images_key == key)
         label = np.zeros(len(part), dtype=int)
         label[run.group] = run.y
         own += list(np.bincount(label, part**2))

@@ -197,8 +197,8 @@ def label_doubts(
 ) -> dict:
     """Images whose given label is doubtful, and how many wrong labels are expected.
 
-    Only validation and test rows are used, which no network was fitted on; give runs whose
-    split does not leak. Of an image in several tables the probabilities are averaged.
+    Only validation and test rows are used, which no network was fitted on; give runs without
+    data leakage. Of an image in several tables the probabilities are averaged.
     Plain values: n, lesions, tables, validation (images that were never in a test split),
     accuracy, macro_auc, few (classes too rare to be judged), judged (images); thresholds;
     expected (the most wrong labels there may be), share (of the judged), pairs (given,

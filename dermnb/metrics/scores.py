@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'METRICS', 'CLASS_METRICS', 'TARGET_SENSITIVITY', 'TARGET_SPECIFICITY', 'FLOOR_SENSITIVITY',
            'BINARY_METRICS', 'ROW_SUM_TOLERANCE', 'BINS', 'LEAST', 'MetricSpec', 'probability_columns',
-           'check_predictions', 'scores_from_counts', 'RankedScores', 'confidence_bins', 'log_losses', 'draw_groups',
-           'lesion_numbers', 'resampling_unit', 'unit_numbers', 'TableScores', 'estimate', 'centered',
-           'choose_threshold', 'choose_specific_threshold', 'positive_class', 'recorded_positive', 'evaluate',
-           'metrics_table', 'class_table']
+           'check_predictions', 'scores_from_counts', 'RankedScores', 'confidence_bins', 'log_losses',
+           'resample_groups', 'lesion_numbers', 'resampling_unit', 'unit_numbers', 'TableScores', 'estimate',
+           'centered', 'choose_threshold', 'choose_specific_threshold', 'positive_class', 'recorded_positive',
+           'evaluate', 'metrics_table', 'class_table']
 
 # %% ../../nbs/metrics/00_scores.ipynb #ca85c5e1
 from collections.abc import Iterator, Mapping, Sequence
@@ -444,7 +444,7 @@ def log_losses(
 _CHUNK = 2**18  # weights at a time: as many as stay in cache
 
 
-def draw_groups(
+def resample_groups(
     groups: int,  # how many lesions
     resamples: int,
     rng: np.random.Generator,
@@ -590,7 +590,7 @@ class TableScores:
         self, resamples: int, rng: np.random.Generator
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
         "The same three for `resamples` bootstrap resamples of lesions."
-        chunks = [self(times) for times in draw_groups(self.groups, resamples, rng)]
+        chunks = [self(times) for times in resample_groups(self.groups, resamples, rng)]
         return tuple(
             {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             for parts in zip(*chunks, strict=True)

@@ -17,15 +17,15 @@ import numpy as np
 import pandas as pd
 
 from ..core import ConfigError, listing, plural
-from ..data.values import understand
+from ..data.values import column_values
 from .comparison import SIGNIFICANT, auc_components, holm
 from dermnb.metrics.scores import (
     check_predictions,
-    draw_groups,
     estimate,
     lesion_numbers,
     positive_class,
     probability_columns,
+    resample_groups,
     resampling_unit,
     scores_from_counts,
     unit_numbers,
@@ -57,7 +57,7 @@ MOST_VALUES = 15  # subgroups of one kind; the rarer values share one more
 # %% ../../nbs/metrics/04_subgroups.ipynb #141c9a68
 def _bands(values: pd.Series, kind: FactKind) -> tuple[np.ndarray, list[str]]:
     "Which band each image is in, -1 where unknown, and the bands' names."
-    numbers = understand(values, kind.column, "facts").to_numpy()
+    numbers = column_values(values, kind.column, "facts").to_numpy()
     edges, whole = kind.edges, kind.unit == "years"
     between = [
         f"{low} to {high - 1} {kind.unit}" if whole else f"{low} to under {high} {kind.unit}"
@@ -71,7 +71,7 @@ def _bands(values: pd.Series, kind: FactKind) -> tuple[np.ndarray, list[str]]:
 def _values(values: pd.Series, kind: FactKind) -> tuple[np.ndarray, list[str]]:
     "Which value each image has, -1 where unknown, and their names, the commonest first."
     texts = values.map(_text, na_action="ignore")
-    texts = understand(texts, kind.column, "facts").astype(object)
+    texts = column_values(texts, kind.column, "facts").astype(object)
     counts = texts.value_counts()
     order = sorted(counts.index, key=lambda value: (-counts[value], value))
     kept = order[:MOST_VALUES]
@@ -206,7 +206,7 @@ def _resampled(
         return here, {m: own[m] - rest[m] for m in own}
 
     once = both(np.ones((scores.units, 1)))
-    many = [both(times) for times in draw_groups(scores.units, resamples, rng)]
+    many = [both(times) for times in resample_groups(scores.units, resamples, rng)]
     return tuple(
         {m: (v[0], np.concatenate([part[i][m] for part in many])) for m, v in once[i].items()}
         for i in (0, 1)

@@ -18,7 +18,7 @@ import pandas as pd
 from keras import layers
 
 from ..core import ConfigError, progress, read_json, unknown_name, write_json
-from ..data.values import understand
+from ..data.values import column_values
 from .backbones import BackboneSpec, get_backbone
 from .weights import load_backbone
 
@@ -85,11 +85,11 @@ class MetadataEncoder:
     ) -> np.ndarray:
         "Standardized age, one column a value, and one for missing: float32 (N, M)."
         empty = pd.Series(np.nan, table.index)
-        age = understand(table.get("age", empty), "age").to_numpy()
+        age = column_values(table.get("age", empty), "age").to_numpy()
         unknown = np.isnan(age)
         columns = [np.where(unknown, 0, (age - self.age_mean) / self.age_sd), unknown]
         for name, known in self._kinds():
-            values = understand(table.get(name, empty), name).astype(object)
+            values = column_values(table.get(name, empty), name).astype(object)
             of = pd.Index(list(known), dtype=object).get_indexer(values)
             # Code -1, missing, picks the last column.
             columns += list(np.eye(len(known) + 1)[of].T)
@@ -100,8 +100,8 @@ def fit_metadata(
     table: pd.DataFrame,  # manifest rows of the training images
 ) -> MetadataEncoder:
     "The encoder of these images; `ConfigError` if not one of them has any metadata."
-    age = understand(table["age"], "age").dropna()
-    found = [sorted(understand(table[c], c).dropna().unique()) for c in ("sex", "site")]
+    age = column_values(table["age"], "age").dropna()
+    found = [sorted(column_values(table[c], c).dropna().unique()) for c in ("sex", "site")]
     if age.empty and not any(found):
         raise ConfigError(
             "metadata is asked for, but no training image has an age, sex or site: "

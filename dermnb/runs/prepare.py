@@ -119,11 +119,11 @@ def _seen_in_training(
     if not (base / "fingerprints.parquet").is_file():
         notes.append(f"{images} were not compared: it kept no fingerprints")
         return []
-    learnt = pd.read_parquet(base / "fingerprints.parquet")
+    learned = pd.read_parquet(base / "fingerprints.parquet")
     # Those in training here too were compared by the audit of the split.
-    learnt = learnt[~_content(learnt).isin(own)]
-    found = find_pairs(mine, other=learnt)
-    if method == "network" and len(learnt):
+    learned = learned[~_content(learned).isin(own)]
+    found = find_pairs(mine, other=learned)
+    if method == "network" and len(learned):
         notes.append(f"{images} were compared by hashes only")
     if unseen := found.attrs["unseen"]:
         notes.append(f"{unseen:,} candidates with {images} were too many to look at")
@@ -162,8 +162,8 @@ def _check_leakage(
     if len(leaks) and not config.allow_leakage:
         first = leaks.iloc[0]
         raise ConfigError(
-            f"the split leaks: {len(leaks):,} pairs of images show the same in different splits, "
-            f"such as {first.a!r} ({first.part_a}) and {first.b!r} ({first.part_b}) by "
+            f"data leakage between splits: {len(leaks):,} pairs of images of one lesion or patient "
+            f"are in different splits, such as {first.a!r} ({first.part_a}) and {first.b!r} ({first.part_b}) by "
             f"{first.kind}; split otherwise, or say allow_leakage true, which marks every "
             "page."
         )

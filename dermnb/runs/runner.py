@@ -77,7 +77,7 @@ def run_suite(
     if todo:
         page = (folder / "index.html").resolve()
         if build:
-            say(f"report, built anew whenever a run has ended: {page.as_uri()}")
+            say(f"report, rebuilt whenever a run has ended: {page.as_uri()}")
         for state in _execute_all(todo, len(plan), str(reports), workers, scheduler, say):
             states[state["run"]] = state | {"when": now()}
             _write_suite_record(folder, suite, profile, plan, states)
@@ -104,7 +104,7 @@ def _done_and_todo(
             from dermnb.runs.results import name_positive
 
             named = name_positive(folder / run, planned.config)
-            say(f"{run}: already done" + ", measured anew with its positive class" * named)
+            say(f"{run}: already done" + ", recomputed with its positive class" * named)
         else:
             todo[run] = planned
     return states, todo
@@ -178,7 +178,7 @@ def _of_before(state: dict, same: bool) -> str:
 
 # %% ../../nbs/runs/09_runner.ipynb #d1a27c51
 # A training step asks for and gives back the same large pieces of memory each time. Told to
-# keep them, the C library saves the system from clearing their pages anew: a quarter of a
+# keep them, the C library saves the system from clearing their pages again: a quarter of a
 # step of MobileNetV2 at 96 px on two cores. Ignored where the C library is another.
 MEMORY = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=33554432:"

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from ..core import ConfigError, progress, read_json, write_json
 from ..data.datasets import load_dataset
 from ..data.images import read_pixels
-from ..metrics.scores import TableScores, draw_groups, estimate, lesion_numbers
+from ..metrics.scores import TableScores, estimate, lesion_numbers, resample_groups
 from ..nets.novelty import Novelty, known_images
 from ..runs.bundle import is_complete, load_bundle, take_members, write_bundle
 from ..runs.ensemble import load_members
@@ -175,7 +175,7 @@ def _mean(values: np.ndarray, group: np.ndarray) -> dict:
     total = np.bincount(numbers, values[there])
     rng = np.random.default_rng(0)
     resampled = np.concatenate(
-        [(t.T @ total) / (t.T @ size) for t in draw_groups(len(size), _RESAMPLES, rng)]
+        [(t.T @ total) / (t.T @ size) for t in resample_groups(len(size), _RESAMPLES, rng)]
     )
     return estimate(float(values[there].mean()), resampled, int(there.sum()), 0.95)
 
@@ -250,7 +250,7 @@ def _non_skin_images(n: int = 12, size: int = 128) -> dict[str, np.ndarray]:
     }
 
 # %% ../../nbs/serve/05_explain.ipynb #d645ac03
-def _refused(predictor, images, rows) -> np.ndarray | None:
+def _out_of_distribution(predictor, images, rows) -> np.ndarray | None:
     answers = predictor(list(images), metadata=rows)
     if any(a.novelty is None for a in answers):
         return None
@@ -258,9 +258,9 @@ def _refused(predictor, images, rows) -> np.ndarray | None:
 
 
 def _non_skin(predictor) -> list[dict]:
-    "Of each kind of non-skin images how many are refused."
+    "From how many non-skin images of each kind the network abstains."
     return [
-        {"kind": kind, "n": len(found), "refused": int(np.sum(_refused(predictor, found, None)))}
+        {"kind": kind, "n": len(found), "refused": int(np.sum(_out_of_distribution(predictor, found, None)))}
         for kind, found in _non_skin_images().items()
     ]
 
@@ -366,7 +366,7 @@ def _measures(folder: Path, predictor: Predictor, sample: _Sample) -> dict:
     progress("covering lesions")
     shortcuts = _shortcuts(ask, sample, p)
     progress("predicting non-skin images")
-    refused = _refused(predictor, list(squares), rows)
+    refused = _out_of_distribution(predictor, list(squares), rows)
     return {
         "randomization": {k: _mean(v, group) for k, v in alike.items()},
         "draws": 3,

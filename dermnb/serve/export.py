@@ -30,7 +30,7 @@ from ..runs.ensemble import mix_probabilities
 from ..runs.model_card import dermnb_version
 
 # %% ../../nbs/serve/06_export.ipynb #77bb8773
-_HOW = {
+_RESIZE_RULES = {
     "crop": "cut the largest square from the middle and scale it to {0} x {0}",
     "stretch": "scale width and height each to {0}, whatever the proportions",
     "pad": "scale the longer side to {0}, keep the proportions, and fill up with black "
@@ -72,7 +72,7 @@ def _describe(kind: tuple, name: str) -> dict:
             "the left",
             "size": size,
             "resize": resize,
-            "rule": _HOW[resize].format(size),
+            "rule": _RESIZE_RULES[resize].format(size),
         }
     encoder = kind[1]
     return {
@@ -297,7 +297,7 @@ def _patients(networks: Sequence, n: int) -> pd.DataFrame:
     )
 
 # %% ../../nbs/serve/06_export.ipynb #8ba59a98
-def _questions(names: Mapping, pictures: Sequence, patients: pd.DataFrame) -> dict:
+def _model_inputs(names: Mapping, pictures: Sequence, patients: pd.DataFrame) -> dict:
     "The inputs of the joint graph for these images, float32."
     given = {}
     for (what, *how), name in names.items():
@@ -321,7 +321,7 @@ def _full_precision():
         config.enable_tensor_float_32_execution(short)
 
 # %% ../../nbs/serve/06_export.ipynb #2380649c
-def _answers(networks, temperature: float, names, given, patients) -> np.ndarray:
+def _reference_probabilities(networks, temperature: float, names, given, patients) -> np.ndarray:
     "What dermnb itself says of these images (n, k)."
     each = []
     for _, _, classifier in networks:
@@ -347,9 +347,9 @@ def _greatest_difference(ask: Callable, given: Mapping, expected: np.ndarray) ->
 
 def _own_difference(networks, temperature: float, names, given, patients) -> float:
     "By how much dermnb's answers differ if each image is asked about alone."
-    every = _answers(networks, temperature, names, given, patients)
+    every = _reference_probabilities(networks, temperature, names, given, patients)
     alone = [
-        _answers(
+        _reference_probabilities(
             networks,
             temperature,
             names,
@@ -549,10 +549,10 @@ def _write_checked(bundle: Bundle, form: str, folder: Path, networks, names, pic
     "Write the file of a form; the greatest difference from dermnb, or ConfigError."
     made, temperature = _FORMS[form], bundle.decision.temperature
     patients = _patients(networks, len(pictures))
-    given = _questions(names, pictures, patients)
+    given = _model_inputs(names, pictures, patients)
     others = ", ".join(x for x in FORMS if x != form)
     with _full_precision():
-        expected = _answers(networks, temperature, names, given, patients)
+        expected = _reference_probabilities(networks, temperature, names, given, patients)
         try:
             progress("exporting")
             made.write(_joint_graph(networks, temperature, names), folder / made.file)

@@ -41,7 +41,7 @@ from dermnb.data.files import (
     read_image_bytes,
 )
 from ..data.tables import read_table
-from ..data.values import find_columns, read_cells, value_kind
+from ..data.values import find_columns, parse_column, value_kind
 
 # %% ../../nbs/serve/01_inputs.ipynb #8453003e
 def read_image(
@@ -191,11 +191,11 @@ def understand_metadata(
         texts, wrong = table[name].astype("string"), {}
         for text in texts.dropna().unique():
             try:
-                read_cells(pd.Series([text]), column, where, name)
+                parse_column(pd.Series([text]), column, where, name)
             except ConfigError as error:
                 wrong[text] = str(error)
         right = texts.mask(texts.isin(list(wrong)))
-        cells = read_cells(right, column, where, name)
+        cells = parse_column(right, column, where, name)
         values[column] = cells.values
         for row, text in enumerate(texts):
             if text in wrong:

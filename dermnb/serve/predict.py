@@ -49,7 +49,7 @@ class Answer:
     square: np.ndarray | None = field(default=None, repr=False)  # uint8 (448, 448, 3)
     positive: bool | None = None  # of two classes: reaches the threshold that
     # finds 95 % of the positive validation images
-    error: str = ""  # why the image was refused; nothing else is known then
+    error: str = ""  # why the image cannot be read or used; nothing else is known then
 
     def to_dict(self) -> dict:
         "All but the arrays, as JSON values."
@@ -95,7 +95,7 @@ def _reasons(
     return reasons
 
 # %% ../../nbs/serve/02_predict.ipynb #392368d2
-def _refuse(answer: Answer, error: Exception) -> Answer:
+def _failed(answer: Answer, error: Exception) -> Answer:
     "The answer where there can be none; whatever happened, the others go on."
     reason = str(error)
     if not isinstance(error, ConfigError):
@@ -178,10 +178,10 @@ class _Networks:
                 f"layer {layer!r} is for a single network, and {bundle.name} is an"
                 " ensemble: ask one of its members."
             )
-        self.bundle, self._seers = bundle, {}
+        self.bundle, self._cam_networks = bundle, {}
         for _, _, leaf in bundle.networks:
             backbone = leaf.classifier.meta.get("backbone", "")
-            self._seers[id(leaf)] = cam_network(leaf.classifier.model, backbone, layer)
+            self._cam_networks[id(leaf)] = cam_network(leaf.classifier.model, backbone, layer)
         leaves = [leaf.classifier for _, _, leaf in bundle.networks]
         self._sizes = {(c.image_size, c.resize) for c in leaves if c.image_size}
 
@@ -189,13 +189,13 @@ class _Networks:
     def layers(self) -> dict[str, str]:
         "Of each network the layer that its maps are of."
         networks = self.bundle.networks
-        return {name: self._seers[id(leaf)].layer for name, _, leaf in networks}
+        return {name: self._cam_networks[id(leaf)].layer for name, _, leaf in networks}
 
     @property
     def fields(self) -> dict[str, int]:
-        "Of each network how many fields a side its maps have, before they are enlarged."
+        "Of each network how many cells a side of the map there are, before it is enlarged."
         networks = self.bundle.networks
-        return {name: min(self._seers[id(leaf)].fields) for name, _, leaf in networks}
+        return {name: min(self._cam_networks[id(leaf)].fields) for name, _, leaf in networks}
 
     def frame(self) -> str:
         "How the image under the map is resized: as for the networks, which must agree."
@@ -208,7 +208,7 @@ class _Networks:
     ) -> np.ndarray:
         "Calibrated probabilities (N, K) of squares of any size, without all else."
         mixed = [
-            _mix(self.bundle, _see(self._seers, inputs, False))
+            _mix(self.bundle, _forward(self._cam_networks, inputs, False))
             for inputs, _ in _batches(self.bundle, self._sizes, squares, metadata)
         ]
         return temper(np.concatenate(mixed), self.bundle.decision.temperature)
@@ -223,29 +223,30 @@ class _Networks:
         "Maps (N, S, S) in 0 to 1 of squares of any size; high is important."
         found = []
         for inputs, part in _batches(self.bundle, self._sizes, squares, metadata):
-            seen = _see(self._seers, inputs, True)
-            maps = _maps(self.bundle, self._seers, seen, target[part], method, squares.shape[1])
+            seen = _forward(self._cam_networks, inputs, True)
+            size = squares.shape[1]
+            maps = _maps(self.bundle, self._cam_networks, seen, target[part], method, size)
             found.append(maps)
         return np.concatenate(found)
 
 # %% ../../nbs/serve/02_predict.ipynb #13d5fe06
-def _see(seers: dict, inputs: dict, cam: bool) -> dict:
+def _forward(cam_networks: dict, inputs: dict, cam: bool) -> dict:
     "Of each network its answers and features, and what its maps are made from."
     seen = {}
     for key, given in inputs.items():
-        seer = seers[key]
+        seer = cam_networks[key]
         seen[key] = seer.see(given) if cam and seer.layer else seer.predict(given)
     return seen
 
 
-def _maps(bundle: Bundle, seers: dict, seen: dict, target, method: str, size: int):
+def _maps(bundle: Bundle, cam_networks: dict, seen: dict, target, method: str, size: int):
     "Maps (N, size, size) of the target classes (N,): the weighted mean over networks."
     from dermnb.nets.gradcam import combine_maps
 
     found = [
-        (weight, seers[id(leaf)].maps(seen[id(leaf)], target, method))
+        (weight, cam_networks[id(leaf)].maps(seen[id(leaf)], target, method))
         for _, weight, leaf in bundle.networks
-        if seers[id(leaf)].layer and weight > 0
+        if cam_networks[id(leaf)].layer and weight > 0
     ]
     return combine_maps([m for _, m in found], [w for w, _ in found], size)
 
@@ -286,7 +287,7 @@ def _as_lists(images, names, metadata) -> tuple[list, list]:
 
 # %% ../../nbs/serve/02_predict.ipynb #4796a61b
 def _open(source, name: str, sizes: set, frame: str) -> tuple[Answer, dict]:
-    "An answer still empty, or refused, and the image as squares by size and resizing."
+    "An answer still empty, or with its error, and the image as squares by size and resizing."
     path = str(source) if isinstance(source, str | Path) else ""
     try:
         picture = read_image(source, name)
@@ -297,7 +298,7 @@ def _open(source, name: str, sizes: set, frame: str) -> tuple[Answer, dict]:
         return answer, squares
     except Exception as error:  # whatever it is, the others are still answered
         answer = Answer(shown(name or file_name(path) or "the image"), path)
-        return _refuse(answer, error), {}
+        return _failed(answer, error), {}
 
 
 def _pool() -> ThreadPoolExecutor:
@@ -308,7 +309,7 @@ def _pool() -> ThreadPoolExecutor:
 def _add_metadata(
     bundle: Bundle, answers: list[Answer], metadata: pd.DataFrame, faults, notes
 ) -> None:
-    "Refuse images whose age, sex or site cannot be right; note what is not used."
+    "An error for images whose age, sex or site cannot be right; notes on what is not used."
     encoders = [leaf.classifier.encoder for _, _, leaf in bundle.networks]
     encoders = [e for e in encoders if e is not None]
     for i, answer in enumerate(answers):
@@ -403,7 +404,7 @@ def _answer_all(predictor: Predictor, answers, squares, metadata, *how) -> None:
         raise
     except Exception as error:
         if len(answers) == 1:
-            _refuse(answers[0], error)
+            _failed(answers[0], error)
             return
         for i in range(len(answers)):
             row = slice(i, i + 1)
@@ -415,16 +416,16 @@ def _answer(
     predictor: Predictor, answers, squares, metadata, target, cam: bool, method: str
 ) -> None:
     "Answer a batch of images as squares."
-    bundle, seers, n = predictor.bundle, predictor._seers, len(answers)
+    bundle, cam_networks, n = predictor.bundle, predictor._cam_networks, len(answers)
     leaves = [leaf for _, _, leaf in bundle.networks]
     inputs = {id(x): _inputs(x.classifier, squares, metadata, n) for x in leaves}
-    seen = _see(seers, inputs, cam)
+    seen = _forward(cam_networks, inputs, cam)
     p = temper(_mix(bundle, seen), bundle.decision.temperature)
     sets = conformal_sets(p, bundle.decision.set_threshold)
     novelty = _novelty(bundle, inputs, seen)
     members = {m.name: _mix(m.bundle, seen) for m in bundle.members}
     aim = p.argmax(axis=1) if target is None else np.full(n, bundle.classes.index(target))
-    maps = _maps(bundle, seers, seen, aim, method, CAM_SIZE) if cam else None
+    maps = _maps(bundle, cam_networks, seen, aim, method, CAM_SIZE) if cam else None
     for i, answer in enumerate(answers):
         answer.novelty = None if novelty is None else float(novelty[i])
         answer.members = {name: _by_class(bundle, q[i]) for name, q in members.items()}

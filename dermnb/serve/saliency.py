@@ -89,13 +89,13 @@ def rank_correlation(
 def parameter_randomization(
     models: Sequence,  # keras models: one, or the members of an ensemble
     maps_of: Callable,  # () -> their maps (N, h, w), always of the same images and classes
-    draws: int = 3,  # how often weights are re-initialized; the mean is given
+    repeats: int = 3,  # re-initializations, whose mean is given
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """How alike each image's map is before and after re-initializing weights, 0..1.
 
-    The absolute rank correlation, so that an inverted copy counts as a copy; its mean
-    over them. `head` and `all` are `(N,)`, and so are `head_chance` and
+    The absolute rank correlation, so that an inverted copy counts as a copy, averaged
+    over the re-initializations. `head` and `all` are `(N,)`, and so are `head_chance` and
     `all_chance`: the same of the new map and the old map of *another* image, which is
     what smooth maps have in common anyway. Above chance level says that the map shows the
     image and not what was learned. NaN where every map of an image is even. `models`
@@ -104,9 +104,9 @@ def parameter_randomization(
     before = maps_of()
     found = {}
     for part in ("head", "all"):
-        seeds = iter(np.random.default_rng(seed).integers(2**31, size=draws * len(models)))
+        seeds = iter(np.random.default_rng(seed).integers(2**31, size=repeats * len(models)))
         same, other = [], []
-        for _ in range(draws):
+        for _ in range(repeats):
             with ExitStack() as stack:
                 for model in models:
                     stack.enter_context(reinitialized_weights(model, part, next(seeds)))
