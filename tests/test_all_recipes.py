@@ -1,7 +1,7 @@
 """Every suite that comes with the project, from its file to its report, on generated images.
 
 The name puts this file first, so that its long runs start while the other tests run beside them.
-Kernels are warm but for those of `test_folds`, which loads all anew as a run outside of tests does.
+Kernels are warm but for those of `test_folds`, which loads all again as a run outside of tests does.
 """
 
 import os

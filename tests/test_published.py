@@ -1,6 +1,6 @@
 """Published results: the predictions give the metrics beside them, and these are those of published.json.
 
-A suite that is published anew changes published.json as well, and so on purpose.
+A suite that is published again changes published.json as well, and so on purpose.
 """
 
 import html
@@ -110,7 +110,7 @@ def boards(page: str) -> dict[str, dict[str, dict[str, str]]]:
 
 @pytest.mark.parametrize("suite", ["ham10000", "isic2019"])
 def test_pages_show_the_published_values(suite, tmp_path):
-    "The leaderboards of pages built anew, with intervals, to the digits shown."
+    "The leaderboards of pages rebuilt, with intervals, to the digits shown."
     shutil.copytree(REPORTS / suite, tmp_path / "r" / suite)  # follows the links
     shown = boards(build_suite_page(tmp_path / "r" / suite).read_text(encoding="utf-8"))
     assert set(shown["test"]) == set(PUBLISHED[suite])
