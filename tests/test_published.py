@@ -19,9 +19,9 @@ from dermnb.report.blocks import interval, number
 from dermnb.report.build import build_suite_page
 
 REPORTS = Path(__file__).resolve().parent.parent / "reports"
-RUNS = sorted(path.parent for path in REPORTS.glob("*/*/metrics.json"))
-FIRST = [min(r for r in RUNS if r.parent == suite) for suite in sorted({r.parent for r in RUNS})]
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
+RUNS = sorted(p.parent for suite in PUBLISHED for p in REPORTS.glob(f"{suite}/*/metrics.json"))
+FIRST = [min(r for r in RUNS if r.parent == suite) for suite in sorted({r.parent for r in RUNS})]
 OLD_NAMES = {old: new for old, new in ALIASES.items() if old not in METRICS}
 
 EXACT = 1e-12  # sums of a few thousand numbers below 1 in another order
