@@ -349,3 +349,9 @@ def test_an_answer_is_few_sentences(four_runs, kind):
     found = answer(Page(runs, {"answer": kind}))
     assert 1 <= len(found["answer"]) <= 2 and len(found["context"]) <= 5
     assert all(s.endswith(".") and s[0].strip() for s in found["answer"] + found["context"])
+
+
+def test_runs_with_one_score_share_the_first_place(four_runs):
+    run = load_run(four_runs / "c")
+    first, _ = said([run, replace(run, name="e")], answer="best")
+    assert first.startswith("c and e share the highest balanced accuracy: ")

@@ -119,7 +119,11 @@ def _best(page: Page) -> list[str]:
     score, where = _score_words(members), measured_on(members)
     if not rest:
         return [f"{name}: balanced accuracy {score} on the {where} split."]
-    order = _order(page, name, members[0], group_score(members), rest)
+    top = group_score(members)
+    tied = [n for n, g in rest if math.isclose(group_score(g)["value"], top["value"], abs_tol=1e-9)]
+    if tied:
+        return [f"{listing([name, *tied])} share the highest balanced accuracy{of}: {score} on the {where} split."]
+    order = _order(page, name, members[0], top, rest)
     return [f"{name} has the highest balanced accuracy{of}: {score} on the {where} split; {order}."]
 
 
