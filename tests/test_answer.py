@@ -355,3 +355,10 @@ def test_runs_with_one_score_share_the_first_place(four_runs):
     run = load_run(four_runs / "c")
     first, _ = said([run, replace(run, name="e")], answer="best")
     assert first.startswith("c and e share the highest balanced accuracy: ")
+
+
+def test_every_kind_that_a_suite_may_ask_for_is_answered():
+    from dermnb.report.answer import _ANSWERED_BY
+    from dermnb.runs.suites import ANSWERS
+
+    assert set(_ANSWERED_BY) == set(ANSWERS)

@@ -8,6 +8,7 @@ __all__ = ['SECTIONS', 'RUN_INPUTS', 'shown_sections', 'build_run_page', 'build_
 # %% ../../nbs/report/14_build.ipynb #7f464a9e
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -119,6 +120,7 @@ SECTIONS = (
 # %% ../../nbs/report/14_build.ipynb #61e51cea
 def shown_sections(page: Page) -> list[dict]:
     "The sections of a page that have anything to show."
+    page = replace(page, titles={s.id: s.title for s in SECTIONS})
     found = [(s, blocks_of(s, page)) for s in SECTIONS]
     return [
         {"id": s.id, "title": s.title, "blocks": blocks, "folded": s.folded and not page.one}

@@ -111,6 +111,7 @@ class Page:
     links: Mapping[str, str] = field(default_factory=dict)  # run -> its page
     photographs: bool = False  # may be shown, where licenses allow it
     single_file: bool = False
+    titles: Mapping[str, str] = field(default_factory=dict)  # id of a section -> its title
 
     @cached_property
     def done(self) -> list[RunResult]:
