@@ -71,7 +71,7 @@ def _shortcut(cuts: Mapping, masks: str) -> str:
         return f"The border of the image alone gives {border}: {gives}."
     if covered["accuracy"]["value"] is None:
         return "What it knows with the lesion covered was not measured."
-    return f"With the lesion covered it has an accuracy of {spelled(covered['accuracy'])}: no shortcut is shown, which is not to say that there is none."
+    return "With the lesion covered no shortcut is shown, which is not to say that there is none."
 
 # %% ../../nbs/report/12_saliency.ipynb #3d6a9ea4
 def _removal(kind: str, result: Mapping) -> str:
@@ -143,7 +143,10 @@ def saliency_blocks(page: Page, found: Mapping) -> list:
     blocks = [Items(_run_sentences(e))] if page.one else []
     cut = [r for r in runs if "shortcuts" in read[r.name]]
     if not page.one and cut:
-        blocks.append(Items([(r.name, _shortcut(read[r.name]["shortcuts"], read[r.name]["masks"])) for r in cut]))
+        said: dict[str, list[str]] = {}  # what holds for several runs is said once
+        for r in cut:
+            said.setdefault(_shortcut(read[r.name]["shortcuts"], read[r.name]["masks"]), []).append(r.name)
+        blocks.append(Items([(listing(names), text) for text, names in said.items()]))
     blocks += _shortcut_plot(page, cut, read) + (_run_plots(page, e) if page.one else [])
     blocks.append(_checks(page, runs, read))
     blocks += _foreign(page, runs, read) + (gallery(page, runs[0], e) if page.one else [])
