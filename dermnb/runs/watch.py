@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Watch', 'suite_status', 'show_status']
 
-# %% ../../nbs/runs/11_watch.ipynb #6916a2a7
+# %% ../../nbs/runs/11_watch.ipynb #b52de6df
 import math
 import os
 import sys
@@ -27,7 +27,7 @@ from rich.text import Text
 
 from ..core import ConfigError, duration, listing, read_json
 
-# %% ../../nbs/runs/11_watch.ipynb #df4cfa51
+# %% ../../nbs/runs/11_watch.ipynb #0e2cd109
 _NUMBERS = ("epoch", "epochs", "done", "total", "loss", "best", "seconds_left", "memory_mb", "when")
 
 
@@ -72,6 +72,13 @@ def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}" if abs(value) < 100 else f"{value:.3g}"
 
 
+def _time(seconds: float | None) -> str:
+    "Seconds in few characters."
+    if seconds is None:
+        return ""
+    return duration(seconds) if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def _memory(megabytes: float | None) -> str:
     if megabytes is None:
         return ""
@@ -86,14 +93,14 @@ def _describe(row: dict) -> str:
     if row["loss"] is not None:
         parts.append(f"loss {_figure(row['loss'])}")
     if row["best"] is not None:
-        parts.append(f"best {_figure(row['best'])}")
+        parts.append(f"best val loss {_figure(row['best'])}")
     if row["seconds_left"] is not None:
         parts.append(f"about {duration(row['seconds_left'])} left")
     if row["memory_mb"] is not None:
         parts.append(_memory(row["memory_mb"]))
     return ", ".join(parts)
 
-# %% ../../nbs/runs/11_watch.ipynb #533fddf1
+# %% ../../nbs/runs/11_watch.ipynb #4fb3a81d
 class _Name:
     "A run's name, shortened in its middle where the column is narrower."
 
@@ -120,19 +127,20 @@ def _table(rows: Sequence[dict]) -> Table:
     table.show_edge, table.pad_edge, table.collapse_padding = False, False, True
     table.add_column("run", min_width=12)
     table.add_column("stage", no_wrap=True, overflow="ellipsis", max_width=18)
-    for title in ("epoch", "loss", "best", "left", "memory"):
+    for title in ("epoch", "loss", "best val", "left", "memory"):
         table.add_column(title, justify="right", no_wrap=True, overflow="ellipsis")
     for row in rows:
         runs = row["status"] == "under way"
         style = "" if runs else "red" if row["status"] == "failed" else "dim"
         left = row["seconds_left"] if runs else None
+        figures = row if row["epoch"] is not None else row.get("trained", row)
         table.add_row(
             _Name(row["run"], style),
             Text(_doing(row) if runs else row.get("doing") or row["status"], style),
-            Text(_epoch(row), style),
-            Text(_figure(row["loss"]), style),
-            Text(_figure(row["best"]), style),
-            "" if left is None else duration(left),
+            Text(_epoch(figures), style),
+            Text(_figure(figures["loss"]), style),
+            Text(_figure(figures["best"]), style),
+            _time(left),
             Text(_memory(row["memory_mb"] if runs else None), style),
         )
     return table
@@ -149,11 +157,12 @@ class _View(JupyterMixin):
         for line in self.above:
             yield from console.render(Text(line), options)
         if self.rows:
+            yield from console.render(Text(), options)
             yield from console.render(_table(self.rows), options)
         for line in self.below:
             yield from console.render(Text(line), options)
 
-# %% ../../nbs/runs/11_watch.ipynb #8de01b21
+# %% ../../nbs/runs/11_watch.ipynb #4b6a36b6
 class _Runs:
     "The runs still to be done: which wait, and the rows of those under way."
 
@@ -214,9 +223,12 @@ class _Runs:
         progress = _read(self.folder / f".part-{run}" / "progress.json")
         if progress and run in self.rows:
             self.stamps[run] = stamp
-            self.rows[run].update(_row(run, "under way", progress))
+            row = _row(run, "under way", progress)
+            if row["epoch"] is not None:  # shown on when what follows has no epochs
+                row["trained"] = {k: row[k] for k in ("epoch", "epochs", "loss", "best")}
+            self.rows[run].update(row)
 
-# %% ../../nbs/runs/11_watch.ipynb #919ef3a5
+# %% ../../nbs/runs/11_watch.ipynb #6edcc2a0
 def _seconds_left(
     rows: Sequence[dict],  # of the runs under way
     waiting: int,
@@ -243,7 +255,7 @@ def _counts(
     said = ", ".join(f"{n} {status}" for status, n in numbers.items() if n)
     return said + (f"; about {duration(left)} left in all" if left is not None else "")
 
-# %% ../../nbs/runs/11_watch.ipynb #57a0adff
+# %% ../../nbs/runs/11_watch.ipynb #ed94ff32
 def _can_draw() -> bool:
     "Whether a table can be drawn in place on what stdout is."
     console = Console()
@@ -305,7 +317,7 @@ class _Notebook:
     def close(self) -> None:
         "Nothing is to be put back."
 
-# %% ../../nbs/runs/11_watch.ipynb #9ab1c698
+# %% ../../nbs/runs/11_watch.ipynb #61b171bb
 class Watch:
     "What a person sees of a suite's runs: a table that is drawn anew, or plain lines."
 
@@ -413,7 +425,7 @@ class Watch:
         over = numbers["interrupted"] or not (under_way or waiting)
         return _View(rows, below=[_counts(numbers, None if over else left)])
 
-# %% ../../nbs/runs/11_watch.ipynb #8fc562a2
+# %% ../../nbs/runs/11_watch.ipynb #59fc9b72
 def _is_held(lock: Path) -> bool:
     "Whether some process works on the run that this is the lock of."
     if not lock.is_file():  # asking would make it
@@ -450,7 +462,7 @@ def _state(folder: Path, said: dict) -> tuple[str, dict, str]:
     held = _is_held(folder / f"{part.name}.lock")
     return "under way" if held else "interrupted", state, ""
 
-# %% ../../nbs/runs/11_watch.ipynb #2ca5ce49
+# %% ../../nbs/runs/11_watch.ipynb #c3b7cefd
 def _note(row: dict, state: dict, error: str, checkpoint: bool) -> str:
     "What is to be said of a run beside its figures."
     status, epoch = row["status"], row["epoch"]
@@ -485,7 +497,7 @@ def _status_row(folder: Path, said: dict) -> dict:
     row["note"] = _note(row, state, error, (part / "checkpoint.npz").is_file())
     return {"suite": folder.name} | row
 
-# %% ../../nbs/runs/11_watch.ipynb #5fed2a95
+# %% ../../nbs/runs/11_watch.ipynb #02606ef7
 _STATUS = ("suite", "run", "status", "step", "stage", "epoch", "epochs", "loss", "best")
 _STATUS = (*_STATUS, "seconds_left", "memory_mb", "since", "silent", "host", "pid", "note")
 
@@ -515,7 +527,7 @@ def suite_status(
         rows += [_status_row(suite.resolve(), run) for run in said.values()]
     return pd.DataFrame(rows, columns=list(_STATUS)).astype({"pid": "Int64"})
 
-# %% ../../nbs/runs/11_watch.ipynb #b2ecdf05
+# %% ../../nbs/runs/11_watch.ipynb #2d68f1da
 def show_status(
     folder: str | Path,  # reports/<suite>, or reports: all its suites
     say: Callable[[str], None] = print,  # gets one line at a time
