@@ -93,12 +93,14 @@ def test_two_hundred_runs_fit_the_terminal(tmp_path, monkeypatch):
     seen.finished({"run": runs[30], "status": "failed", "error": "MemoryError: no", "seconds": 1})
     lines = drawn(screen.views[-1])
     assert len(lines) == 9 and "cnn-seed30 failed" in " ".join(lines[-2].split())
-    assert lines[-1].startswith("169 waiting, 42 done, 1 failed; about 42 min left")
-    assert screen.lines == [screen.lines[0]] and "FAILED: MemoryError: no in" in screen.lines[0]
+    assert lines[-1] == "169 waiting, 42 done, 1 failed; about 42 min left in all"
+    assert screen.lines == [screen.lines[0]] and screen.lines[0].endswith(": MemoryError: no")
     for run in runs[31:80]:
         seen.started(run)
     seen.look()
-    assert len(drawn(screen.views[-1])) <= 24, "more are under way than there is space for"
+    lines = drawn(screen.views[-1])
+    assert len(lines) == 3 + 18 + 2 <= 24, "more are under way than there is space for"
+    assert lines[-2] == "and 31 runs more" and lines[-1].startswith("49 under way, 120 waiting,")
 
 
 def test_plain_lines(tmp_path):
@@ -228,7 +230,7 @@ def test_a_terminal_is_left_clean(tmp_path):
 @pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"JPY_PARENT_PID": "1"}])
 def test_plain_lines_where_nothing_can_be_drawn(environment, tmp_path):
     said = in_terminal(tmp_path, **environment)
-    assert "\x1b" not in said and "[1/2 a] FAILED: no room in 1.0 s" in said
+    assert "\x1b" not in said and "[1/2 a] FAILED after 1.0 s (" in said
 
 
 def test_a_notebook_shows_one_output_that_changes(tmp_path, monkeypatch):

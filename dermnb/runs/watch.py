@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Watch', 'suite_status', 'show_status']
 
-# %% ../../nbs/runs/11_watch.ipynb #b52de6df
+# %% ../../nbs/runs/11_watch.ipynb #7cc96a17
 import math
 import os
 import sys
@@ -25,9 +25,9 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from ..core import ConfigError, duration, listing, read_json
+from ..core import ConfigError, duration, listing, plural, read_json
 
-# %% ../../nbs/runs/11_watch.ipynb #0e2cd109
+# %% ../../nbs/runs/11_watch.ipynb #350348c4
 _NUMBERS = ("epoch", "epochs", "done", "total", "loss", "best", "seconds_left", "memory_mb", "when")
 
 
@@ -100,7 +100,7 @@ def _describe(row: dict) -> str:
         parts.append(_memory(row["memory_mb"]))
     return ", ".join(parts)
 
-# %% ../../nbs/runs/11_watch.ipynb #4fb3a81d
+# %% ../../nbs/runs/11_watch.ipynb #01d00a46
 class _Name:
     "A run's name, shortened in its middle where the column is narrower."
 
@@ -162,7 +162,7 @@ class _View(JupyterMixin):
         for line in self.below:
             yield from console.render(Text(line), options)
 
-# %% ../../nbs/runs/11_watch.ipynb #4b6a36b6
+# %% ../../nbs/runs/11_watch.ipynb #e3528398
 class _Runs:
     "The runs still to be done: which wait, and the rows of those under way."
 
@@ -228,7 +228,7 @@ class _Runs:
                 row["trained"] = {k: row[k] for k in ("epoch", "epochs", "loss", "best")}
             self.rows[run].update(row)
 
-# %% ../../nbs/runs/11_watch.ipynb #6edcc2a0
+# %% ../../nbs/runs/11_watch.ipynb #09947559
 def _seconds_left(
     rows: Sequence[dict],  # of the runs under way
     waiting: int,
@@ -255,7 +255,7 @@ def _counts(
     said = ", ".join(f"{n} {status}" for status, n in numbers.items() if n)
     return said + (f"; about {duration(left)} left in all" if left is not None else "")
 
-# %% ../../nbs/runs/11_watch.ipynb #ed94ff32
+# %% ../../nbs/runs/11_watch.ipynb #c1b8ac14
 def _can_draw() -> bool:
     "Whether a table can be drawn in place on what stdout is."
     console = Console()
@@ -317,7 +317,7 @@ class _Notebook:
     def close(self) -> None:
         "Nothing is to be put back."
 
-# %% ../../nbs/runs/11_watch.ipynb #61b171bb
+# %% ../../nbs/runs/11_watch.ipynb #7d91bfaa
 class Watch:
     "What a person sees of a suite's runs: a table that is drawn anew, or plain lines."
 
@@ -405,27 +405,33 @@ class Watch:
 
     def _tell_end(self, state: dict, seconds: float) -> None:
         status, run = state["status"], state["run"]
-        how = f"FAILED: {state.get('error', '')}" if status == "failed" else status
         left = len(self.runs.waiting) + len(self.runs.rows)
         whole = duration(time.monotonic() - self.start)
         more = f"; {left} to go" if left else ""
-        self.say(f"{self.number[run]} {how} in {duration(seconds)} ({whole} in all{more})")
+        how, error = f"{status} in", ""
+        if status == "failed":
+            how, error = "FAILED after", f": {state.get('error', '')}"
+        self.say(f"{self.number[run]} {how} {duration(seconds)} ({whole} in all{more}){error}")
 
     def _view(self) -> _View:
         "The last runs that ended, those under way, and how many there are of each."
         under_way, waiting = list(self.runs.rows.values()), len(self.runs.waiting)
-        space = max(self.screen.space, 1)
+        space = max(self.screen.space, 2)
+        hidden = len(under_way) - space + 1 if len(under_way) > space else 0
         last = min(5, max(space - len(under_way), 0))
-        rows = [*list(self.ended.values())[len(self.ended) - last :], *under_way[:space]]
+        ended = list(self.ended.values())[len(self.ended) - min(last, len(self.ended)) :]
         numbers = dict.fromkeys(("under way", "interrupted"), 0) | {"waiting": waiting}
         numbers |= {"done": self.done, "stopped": 0, "failed": 0}
         for row in (*under_way, *self.ended.values()):
             numbers[row["status"]] += 1
-        left = _seconds_left(under_way, waiting, self.took, self.together)
-        over = numbers["interrupted"] or not (under_way or waiting)
-        return _View(rows, below=[_counts(numbers, None if over else left)])
+        left = None
+        if (under_way or waiting) and not numbers["interrupted"]:
+            left = _seconds_left(under_way, waiting, self.took, self.together)
+        below = [f"and {plural(hidden, 'run')} more"] if hidden else []
+        rows = [*ended, *under_way[: len(under_way) - hidden]]
+        return _View(rows, below=[*below, _counts(numbers, left)])
 
-# %% ../../nbs/runs/11_watch.ipynb #59fc9b72
+# %% ../../nbs/runs/11_watch.ipynb #6a36c65b
 def _is_held(lock: Path) -> bool:
     "Whether some process works on the run that this is the lock of."
     if not lock.is_file():  # asking would make it
@@ -462,7 +468,7 @@ def _state(folder: Path, said: dict) -> tuple[str, dict, str]:
     held = _is_held(folder / f"{part.name}.lock")
     return "under way" if held else "interrupted", state, ""
 
-# %% ../../nbs/runs/11_watch.ipynb #c3b7cefd
+# %% ../../nbs/runs/11_watch.ipynb #75109383
 def _note(row: dict, state: dict, error: str, checkpoint: bool) -> str:
     "What is to be said of a run beside its figures."
     status, epoch = row["status"], row["epoch"]
@@ -497,7 +503,7 @@ def _status_row(folder: Path, said: dict) -> dict:
     row["note"] = _note(row, state, error, (part / "checkpoint.npz").is_file())
     return {"suite": folder.name} | row
 
-# %% ../../nbs/runs/11_watch.ipynb #02606ef7
+# %% ../../nbs/runs/11_watch.ipynb #7e52ab33
 _STATUS = ("suite", "run", "status", "step", "stage", "epoch", "epochs", "loss", "best")
 _STATUS = (*_STATUS, "seconds_left", "memory_mb", "since", "silent", "host", "pid", "note")
 
@@ -527,7 +533,7 @@ def suite_status(
         rows += [_status_row(suite.resolve(), run) for run in said.values()]
     return pd.DataFrame(rows, columns=list(_STATUS)).astype({"pid": "Int64"})
 
-# %% ../../nbs/runs/11_watch.ipynb #2d68f1da
+# %% ../../nbs/runs/11_watch.ipynb #af3f710b
 def show_status(
     folder: str | Path,  # reports/<suite>, or reports: all its suites
     say: Callable[[str], None] = print,  # gets one line at a time
