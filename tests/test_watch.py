@@ -100,7 +100,7 @@ def test_two_hundred_runs_fit_the_terminal(tmp_path, monkeypatch):
     seen.look()
     lines = drawn(screen.views[-1])
     assert len(lines) == 3 + 18 + 2 <= 24, "more are under way than there is space for"
-    assert lines[-2] == "and 31 runs more" and lines[-1].startswith("49 under way, 120 waiting,")
+    assert lines[-2] == "and 31 more runs" and lines[-1].startswith("49 under way, 120 waiting,")
 
 
 def test_plain_lines(tmp_path):
@@ -244,12 +244,14 @@ def test_a_notebook_shows_one_output_that_changes(tmp_path, monkeypatch):
     seen.screen = watch._Notebook()
     seen.started("a")
     report(tmp_path, "a", **TRAINING)
-    seen.say("dashboard: http://127.0.0.1:8787")
+    address = "report: file:///" + "x" * 150
+    seen.say(address)
+    seen.say("a sentence " * 20)
     seen.look()
     seen.__exit__()
     html = shown[-1]._repr_mimebundle_([], [])["text/html"]
-    assert len(shown) == 3
-    assert "interrupted" in html and "117/120" in html and "dashboard: http" in html
+    assert len(shown) == 4 and max(map(len, re.findall(r'a sentence .*', html))) <= 100
+    assert "interrupted" in html and "117/120" in html and address in html
 
 
 STATES = ("under way", "done", "waiting", "failed", "stopped", "interrupted", "anew", "of a parent")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Watch', 'suite_status', 'show_status']
 
-# %% ../../nbs/runs/11_watch.ipynb #7cc96a17
+# %% ../../nbs/runs/11_watch.ipynb #c2eff764
 import math
 import os
 import sys
@@ -27,7 +27,7 @@ from rich.text import Text
 
 from ..core import ConfigError, duration, listing, plural, read_json
 
-# %% ../../nbs/runs/11_watch.ipynb #350348c4
+# %% ../../nbs/runs/11_watch.ipynb #6f2aca1e
 _NUMBERS = ("epoch", "epochs", "done", "total", "loss", "best", "seconds_left", "memory_mb", "when")
 
 
@@ -100,7 +100,7 @@ def _describe(row: dict) -> str:
         parts.append(_memory(row["memory_mb"]))
     return ", ".join(parts)
 
-# %% ../../nbs/runs/11_watch.ipynb #01d00a46
+# %% ../../nbs/runs/11_watch.ipynb #c9602d88
 class _Name:
     "A run's name, shortened in its middle where the column is narrower."
 
@@ -121,9 +121,15 @@ class _Name:
         yield Text(text, self.style, no_wrap=True, overflow="crop")
 
 
-def _table(rows: Sequence[dict]) -> Table:
+# Of what failed, and of what has ended: those of a terminal are its own; a notebook's are as
+# legible on white as on black.
+_COLOURS = {False: ("red", "dim"), True: ("#dc3545", "#757575")}
+
+
+def _table(rows: Sequence[dict], notebook: bool = False) -> Table:
     "Runs under way and others, one a row."
-    table = Table(box=box.SIMPLE_HEAD, border_style="dim", header_style="bold")
+    red, quiet = _COLOURS[notebook]
+    table = Table(box=box.SIMPLE_HEAD, border_style=quiet, header_style="bold")
     table.show_edge, table.pad_edge, table.collapse_padding = False, False, True
     table.add_column("run", min_width=12)
     table.add_column("stage", no_wrap=True, overflow="ellipsis", max_width=18)
@@ -131,7 +137,7 @@ def _table(rows: Sequence[dict]) -> Table:
         table.add_column(title, justify="right", no_wrap=True, overflow="ellipsis")
     for row in rows:
         runs = row["status"] == "under way"
-        style = "" if runs else "red" if row["status"] == "failed" else "dim"
+        style = "" if runs else red if row["status"] == "failed" else quiet
         left = row["seconds_left"] if runs else None
         figures = row if row["epoch"] is not None else row.get("trained", row)
         table.add_row(
@@ -155,14 +161,15 @@ class _View(JupyterMixin):
     def __rich_console__(self, console, options):
         options = options.update(width=min(options.max_width, 100))
         for line in self.above:
-            yield from console.render(Text(line), options)
+            whole = "ignore" if "://" in line else None  # an address stays in one piece
+            yield from console.render(Text(line, overflow=whole), options)
         if self.rows:
             yield from console.render(Text(), options)
-            yield from console.render(_table(self.rows), options)
+            yield from console.render(_table(self.rows, console.is_jupyter), options)
         for line in self.below:
             yield from console.render(Text(line), options)
 
-# %% ../../nbs/runs/11_watch.ipynb #e3528398
+# %% ../../nbs/runs/11_watch.ipynb #4614b513
 class _Runs:
     "The runs still to be done: which wait, and the rows of those under way."
 
@@ -228,7 +235,7 @@ class _Runs:
                 row["trained"] = {k: row[k] for k in ("epoch", "epochs", "loss", "best")}
             self.rows[run].update(row)
 
-# %% ../../nbs/runs/11_watch.ipynb #09947559
+# %% ../../nbs/runs/11_watch.ipynb #4968401b
 def _seconds_left(
     rows: Sequence[dict],  # of the runs under way
     waiting: int,
@@ -255,7 +262,7 @@ def _counts(
     said = ", ".join(f"{n} {status}" for status, n in numbers.items() if n)
     return said + (f"; about {duration(left)} left in all" if left is not None else "")
 
-# %% ../../nbs/runs/11_watch.ipynb #c1b8ac14
+# %% ../../nbs/runs/11_watch.ipynb #463b9cce
 def _can_draw() -> bool:
     "Whether a table can be drawn in place on what stdout is."
     console = Console()
@@ -317,7 +324,7 @@ class _Notebook:
     def close(self) -> None:
         "Nothing is to be put back."
 
-# %% ../../nbs/runs/11_watch.ipynb #7d91bfaa
+# %% ../../nbs/runs/11_watch.ipynb #c2585ff6
 class Watch:
     "What a person sees of a suite's runs: a table that is drawn anew, or plain lines."
 
@@ -373,7 +380,7 @@ class Watch:
         if self.screen:
             self.screen.draw(self._view())
             return
-        for run, row in self.runs.rows.items():
+        for run, row in list(self.runs.rows.items()):
             if row["step"]:
                 self._tell(run, row)
 
@@ -427,11 +434,11 @@ class Watch:
         left = None
         if (under_way or waiting) and not numbers["interrupted"]:
             left = _seconds_left(under_way, waiting, self.took, self.together)
-        below = [f"and {plural(hidden, 'run')} more"] if hidden else []
+        below = [f"and {plural(hidden, 'more run')}"] if hidden else []
         rows = [*ended, *under_way[: len(under_way) - hidden]]
         return _View(rows, below=[*below, _counts(numbers, left)])
 
-# %% ../../nbs/runs/11_watch.ipynb #6a36c65b
+# %% ../../nbs/runs/11_watch.ipynb #96116432
 def _is_held(lock: Path) -> bool:
     "Whether some process works on the run that this is the lock of."
     if not lock.is_file():  # asking would make it
@@ -468,7 +475,7 @@ def _state(folder: Path, said: dict) -> tuple[str, dict, str]:
     held = _is_held(folder / f"{part.name}.lock")
     return "under way" if held else "interrupted", state, ""
 
-# %% ../../nbs/runs/11_watch.ipynb #75109383
+# %% ../../nbs/runs/11_watch.ipynb #a60467ba
 def _note(row: dict, state: dict, error: str, checkpoint: bool) -> str:
     "What is to be said of a run beside its figures."
     status, epoch = row["status"], row["epoch"]
@@ -503,7 +510,7 @@ def _status_row(folder: Path, said: dict) -> dict:
     row["note"] = _note(row, state, error, (part / "checkpoint.npz").is_file())
     return {"suite": folder.name} | row
 
-# %% ../../nbs/runs/11_watch.ipynb #7e52ab33
+# %% ../../nbs/runs/11_watch.ipynb #9577da65
 _STATUS = ("suite", "run", "status", "step", "stage", "epoch", "epochs", "loss", "best")
 _STATUS = (*_STATUS, "seconds_left", "memory_mb", "since", "silent", "host", "pid", "note")
 
@@ -533,7 +540,7 @@ def suite_status(
         rows += [_status_row(suite.resolve(), run) for run in said.values()]
     return pd.DataFrame(rows, columns=list(_STATUS)).astype({"pid": "Int64"})
 
-# %% ../../nbs/runs/11_watch.ipynb #af3f710b
+# %% ../../nbs/runs/11_watch.ipynb #655f7208
 def show_status(
     folder: str | Path,  # reports/<suite>, or reports: all its suites
     say: Callable[[str], None] = print,  # gets one line at a time
