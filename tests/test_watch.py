@@ -248,7 +248,7 @@ def test_a_notebook_shows_one_output_that_changes(tmp_path, monkeypatch):
     seen.say(address)
     seen.say("a sentence " * 20)
     seen.look()
-    seen.__exit__()
+    seen.__exit__(KeyboardInterrupt)
     html = shown[-1]._repr_mimebundle_([], [])["text/html"]
     assert len(shown) == 4 and max(map(len, re.findall(r'a sentence .*', html))) <= 100
     assert "interrupted" in html and "117/120" in html and address in html

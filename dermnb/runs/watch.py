@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Watch', 'suite_status', 'show_status']
 
-# %% ../../nbs/runs/11_watch.ipynb #c2eff764
+# %% ../../nbs/runs/11_watch.ipynb #3e656799
 import math
 import os
 import sys
@@ -27,7 +27,7 @@ from rich.text import Text
 
 from ..core import ConfigError, duration, listing, plural, read_json
 
-# %% ../../nbs/runs/11_watch.ipynb #6f2aca1e
+# %% ../../nbs/runs/11_watch.ipynb #b3e1f059
 _NUMBERS = ("epoch", "epochs", "done", "total", "loss", "best", "seconds_left", "memory_mb", "when")
 
 
@@ -100,7 +100,7 @@ def _describe(row: dict) -> str:
         parts.append(_memory(row["memory_mb"]))
     return ", ".join(parts)
 
-# %% ../../nbs/runs/11_watch.ipynb #c9602d88
+# %% ../../nbs/runs/11_watch.ipynb #95b377b1
 class _Name:
     "A run's name, shortened in its middle where the column is narrower."
 
@@ -169,7 +169,7 @@ class _View(JupyterMixin):
         for line in self.below:
             yield from console.render(Text(line), options)
 
-# %% ../../nbs/runs/11_watch.ipynb #4614b513
+# %% ../../nbs/runs/11_watch.ipynb #4cabe49a
 class _Runs:
     "The runs still to be done: which wait, and the rows of those under way."
 
@@ -235,7 +235,7 @@ class _Runs:
                 row["trained"] = {k: row[k] for k in ("epoch", "epochs", "loss", "best")}
             self.rows[run].update(row)
 
-# %% ../../nbs/runs/11_watch.ipynb #4968401b
+# %% ../../nbs/runs/11_watch.ipynb #0f4d3ba0
 def _seconds_left(
     rows: Sequence[dict],  # of the runs under way
     waiting: int,
@@ -262,7 +262,7 @@ def _counts(
     said = ", ".join(f"{n} {status}" for status, n in numbers.items() if n)
     return said + (f"; about {duration(left)} left in all" if left is not None else "")
 
-# %% ../../nbs/runs/11_watch.ipynb #463b9cce
+# %% ../../nbs/runs/11_watch.ipynb #eec2a483
 def _can_draw() -> bool:
     "Whether a table can be drawn in place on what stdout is."
     console = Console()
@@ -324,7 +324,7 @@ class _Notebook:
     def close(self) -> None:
         "Nothing is to be put back."
 
-# %% ../../nbs/runs/11_watch.ipynb #c2585ff6
+# %% ../../nbs/runs/11_watch.ipynb #4faae530
 class Watch:
     "What a person sees of a suite's runs: a table that is drawn anew, or plain lines."
 
@@ -354,12 +354,12 @@ class Watch:
             self.screen = _Notebook() if Console().is_jupyter else _Terminal()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind=None, *error) -> None:
         if not self.screen:
             return
         try:
             for row in self.runs.rows.values():
-                row["status"] = "interrupted"
+                row["status"] = "interrupted" if kind else "under way"
             self.screen.draw(self._view())
         finally:
             self.screen.close()
@@ -438,7 +438,7 @@ class Watch:
         rows = [*ended, *under_way[: len(under_way) - hidden]]
         return _View(rows, below=[*below, _counts(numbers, left)])
 
-# %% ../../nbs/runs/11_watch.ipynb #96116432
+# %% ../../nbs/runs/11_watch.ipynb #9098d3af
 def _is_held(lock: Path) -> bool:
     "Whether some process works on the run that this is the lock of."
     if not lock.is_file():  # asking would make it
@@ -465,7 +465,7 @@ def _state(folder: Path, said: dict) -> tuple[str, dict, str]:
     run = said["run"]
     part = folder / f".part-{run}"
     if not part.is_dir():
-        status = str(said.get("status"))
+        status = str(said.get("status", "missing"))
         if status == "missing":
             status = "done" if (folder / run / "run.json").is_file() else "waiting"
         return status, {}, str(said.get("error") or "")
@@ -475,7 +475,7 @@ def _state(folder: Path, said: dict) -> tuple[str, dict, str]:
     held = _is_held(folder / f"{part.name}.lock")
     return "under way" if held else "interrupted", state, ""
 
-# %% ../../nbs/runs/11_watch.ipynb #a60467ba
+# %% ../../nbs/runs/11_watch.ipynb #12183731
 def _note(row: dict, state: dict, error: str, checkpoint: bool) -> str:
     "What is to be said of a run beside its figures."
     status, epoch = row["status"], row["epoch"]
@@ -510,7 +510,7 @@ def _status_row(folder: Path, said: dict) -> dict:
     row["note"] = _note(row, state, error, (part / "checkpoint.npz").is_file())
     return {"suite": folder.name} | row
 
-# %% ../../nbs/runs/11_watch.ipynb #9577da65
+# %% ../../nbs/runs/11_watch.ipynb #b0a775f2
 _STATUS = ("suite", "run", "status", "step", "stage", "epoch", "epochs", "loss", "best")
 _STATUS = (*_STATUS, "seconds_left", "memory_mb", "since", "silent", "host", "pid", "note")
 
@@ -540,14 +540,14 @@ def suite_status(
         rows += [_status_row(suite.resolve(), run) for run in said.values()]
     return pd.DataFrame(rows, columns=list(_STATUS)).astype({"pid": "Int64"})
 
-# %% ../../nbs/runs/11_watch.ipynb #655f7208
+# %% ../../nbs/runs/11_watch.ipynb #7ca0f51c
 def show_status(
     folder: str | Path,  # reports/<suite>, or reports: all its suites
     say: Callable[[str], None] = print,  # gets one line at a time
 ) -> pd.DataFrame:
     "Say how the runs of a suite stand; returns the table of `suite_status`."
     table = suite_status(folder)
-    console = Console(highlight=False)
+    console = Console(highlight=False, force_jupyter=False)  # as text in notebooks too
     with console.capture() as drawn:
         for suite, rows in table.groupby("suite", sort=False):
             console.print(_status_view(suite, rows))
