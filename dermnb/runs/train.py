@@ -45,7 +45,7 @@ from ..nets.models import build_classifier, save_classifier
 from ..nets.novelty import Novelty, known_images
 from ..nets.weights import find_weights, weights_origin
 from .bundle import write_bundle
-from .folders import file_hash, find_run, finish_run, own_weights
+from .folders import file_hash, find_run, finish_run, made_of, own_weights
 from .prepare import FACTS, Data, prepare_data, split_batches
 
 # %% ../../nbs/runs/05_train.ipynb #dff04f51
@@ -323,6 +323,7 @@ def save_run(
         "parents": {config.base: file_hash(base / "predictions.parquet")} if base else {},
         # Where the files lie is this machine's matter and not part of the result.
         "config": config.model_dump(exclude={"data_dir"}),
+        "made_of": made_of(config),
         "classes": list(data.classes),
         "class_titles": titles,
         "dataset": _dataset_record(data),
