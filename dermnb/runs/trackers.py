@@ -237,7 +237,7 @@ def check_trackers(
             )
 
 # %% ../../nbs/runs/12_trackers.ipynb #7f75b327
-PATIENCE = 60, 10  # seconds that a tracker may take, and those for each run
+PATIENCE = 120, 15  # seconds that a tracker may take, and those for each run
 
 _QUIET = {
     "DO_NOT_TRACK": "true",
