@@ -50,11 +50,7 @@ from ..nets.models import build_classifier, save_classifier
 from ..nets.novelty import Novelty, known_images
 from ..nets.weights import find_weights, weights_origin
 from .bundle import write_bundle
-<<<<<<< HEAD
 from .folders import code_hash, file_hash, find_run, finish_run, made_of, own_weights
-=======
-from .folders import file_hash, find_run, finish_run, made_of, own_weights
->>>>>>> h-plan
 from .prepare import FACTS, Data, prepare_data, split_batches
 
 # %% ../../nbs/runs/05_train.ipynb #dff04f51
