@@ -108,13 +108,14 @@ def run_suite(
     ):
         for state in ending:
             record.add(state | {"when": now()})
-            track_runs(folder, record.done(), trackers, watch.say)
+            trackers = track_runs(folder, record.done(), trackers, watch.say)
             due = time.monotonic() - since > 10 * took and len(states) < len(plan)
             if build and state["status"] == "done" and due:
                 since = time.monotonic()
                 _build_meanwhile(build, folder, watch.say)
                 since, took = time.monotonic(), time.monotonic() - since
     record.write()
+    track_runs(folder, record.done(), trackers, tell)
     if not build:
         return folder, record.ended()
     tell("building the report")
