@@ -6,14 +6,12 @@ import os
 import random
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
 import time
 import warnings
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -288,3 +286,123 @@ def test_a_damaged_audit_is_made_anew_and_said(tmp_path, what):
             assert audited(manifest, cache).attrs["said"] == []
     assert said == {f"{file} is damaged: the images are compared anew"}
     assert not list(cache.glob("*.part"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A disk of 2 MB of its own, and a function that makes it read-only or writable."
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if not hasattr(os, "getuid") or os.getuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("to mount a small disk takes the rights of root")
+
+    def remount(how: str):
+        subprocess.run(["mount", "-o", f"remount,{how}", str(folder)], check=True)
+
+    yield folder, remount
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder: Path, free: int) -> Path:
+    "Leave so many bytes free."
+    filler = folder / "filler"
+    with open(filler, "wb") as f:
+        f.write(bytes(os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize - free))
+    return filler
+
+
+@pytest.mark.parametrize("free", [0, 8192, 20_480, 40_960])
+def test_a_full_disk_is_a_sentence_and_the_next_call_completes(small_disk, tmp_path, free, monkeypatch):
+    "2 s each."
+    disk, _ = small_disk
+    manifest = make_manifest(tmp_path / "in", 40)
+    right = duplicates.audit_images(manifest, tmp_path / "elsewhere").pairs
+    plain = shutil.disk_usage
+    # As if another program took the space after it was looked for.
+    monkeypatch.setattr(images.shutil, "disk_usage", lambda path: plain("/tmp")._replace(free=1 << 40))
+    monkeypatch.setattr(images, "_COMMIT", 4)
+    full = "the disk is full|database or disk is full|No space left on device|unable to open"
+    for work in (
+        lambda: images.build_store(manifest, 40, "crop", disk / "cache"),
+        lambda: duplicates.audit_images(manifest, disk / "cache"),
+        lambda: generate_demo(disk / "demo", lesions=60, size=(64, 48)),
+    ):
+        filler = fill(disk, free)
+        with pytest.raises(ConfigError, match=full):
+            work()
+        filler.unlink()
+    store = images.build_store(manifest, 40, "crop", disk / "cache")
+    found = store.read(store.rows(manifest["image_id"]))
+    for pixels, path in zip(found, manifest["path"], strict=True):
+        np.testing.assert_array_equal(pixels, images.read_pixels(path, 40))
+    pd.testing.assert_frame_equal(duplicates.audit_images(manifest, disk / "cache").pairs, right)
+    demo = generate_demo(disk / "demo", lesions=60, size=(64, 48))
+    other = generate_demo(tmp_path / "demo", lesions=60, size=(64, 48))
+    files = {p.relative_to(other): p.read_bytes() for p in other.rglob("*.*")}
+    assert {p.relative_to(demo): p.read_bytes() for p in demo.rglob("*.*")} == files
+    left = {p.name for p in disk.rglob("*") if p.suffix in (".part", ".partial") or "-journal" in p.name}
+    assert not left
+
+
+def test_a_cache_that_cannot_be_written_is_read_if_it_holds_everything(small_disk, tmp_path):
+    disk, remount = small_disk
+    manifest = make_manifest(tmp_path / "in", 12)
+    some, cache = manifest[:6], disk / "cache"
+    store = images.build_store(some, 16, "crop", cache)
+    pairs = duplicates.audit_images(some, cache).pairs
+    generate_demo(disk / "demo", lesions=3, size=(32, 32))
+    remount("ro")
+    again = images.build_store(some, 16, "crop", cache)
+    rows = store.rows(some["image_id"])
+    np.testing.assert_array_equal(again.read(rows), store.read(rows))
+    pd.testing.assert_frame_equal(duplicates.audit_images(some, cache).pairs, pairs)
+    assert generate_demo(disk / "demo", lesions=3, size=(32, 32)).is_dir()
+    for work in (
+        lambda: images.build_store(manifest, 16, "crop", cache),
+        lambda: images.build_store(some, 24, "crop", cache),
+        lambda: duplicates.audit_images(manifest, cache),
+        lambda: duplicates.audit_images(some, disk / "new"),
+        lambda: generate_demo(disk / "other", lesions=3, size=(32, 32)),
+    ):
+        with pytest.raises(ConfigError, match="Read-only file system|readonly database") as caught:
+            work()
+        assert str(caught.value).count("\n") == 0
+
+
+@pytest.mark.parametrize("name", ["GroundTruth", "Metadata"])
+def test_a_table_that_ends_within_a_row_is_a_sentence(tmp_path, name):
+    demo = generate_demo(tmp_path / "demo", lesions=6, size=(32, 32))
+    file = demo / f"ISIC_2019_Training_{name}.csv"
+    whole = file.read_text()
+    last = whole.rstrip("\n").rpartition("\n")[2]
+    for cut in range(whole.rfind(last) + 1, whole.rfind(",") + 1):
+        file.write_text(whole[:cut])
+        with pytest.raises(ConfigError, match=r"ends within a row \(\d+ of \d+ cells\)"):
+            load_dataset("demo", demo)
+    file.write_text(whole.rstrip("\n"))  # the end of the last line alone is nothing
+    assert len(load_dataset("demo", demo).problems) == 0
+
+
+def test_a_table_cut_within_a_quoted_cell_and_a_cut_archive_are_sentences(tmp_path):
+    folder = tmp_path / "csv"
+    make_manifest(folder, 4)
+    rows = [f'I{i:03},{("nevus", "melanoma")[i % 2]},"some, long\nnote"\n' for i in range(4)]
+    text = "image,label,note\n" + "".join(rows)
+    for cut in (len(text) - 3, len(text) - 12):
+        (folder / "data.csv").write_text(text[:cut])
+        with pytest.raises(ConfigError, match="EOF inside string"):
+            load_dataset("csv", folder)
+    archive, pictures = tmp_path / "zipped" / "images.zip", sorted(folder.glob("*.png"))
+    archive.parent.mkdir()
+    (archive.parent / "data.csv").write_text(text)
+    with zipfile.ZipFile(archive, "w") as zipped:
+        for picture in pictures:
+            zipped.write(picture, picture.name)
+    assert len(load_dataset("csv", archive.parent).manifest) == 4
+    whole = archive.read_bytes()
+    for cut in (0, 10, len(whole) // 2, len(whole) - 30, len(whole) - 1):
+        archive.write_bytes(whole[:cut])
+        with pytest.raises(ConfigError) as caught:
+            load_dataset("csv", archive.parent)
+        assert "\n" not in str(caught.value) and "zip" in str(caught.value)
