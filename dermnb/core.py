@@ -497,6 +497,13 @@ def duration(
 _last_progress = {"time": 0.0, "step": ""}
 
 
+def _memory_mb() -> int:
+    "What this process holds now, in MiB."
+    import psutil
+
+    return round(psutil.Process().memory_info().rss / 2**20)
+
+
 def progress(
     step: str,  # what is being done, such as "decoding"
     done: float = 0,  # how much of it
@@ -513,7 +520,8 @@ def progress(
         return
     _last_progress.update(time=t, step=step)
     try:
-        write_json(path, {"step": step, "done": done, "total": total, **info})
+        said = {"step": step, "done": done, "total": total, **info}
+        write_json(path, said | {"when": round(time.time(), 1), "memory_mb": _memory_mb()})
     except OSError:
         return  # a watcher that is gone must not stop the work
 

@@ -38,7 +38,7 @@ from dermnb.metrics.scores import (
     recorded_positive,
 )
 from .bundle import COMBINE, take_members, write_bundle
-from .folders import file_hash, find_run, finish_run, validate_run
+from .folders import file_hash, find_run, finish_run, made_of, validate_run
 
 # %% ../../nbs/runs/06_ensemble.ipynb #4f8bffb3
 @dataclass(frozen=True)
@@ -329,6 +329,7 @@ def _ensemble_record(config, members, ensemble, positive, evaluated, started) ->
         "config": _common_config(members)
         | config.model_dump(include=set(ENSEMBLE_FIELDS))
         | {"positive": positive},
+        "made_of": made_of(config),
         "classes": first.classes,
         "class_titles": first.record["class_titles"],
         "dataset": first.record["dataset"],

@@ -41,6 +41,17 @@ from ..nets.backbones import BACKBONES
 from ..nets.weights import find_weights
 
 # %% ../../nbs/runs/00_folders.ipynb #f32ede27
+@cache
+def _read_classes(taxonomy: str, modified: int) -> tuple[str, ...]:
+    return tuple(load_taxonomy(taxonomy).classes)
+
+
+def _classes_of(taxonomy: str) -> tuple[str, ...]:
+    "Classes of a taxonomy; one that many runs name is read once."
+    path = Path(taxonomy)
+    return _read_classes(taxonomy, path.stat().st_mtime_ns if path.is_file() else 0)
+
+
 def check_config(
     config: ExperimentConfig,
     where: str = "the configuration",  # named in the error
@@ -63,7 +74,7 @@ def check_config(
             raise ConfigError(f"data_dir {config.data_dir!r} does not exist.")
         named = config.taxonomy or DATASETS[config.dataset].taxonomy
         if named and not config.members:  # a combination has its members' classes
-            positive_class(load_taxonomy(named).classes, config.positive)
+            positive_class(_classes_of(named), config.positive)
         if config.test_list and not Path(config.test_list).is_file():
             raise ConfigError(f"test_list {config.test_list!r} does not exist.")
     except ConfigError as error:
@@ -204,8 +215,10 @@ def recover_all(
     suite_dir = Path(suite_dir)
     for aside in sorted(suite_dir.glob(".previous-*")):
         name = aside.name.removeprefix(".previous-")
-        with contextlib.suppress(Timeout), FileLock(suite_dir / f".part-{name}.lock", timeout=0):
+        lock = suite_dir / f".part-{name}.lock"
+        with contextlib.suppress(Timeout, OSError), FileLock(lock, timeout=0):
             recover(suite_dir / name)
+            lock.unlink()  # whoever waits for it notices that it is gone
 
 
 def finish_run(
@@ -272,13 +285,13 @@ def notebooks_dir() -> Path:
     import dermnb
 
     places = [project_root() / "nbs", Path(dermnb.__file__).parent.parent / "nbs"]
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        for file in importlib.metadata.files("dermnb") or ():  # of a wheel
-            if file.match("share/dermnb/experiments/train.ipynb"):
-                places.append(Path(file.locate()).resolve().parent.parent)
     for folder in places:
         if (folder / "experiments" / "train.ipynb").is_file():
             return folder
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for file in importlib.metadata.files("dermnb") or ():  # of a wheel
+            if file.match("share/dermnb/experiments/train.ipynb") and file.locate().is_file():
+                return Path(file.locate()).resolve().parent.parent
     raise ConfigError(
         f"there are no experiment notebooks in {' or '.join(map(str, places))}: run dermnb "
         "within its project, or install it again."
@@ -407,17 +420,24 @@ def _data_of(config: ExperimentConfig) -> str:
     return key
 
 
+def _notebook_of(config: ExperimentConfig) -> str:
+    try:
+        return notebook_hash(experiment_notebook(config))
+    except ConfigError:  # the library alone makes runs too
+        return ""
+
+
+_PARTS = {
+    "notebook": _notebook_of,
+    "library": lambda config: code_hash(),
+    "data": _data_of,
+    "weights": _weights_of_start,
+}
+
+
 def made_of(config: ExperimentConfig) -> dict[str, str]:
     "What a run is made of besides its config, each by a SHA-256, or '' where there is none."
-    notebook = ""
-    with contextlib.suppress(ConfigError):
-        notebook = notebook_hash(experiment_notebook(config))
-    return {
-        "notebook": notebook,
-        "library": code_hash(),
-        "data": _data_of(config),
-        "weights": _weights_of_start(config),
-    }
+    return {key: look(config) for key, look in _PARTS.items()}
 
 
 def training_key(
@@ -427,7 +447,8 @@ def training_key(
     "What a training is made of, part by part: a checkpoint of another key is not gone on from."
     parts = made_of(config)
     none = {"suite", "run", "data_dir", "positive", *EvaluationConfig.model_fields}
-    settings = config.model_dump(exclude=none)
+    # Read again, so that 0 and 0.0 are one text wherever the config is from.
+    settings = make_config(config.model_dump()).model_dump(exclude=none)
     return {
         "config": json.dumps(settings, sort_keys=True),
         "library": parts["library"],
@@ -448,9 +469,9 @@ def why_stale(
         # A parameter that came after the run had its default then.
         have = make_config({}).model_dump() | record["config"]
     except (ConfigError, OSError) as error:
-        return [str(error)]
+        return [str(error).removeprefix(f"{folder} is not a finished run: ").rstrip(".")]
     except (LookupError, TypeError):
-        return [f"{folder} is not a finished run: its run.json lacks keys."]
+        return ["run.json lacks what belongs there"]
     wanted = config.model_dump(exclude={"data_dir"})
     decisive = ENSEMBLE_FIELDS if config.members else wanted
     # To explain a finished run changes none of its predictions, nor does a positive class.
@@ -497,5 +518,5 @@ def _new_parents(suite_dir: Path, config: ExperimentConfig, parents: dict) -> li
 
 def _changed(record: dict, config: ExperimentConfig, keys: tuple[str, ...]) -> list[str]:
     "Those keys of `made_of` that are known of then and of now, and differ."
-    then, now = record.get("made_of") or {}, made_of(config)
-    return [k for k in keys if then.get(k) and now[k] and then[k] != now[k]]
+    then = record.get("made_of") or {}
+    return [k for k in keys if then.get(k) and _PARTS[k](config) not in ("", then[k])]

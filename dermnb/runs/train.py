@@ -50,7 +50,7 @@ from ..nets.models import build_classifier, save_classifier
 from ..nets.novelty import Novelty, known_images
 from ..nets.weights import find_weights, weights_origin
 from .bundle import write_bundle
-from .folders import file_hash, find_run, finish_run, own_weights
+from .folders import code_hash, file_hash, find_run, finish_run, made_of, own_weights
 from .prepare import FACTS, Data, prepare_data, split_batches
 
 # %% ../../nbs/runs/05_train.ipynb #dff04f51
@@ -135,6 +135,7 @@ def training_key(config: ExperimentConfig, data: Data, model: keras.Model) -> di
         "data": table_hash(data.manifest[_COLUMNS].iloc[data.train_positions])
         + table_hash(data.manifest[_COLUMNS]),
         "weights": weights.hexdigest(),
+        "library": code_hash(),
         "packages": " ".join(f"{p} {packages.get(p)}" for p in ("keras", "tensorflow", "jax")),
     }
 
@@ -359,6 +360,7 @@ def save_run(
         "parents": {config.base: file_hash(base / "predictions.parquet")} if base else {},
         # Where the files lie is this machine's matter and not part of the result.
         "config": config.model_dump(exclude={"data_dir"}),
+        "made_of": made_of(config),
         "classes": list(data.classes),
         "class_titles": titles,
         "dataset": _dataset_record(data),
