@@ -267,7 +267,7 @@ def audited(manifest, cache) -> pd.DataFrame:
 
 @pytest.mark.parametrize("what", ["pairs", "fingerprints"])
 def test_a_damaged_audit_is_made_anew_and_said(tmp_path, what):
-    "3 s: forty places of each kind of damage."
+    "5 s: four places of each kind of damage."
     manifest, cache, rng = make_manifest(tmp_path / "in", 12), tmp_path / "cache", random.Random(0)
     right = audited(manifest, cache)
     assert len(right) == 6 and right.attrs["said"] == []
@@ -276,7 +276,7 @@ def test_a_damaged_audit_is_made_anew_and_said(tmp_path, what):
     whole = file.read_bytes()
     said = set()
     for how in ("cut", "flipped", "garbage", "empty", "longer", "hole", "no ASCII"):
-        for _ in range(8):
+        for _ in range(4):
             file.write_bytes(damaged(whole, how, rng))
             if what == "fingerprints":
                 pairs_file.unlink()
@@ -314,7 +314,7 @@ def fill(folder: Path, free: int) -> Path:
 
 @pytest.mark.parametrize("free", [0, 8192, 20_480, 40_960])
 def test_a_full_disk_is_a_sentence_and_the_next_call_completes(small_disk, tmp_path, free, monkeypatch):
-    "2 s each."
+    "4 s each."
     disk, _ = small_disk
     manifest = make_manifest(tmp_path / "in", 40)
     right = duplicates.audit_images(manifest, tmp_path / "elsewhere").pairs
@@ -406,3 +406,18 @@ def test_a_table_cut_within_a_quoted_cell_and_a_cut_archive_are_sentences(tmp_pa
         with pytest.raises(ConfigError) as caught:
             load_dataset("csv", archive.parent)
         assert "\n" not in str(caught.value) and "zip" in str(caught.value)
+
+
+def test_a_file_system_without_locks_is_a_sentence(tmp_path, monkeypatch):
+    if sys.platform == "win32":
+        pytest.skip("Windows locks in another way")
+    import fcntl
+
+    def no_locks(*_):
+        raise OSError(38, "Function not implemented")
+
+    manifest = make_manifest(tmp_path / "in", 2)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    for work in (images.build_store, lambda *a: duplicates.audit_images(a[0], a[3])):
+        with pytest.raises(ConfigError, match="its file system has no locks"):
+            work(manifest, 16, "crop", tmp_path / "cache")
