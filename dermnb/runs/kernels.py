@@ -188,6 +188,8 @@ def _execute_notebook(config, part: Path, env: dict, state: dict, notebook: str,
             kernel_manager_class=_kernel_with(
                 env, said, lambda pid: _note(part, state, kernel=pid)
             ),
+            # All is written by then; to take TensorFlow down in order takes seconds.
+            shutdown_kernel="immediate",
             # Others on the machine could listen to a kernel that does not encrypt.
             config=Config(AsyncKernelManager={"transport_encryption": "auto"}),
             cwd=cwd,
@@ -218,6 +220,8 @@ def _kernel_with(env: dict[str, str], stderr, started=lambda pid: None) -> type:
 
         async def start_kernel(self, **more):
             _KERNELS[self] = env.get("DERMNB_COMMAND", "")
+            # No history: runs at the same time would share its file.
+            more["extra_arguments"] = ["--HistoryManager.enabled=False"]
             await super().start_kernel(env=os.environ | env, stderr=stderr, **more)
             started(self.provisioner.pid)
             if _KERNELS[self] in _ENDED:
