@@ -190,6 +190,9 @@ def _execute_notebook(config, part: Path, env: dict, state: dict, notebook: str,
             ),
             # All is written by then; to take TensorFlow down in order takes seconds.
             shutdown_kernel="immediate",
+            # A run that prints faster than this process reads is no run that failed.
+            iopub_timeout=60,
+            raise_on_iopub_timeout=False,
             # Others on the machine could listen to a kernel that does not encrypt.
             config=Config(AsyncKernelManager={"transport_encryption": "auto"}),
             cwd=cwd,
