@@ -271,10 +271,10 @@ def _basis(page: Page) -> str:
 
 # %% ../../nbs/report/04_answer.ipynb #8691905f
 def _searched(page: Page) -> str:
-    "Which trials of a search are shown here, and how they were chosen."
-    counts = {r.name: sum(t.group == r.group for t in page.trials) for r in page.done}
-    named = listing([f"{name} (of {n})" for name, n in counts.items() if n])
-    return f"Chosen on validation images among the trials of a search: {named}; intervals do not cover the choice." if named else ""
+    "Which trial of each search is shown here, and how it was chosen."
+    counts = [(r, sum(t.group == r.group for t in page.trials)) for r in page.done]
+    said = [f"{r.group} is {r.name}, chosen among {plural(n, 'trial')} on validation images" for r, n in counts if n]
+    return f"{'; '.join(said)}; no interval covers the choice." if said else ""
 
 # %% ../../nbs/report/04_answer.ipynb #5bb3e31b
 def _audit_words(page: Page) -> str:

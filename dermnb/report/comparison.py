@@ -574,8 +574,7 @@ def search(page: Page) -> list[dict] | None:
         done = sorted((r for r in trials if r.status == "done"), key=trial_order)
         fields = done[0].get("config", "searched")
         failed = [
-            {f: setting((rows.get(r.name, {}).get("trial") or {}).get(f)) for f in fields}
-            | {"run": r.name, "reason": f"{r.status}: {r.error}", "bad": True}
+            {"run": r.name, "reason": _lost(r, rows.get(r.name, {}).get("trial") or {}), "bad": True}
             for r in trials
             if r.status != "done"
         ]
@@ -585,6 +584,12 @@ def search(page: Page) -> list[dict] | None:
             "seconds": sum(r.get("timing", "train_s", default=0) for r in done),
         })  # fmt: skip
     return found or None
+
+
+def _lost(run: RunResult, values: Mapping) -> str:
+    "Why a trial has no results, and what it was to try."
+    tried = ", ".join(f"{field} {setting(value).text}" for field, value in values.items())
+    return f"{run.status}: {run.error}" + (f" ({tried})" if tried else "")
 
 
 def _trial_row(page: Page, run: RunResult, fields: Sequence[str], chosen: bool) -> dict:
@@ -630,7 +635,7 @@ def _search_text(page: Page, one: Mapping) -> str:
     "Which trial is chosen, and how sharp the choice is."
     chosen, n, where = one["chosen"], len(one["done"]), listing(one["fields"])
     mine = chosen.splits["val"]["metrics"]["balanced_accuracy"]
-    said = f"Of {plural(n, 'trial')} of {one['group']}, which differ in {where}, {chosen.name} is chosen: its balanced accuracy "
+    said = f"Of {plural(n, 'finished trial')} of {one['group']}, which differ in {where}, {chosen.name} is chosen: its balanced accuracy "
     said += f"on validation images, {spelled(mine)}, is the highest (of equal ones the lowest validation loss decides)."
     others = [r.splits["val"]["metrics"]["balanced_accuracy"] for r in one["done"][1:] if "val" in r.splits]
     close = sum(o["low"] is not None and o["low"] <= (mine["value"] or 0) <= o["high"] for o in others)
@@ -645,8 +650,8 @@ def _trial_table(page: Page, one: Mapping) -> Table:
     columns |= {
         "epochs": Column("Epochs", COUNT),
         "loss": Column("Lowest validation loss", SHARE),
-        "val": Column("Validation", ESTIMATE, "balanced accuracy", "descending"),
-        "test": Column("Test", ESTIMATE, "balanced accuracy; not used to choose"),
+        "val": Column("Balanced accuracy, validation", ESTIMATE, "decides", "descending"),
+        "test": Column("Balanced accuracy, test", ESTIMATE, "not used to choose"),
     }
     sizes = [f"{SPLIT_TITLES[s].lower()} n = {size_text(one['chosen'].splits[s])}" for s in ("val", "test") if s in one["chosen"].splits]
     caption = f"Trials by balanced accuracy on validation images, with {page.level:.0%} intervals; {', '.join(sizes)}."

@@ -672,7 +672,7 @@ def search_figure(
             ))  # fmt: skip
     sizes = {r["n"] for r in rows if r["value"] is not None}
     notes = ["validation split", _n(*sizes) if len(sizes) == 1 else "", f"lines: {level:.0%} intervals", note]
-    kind = {"type": "log", "dtick": 1} if log else {} if numbers else {"type": "category"}
+    kind = {"type": "log", "dtick": 1, "exponentformat": "power"} if log else {} if numbers else {"type": "category"}
     return _figure(
         traces,
         **_frame(f"{spec.title} against {parameter}", notes, 300, len(traces)),

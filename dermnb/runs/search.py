@@ -296,20 +296,24 @@ class Halving:
     @property
     def ended(self) -> dict | None:
         "At which epoch it ended early, and why; None while it has not."
-        return self.trial.user_attrs.get("ended")
+        return self._known().user_attrs.get("ended")
 
     def __call__(self, row: Mapping) -> bool:
         epoch = int(row["epoch"])
-        before = self._losses()
+        if ended := self.ended:
+            return epoch >= ended["epoch"]
+        before = self._known().intermediate_values
         if epoch not in before:
             loss = min([float(row["val_loss"]), *before.values()])
             self.trial.report(loss, epoch)
             if self.trial.should_prune() and epoch < self.epochs:
                 self.trial.set_user_attr("ended", self._why(epoch, loss))
-        return bool(self.ended) and epoch >= self.ended["epoch"]
+                return True
+        return False
 
-    def _losses(self) -> dict[int, float]:
-        return self.study.get_trials(deepcopy=False)[self.trial.number].intermediate_values
+    def _known(self):
+        "What the journal has of this trial."
+        return self.study.get_trials(deepcopy=False)[self.trial.number]
 
     def _why(self, epoch: int, loss: float) -> dict:
         rivals = [t.intermediate_values for t in self.study.get_trials(deepcopy=False)]
