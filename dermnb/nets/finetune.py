@@ -25,6 +25,13 @@ from dermnb.core import (
     progress,
     unknown_name,
 )
+from dermnb.nets.checkpoints import (
+    Checkpoint,
+    Stopped,
+    changing_variables,
+    network_arrays,
+    put_arrays,
+)
 
 # %% ../../nbs/nets/06_finetune.ipynb #69f9bed7
 DECAYS = ("constant", "cosine", "plateau")
@@ -377,23 +384,30 @@ class _Remaining:
 class _Watch(keras.callbacks.Callback):
     "Writes the history, prints, publishes progress, keeps the best weights."
 
-    def __init__(self, stages, steps: int, on_epoch):
+    def __init__(self, stages, train, on_epoch):
         super().__init__()
-        self.left, self.steps, self.report = _Remaining(stages, steps), steps, on_epoch
+        self.train, self.steps, self.report = train, len(train), on_epoch
+        self.left = _Remaining(stages, self.steps)
         self.keep_best = any(s.early_stopping for s in stages)
         self.rows, self.best, self.weights, self.restored = [], np.inf, None, 0
-        self.checked = 0.0
+        self.checked, self.ended = 0.0, False
 
-    def begin(self, stage: Stage, model: keras.Model) -> int:
+    def begin(self, stage: Stage, model: keras.Model) -> None:
         self.stage = stage
         self.left.begin()
         shapes = [w.shape for w in model.trainable_weights]
         self.parameters = sum(math.prod(shape) for shape in shapes)
-        return len(self.rows)
 
     def end(self, model: keras.Model) -> None:
         if self.left.epochs_of_stage() and self.weights is not None:
             model.set_weights(self.weights)
+
+    def epochs_left(self) -> int:
+        "Epochs to come, after those that ended early."
+        if self.ended:
+            return 0
+        stopped = self.model.stop_training  # this stage
+        return sum(self.left.planned) + (0 if stopped else self.left.epochs_of_stage())
 
     def restore_best(self, model: keras.Model) -> int | None:
         if self.weights is None:
@@ -403,6 +417,8 @@ class _Watch(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self.began = time.perf_counter()
+        if hasattr(self.train, "set_epoch"):  # its own count runs on between two calls of fit
+            self.train.set_epoch(len(self.rows))
 
     def on_train_batch_end(self, batch, logs=None):
         if batch == 0:
@@ -420,7 +436,9 @@ class _Watch(keras.callbacks.Callback):
             total=len(self.rows) + self.left.epochs(),
             stage=self.stage.name,
             epoch=len(self.rows) + 1,
+            epochs=len(self.rows) + self.left.epochs(),
             loss=round(loss, 4),
+            best=min((row["val_loss"] for row in self.rows), default=None),
             seconds_left=self.left.seconds(batch + 1),
         )
 
@@ -441,8 +459,88 @@ class _Watch(keras.callbacks.Callback):
             self.best, self.restored = row["val_loss"], row["epoch"]
             self.weights = self.model.get_weights()
         print(_epoch_line(row, self.left.epochs(), self.left.seconds(0)), flush=True)
-        if self.report:
-            self.report(row)
+        if self.report and self.report(row):
+            self.ended = self.model.stop_training = True
+
+# %% ../../nbs/nets/06_finetune.ipynb #b771e3ef
+class _Keeper(keras.callbacks.Callback):
+    "Saves a checkpoint after each epoch, as the last of all callbacks, and goes on from one."
+
+    def __init__(self, checkpoint: Checkpoint | None, watch: _Watch, stop_at: float):
+        super().__init__()
+        self.checkpoint, self.watch, self.stop_at = checkpoint, watch, stop_at
+        self.which: set[int] = set()
+        self.start, self.resumed, self.before = time.perf_counter(), [], 0.0
+        self.found = checkpoint.load() if checkpoint else None
+        self.first = self.found[0]["stage"] if self.found else 0
+
+    def begin(self, number: int, model: keras.Model) -> bool:
+        "A stage begins or goes on; whether there is anything left of it to train."
+        self.number, self.counted = number, ()
+        self.which |= changing_variables(model)
+        if number != self.first or not self.found:
+            return number >= self.first
+        (state, arrays), watch, self.found = self.found, self.watch, None
+        watch.rows, watch.left.done = state["rows"], state["in_stage"]
+        watch.best, watch.restored = state["best"], state["restored"]
+        self.resumed, self.before = [*state["resumed"], state["epoch"]], state["seconds"]
+        self.counted = state["callbacks"]
+        for kind, variables in (("network", model.variables), ("optimizer", model.optimizer.variables)):
+            put_arrays(variables, _positions(kind, arrays))
+        if watch.restored:
+            watch.weights = model.get_weights()
+            for i, value in _positions("best", arrays).items():
+                watch.weights[i] = value
+        watch.ended = state["ended"]
+        print(f"going on after epoch {state['epoch']}, from its checkpoint", flush=True)
+        return not state["stopped"] and watch.left.epochs_of_stage() > 0
+
+    def on_train_begin(self, logs=None):
+        for callback, counted in zip(self.others, self.counted, strict=False):
+            vars(callback).update(counted)  # they have forgotten it as they began
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.checkpoint:
+            self.checkpoint.save(self._state(), self._arrays())
+        late = time.time() + self.watch.rows[-1]["seconds"] > self.stop_at > 0
+        if late and self.watch.epochs_left():
+            n = len(self.watch.rows)
+            raise Stopped(f"stopped after epoch {n} of {n + self.watch.epochs_left()}: the time is up")
+
+    def _state(self) -> dict:
+        watch = self.watch
+        kept = ("wait", "best", "best_epoch", "stopped_epoch", "cooldown_counter")
+        return {
+            "epoch": len(watch.rows),
+            "stage": self.number,
+            "in_stage": watch.left.done,
+            "stopped": self.model.stop_training,
+            "ended": watch.ended,
+            "rows": watch.rows,
+            "best": watch.best,
+            "restored": watch.restored,
+            "callbacks": [{k: v for k, v in vars(c).items() if k in kept} for c in self.others],
+            "seconds": self.seconds(),
+            "resumed": self.resumed,
+        }
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        watch, network = self.watch, self.model.variables
+        found = {"network": network_arrays(network, self.which)}
+        found["optimizer"] = network_arrays(self.model.optimizer.variables)
+        if watch.weights is not None and watch.restored < len(watch.rows):
+            changed = {id(network[i]) for i in self.which}
+            weights = zip(self.model.weights, watch.weights, strict=True)
+            found["best"] = {i: w for i, (v, w) in enumerate(weights) if id(v) in changed}
+        return {f"{kind}/{i}": a for kind, arrays in found.items() for i, a in arrays.items()}
+
+    def seconds(self) -> float:
+        "Spent on this training so far, also before it was stopped."
+        return self.before + time.perf_counter() - self.start
+
+
+def _positions(kind: str, arrays: dict[str, np.ndarray]) -> dict[int, np.ndarray]:
+    return {int(n.partition("/")[2]): a for n, a in arrays.items() if n.startswith(f"{kind}/")}
 
 # %% ../../nbs/nets/06_finetune.ipynb #6edb416c
 def make_optimizer(
@@ -467,13 +565,21 @@ def fit_stages(
     val,  # the same, neither shuffled nor augmented
     loss,  # keras loss on logits and one-hot labels
     config: TrainingConfig,  # its optimizer
-    on_epoch: Callable[[dict], None] | None = None,  # gets each row of the history
+    on_epoch: Callable[[dict], object] | None = None,  # gets rows; ends all if what it returns is true
+    checkpoint: Checkpoint | None = None,  # written after each epoch; one that is there is gone on from
+    stop_at: float = 0.0,  # time.time() to stop at, with `Stopped`; 0: never
 ) -> pd.DataFrame:  # one row an epoch, columns HISTORY
-    "Train a network stage by stage; the history says where each stage begins."
+    """Train a network stage by stage; the history says where each stage begins.
+
+    Its `attrs` have `restored_epoch`, whose weights the network has (None: the last),
+    `resumed`, the epochs after which it went on from a checkpoint, and `seconds`, all that
+    the training took.
+    """
     if not stages or not len(train) or not len(val):
         raise ConfigError("training needs a stage, training images and validation images.")
-    watch = _Watch(stages, len(train), on_epoch)
-    for stage in stages:
+    watch = _Watch(stages, train, on_epoch)
+    keeper = _Keeper(checkpoint, watch, stop_at)
+    for number, stage in enumerate(stages):
         set_trainable(model, spec, stage.train, stage.train_batch_norm)
         optimizer = make_optimizer(config.optimizer, stage_rate(stage, len(train)))
         model.compile(
@@ -485,18 +591,24 @@ def fit_stages(
         )
         # Variables made within the first step would have TensorFlow trace the step twice.
         model.optimizer.build(model.trainable_variables)
-        begin = watch.begin(stage, model)
-        with _frozen_dropout_off(model, spec, stage.train):
-            model.fit(
-                train,
-                validation_data=val,
-                initial_epoch=begin,
-                epochs=begin + stage.epochs,
-                shuffle=False,  # the data set shuffles itself, by its own seed
-                verbose=0,
-                callbacks=[watch, *_stage_callbacks(stage, begin)],
-            )
+        watch.begin(stage, model)
+        if keeper.begin(number, model):
+            begin = len(watch.rows) - len(watch.left.done)
+            keeper.others = _stage_callbacks(stage, begin)
+            with _frozen_dropout_off(model, spec, stage.train):
+                model.fit(
+                    train,
+                    validation_data=val,
+                    initial_epoch=len(watch.rows),
+                    epochs=begin + stage.epochs,
+                    shuffle=False,  # the data set shuffles itself, by its own seed
+                    verbose=0,
+                    callbacks=[watch, *keeper.others, keeper],
+                )
         watch.end(model)
+        if watch.ended:
+            break
     history = pd.DataFrame(watch.rows, columns=HISTORY)
     history.attrs["restored_epoch"] = watch.restore_best(model)
+    history.attrs |= {"resumed": keeper.resumed, "seconds": keeper.seconds()}
     return history
