@@ -199,10 +199,12 @@ def test_a_resumed_trial_is_found_again(tmp_path):
 
 
 @needs_optuna
-def test_trials_compete_with_their_like_only(tmp_path):
+def test_trials_compete_with_their_like_only(tmp_path, monkeypatch):
     assert train(halving_for(trial(0.1), tmp_path / "a"), [0.1] * 9) is None
     assert train(halving_for(trial(0.2, image_size=64), tmp_path / "b"), [0.9] * 9) is None
     assert train(halving_for(trial(0.2, explain=5), tmp_path / "c"), [0.9] * 9) == 1
+    monkeypatch.setattr("dermnb.runs.search.made_of", lambda config: {"data": "others", "weights": ""})
+    assert train(halving_for(trial(0.2), tmp_path / "d"), [0.9] * 9) is None
 
 
 @needs_optuna

@@ -26,6 +26,7 @@ from dermnb.core import (
     ExperimentConfig,
     unknown_name,
 )
+from .folders import made_of
 
 # %% ../../nbs/runs/07_search.ipynb #7d42a33f
 class Range(BaseModel):
@@ -258,8 +259,8 @@ def need_optuna() -> None:
 _APART = {"suite", "run", "data_dir", "bootstrap", "explain", "positive"}
 
 
-def _digest(config: ExperimentConfig, without: set[str]) -> str:
-    values = json.dumps(config.model_dump(exclude=without), sort_keys=True)
+def _digest(config: ExperimentConfig, without: set[str], *more: str) -> str:
+    values = json.dumps([config.model_dump(exclude=without), *more], sort_keys=True)
     return hashlib.sha256(values.encode()).hexdigest()[:16]
 
 # %% ../../nbs/runs/07_search.ipynb #7e2da14a
@@ -277,14 +278,15 @@ class Halving:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         first, factor = config.halving
         self.factor, self.epochs = factor, config.epochs
+        made = made_of(config)  # the same settings on other data are another search
         self.study = optuna.create_study(
             storage=_storage(Path(journal)),
-            study_name=_digest(config, _APART | set(config.searched)),
+            study_name=_digest(config, _APART | set(config.searched), made["data"]),
             sampler=optuna.samplers.RandomSampler(0),
             pruner=optuna.pruners.SuccessiveHalvingPruner(first, factor),
             load_if_exists=True,
         )
-        key = _digest(config, _APART)
+        key = _digest(config, _APART, made["data"], made["weights"])
         known = [t for t in self.study.get_trials() if t.user_attrs.get("config") == key]
         if known:
             self.trial = optuna.trial.Trial(self.study, known[0]._trial_id)
