@@ -221,6 +221,9 @@ class TrainingConfig(_Part):
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     deterministic: bool = True
 
+    searched: list[str] = []  # of a trial: the parameters that its search varies
+    halving: list[int] = []  # of a trial: first look in epochs, and factor; empty: none
+
     @model_validator(mode="after")
     def _possible_training(self):
         if self.schedule == "head_then_top" and self.head_epochs >= self.epochs:
@@ -230,6 +233,10 @@ class TrainingConfig(_Part):
             )
         if self.schedule == "gradual" and self.unfreeze == "all":
             raise ValueError("schedule 'gradual' needs a count, such as unfreeze 'layers:5'")
+        if self.halving and not self.searched:
+            raise ValueError("halving is of the trials of a search: say it in the suite's search")
+        if self.halving and (len(self.halving) != 2 or self.halving[0] < 1 or self.halving[1] < 2):
+            raise ValueError(f"halving {self.halving} must be epochs and a factor, such as [3, 3]")
         return self
 
 # %% ../nbs/00_core.ipynb #1337ca24
@@ -285,7 +292,7 @@ class ExperimentConfig(EvaluationConfig, TrainingConfig, NetworkConfig, DataConf
 # All that matters to a run that combines others and trains nothing.
 ENSEMBLE_FIELDS = (
     *("suite", "run", "seed", "members", "combine", "member_weights", "bootstrap"),
-    *("positive", "explain"),
+    *("positive", "explain", "searched"),
 )
 
 # %% ../nbs/00_core.ipynb #20583594
