@@ -28,7 +28,7 @@ MARK = "FAULTS_PROJECT"  # in the environment of all processes that a command st
 
 def until(condition: Callable, what: str, seconds: float = 60, process=None):
     "What `condition` returns as soon as it is true; an error if it does not become so."
-    end = time.monotonic() + seconds
+    end = time.monotonic() + patience(seconds)
     while not (found := condition()):
         ended = process is not None and process.poll() is not None
         if ended and not (found := condition()):
@@ -40,6 +40,11 @@ def until(condition: Callable, what: str, seconds: float = 60, process=None):
             raise AssertionError(f"no {what} within {seconds} s{said}")
         time.sleep(0.02)
     return found
+
+
+def patience(seconds: float) -> float:
+    "So many seconds, or more where other work fills the processors."
+    return seconds * max(1, os.getloadavg()[0] / os.cpu_count())
 
 
 class Command:
@@ -76,7 +81,7 @@ class Command:
     def end(self, code: int | None = None, seconds: float = 180) -> "Command":
         "Wait for it, and check how it ends."
         try:
-            self.process.wait(seconds)
+            self.process.wait(patience(seconds))
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still there after {seconds} s: {self.said()}") from None
         assert code is None or self.process.returncode == code, self.said()

@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -140,7 +139,7 @@ def test_kernels_that_die_and_cells_that_fail(project, reference):
     assert "Traceback" not in command.err
 
     (_, again) = p.went_on("killed")
-    assert again in (10, 11, 12) and p.starts("killed") == 2
+    assert again >= 10 and p.starts("killed") == 2
     row("A kernel is killed (`kill -9`)", "tried again at once, exit 0", "all finished epochs")
     assert p.epochs("twice") == [*range(1, 6), 6, 7, 8] and p.starts("twice") == 2
     assert "ernel died" in ended["twice"]["error"] and p.part("twice").is_dir()
@@ -207,7 +206,7 @@ def test_interrupted_terminated_and_switched_off(project, reference):
     (p.part("second") / "state.json").write_text("")
     p.run()
     p.same("first", "second", reference=reference)
-    assert len(p.went_on("first")) == 4 and p.went_on("first")[-1] in (16, 17, 18)
+    assert len(p.went_on("first")) == 4 and p.went_on("first")[-1] >= 16
     p.went_on("second")
     row("The machine is switched off, in the middle of a checkpoint", "nothing is said; the next command goes on",
         "all epochs whose checkpoint was finished")
@@ -244,10 +243,9 @@ def test_the_command_is_killed_and_checkpoints_are_broken(project, reference):
 def test_the_time_is_up_three_times(project, reference):
     p = project("one", "two")
     for _ in range(3):
-        started = time.time()
-        command = p.start("--max-hours", f"{9 / 3600:.6f}", pause=0.3).end(3)
+        command = p.start("--max-hours", f"{9 / 3600:.6f}", pause=0.3).end(3, 30)
         p.check()
-        assert time.time() - started < 30 and "Traceback" not in command.err
+        assert "Traceback" not in command.err
     assert {s["status"] for s in p.statuses().values()} <= {"stopped", "done"}
     p.run(pause=0)
     p.same("one", "two", reference=reference)
@@ -394,6 +392,33 @@ def test_a_worker_and_a_scheduler_are_killed(project, cluster, reference):
 
 
 # Any moment
+
+
+@long
+def test_a_command_takes_over_from_one_that_is_killed(project, reference):
+    "What waits for a run goes on with it as soon as nobody works on it."
+    p = project("a", "b")
+    first = p.start(pause=0.3)
+    p.wait_for("a", 4, first)
+    p.wait_for("b", 4, first)
+    second = p.start()
+    until(lambda: str(first.pid) in second.out + second.err, "word of who works there", 60, second)
+    first.send(signal.SIGKILL)
+    second.end(0)
+    p.check(clean=True)
+    p.same("a", "b", reference=reference)
+    assert len(p.went_on("a")) == len(p.went_on("b")) == 2
+    row("The first of two commands is killed", "the second goes on with its runs; exit 0", "all finished epochs")
+
+
+@long
+def test_a_kernel_is_killed_when_all_is_trained(project, reference):
+    p = project("a", "b")
+    p.fault("a", KILL_AT.format(epochs=(EPOCHS,)))
+    p.run()
+    p.same("a", "b", reference=reference)
+    assert p.starts("a") == 2 and p.went_on("a")[0] == 1
+    row("A kernel is killed after its last epoch", "tried again at once, exit 0", "all epochs")
 
 
 @long
