@@ -138,7 +138,7 @@ def _note(part: Path, state: dict, **changes) -> None:
 def _begin(part: Path, state: dict, attempt: int, afresh: bool) -> int:
     "Clear what an earlier attempt left but its log and checkpoint; where the log now ends."
     with contextlib.suppress(ValueError, OSError):
-        _end_leftover(read_json(part / "state.json"))
+        _end_leftover(part, read_json(part / "state.json"))
     part.mkdir(parents=True, exist_ok=True)
     kept = {"log.txt"} | (set() if afresh else {"checkpoint.npz"})
     for path in [p for p in part.iterdir() if p.name not in kept]:
@@ -150,7 +150,7 @@ def _begin(part: Path, state: dict, attempt: int, afresh: bool) -> int:
         return log.tell()
 
 
-def _end_leftover(state: dict) -> None:
+def _end_leftover(part: Path, state: dict) -> None:
     "End the kernel of a process that was killed; its own watchdog takes a second to notice."
     import psutil
 
@@ -158,7 +158,8 @@ def _end_leftover(state: dict) -> None:
         return
     with contextlib.suppress(psutil.Error):
         kernel = psutil.Process(state["kernel"])
-        if any("ipykernel" in word for word in kernel.cmdline()):
+        # The number may be another process's by now, also a kernel's.
+        if kernel.environ().get("DERMNB_CHECKPOINT") == str(part.resolve()):
             kernel.kill()
             kernel.wait(5)
 
