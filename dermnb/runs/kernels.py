@@ -19,7 +19,15 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..core import ENSEMBLE_FIELDS, GREETINGS, ExperimentConfig, now, read_json, write_json
+from dermnb.core import (
+    ENSEMBLE_FIELDS,
+    GREETINGS,
+    ConfigError,
+    ExperimentConfig,
+    now,
+    read_json,
+    write_json,
+)
 from .folders import experiment_notebook, finish_run, is_done, recover
 
 # %% ../../nbs/runs/10_kernels.ipynb #13e75ae0
@@ -105,6 +113,8 @@ def _attempt_twice(config, folder: Path, env: dict, force: bool, notebook: str, 
         log = _begin(part, state, attempt, force and attempt == 1)
         try:
             _execute_notebook(config, part, env, state, notebook, cwd or os.getcwd())
+            if not (part / "run.json").is_file():  # as after sys.exit()
+                raise ConfigError(f"the notebook ended before its results: see {part}/notebook.ipynb.")
             synthetic = read_json(part / "run.json")["dataset"]["synthetic"]
             make_publishable(part / "notebook.ipynb", pictures=synthetic)
             finish_run(part, folder)
