@@ -352,7 +352,8 @@ def cluster(project, world):
         scheduler = Command(p, [*dask, "scheduler", "--port", "0", *quiet], {})
         started.append(scheduler)
         until(file.is_file, "scheduler", 30, scheduler)
-        env = world.warm | {"FAULTS_PAUSE": "0.2"}
+        threads = {"TF_NUM_INTRAOP_THREADS": str(max(1, os.cpu_count() // 2))}  # as in the reference
+        env = world.warm | threads | {"FAULTS_PAUSE": "0.2"}
         more = ["--nthreads", "1", "--no-nanny", "--local-directory", p.folder / "dask"]
         started.extend(Command(p, [*dask, "worker", *quiet, *more], env) for _ in range(2))
         return file, started
