@@ -102,16 +102,19 @@ def run_suite(
         tell(f"report, rebuilt as runs end: {page.as_uri()}")
     since, took = time.monotonic(), 0.0
     names = [planned.config.run for planned in order]
-    with Watch(folder, names, len(states), len(plan), say) as watch, _interruptible(record):
-        with contextlib.closing(_execute_all(runs, watch)) as ending:
-            for state in ending:
-                record.add(state | {"when": now()})
-                track_runs(folder, record.done(), trackers, watch.say)
-                due = time.monotonic() - since > 10 * took and len(states) < len(plan)
-                if build and state["status"] == "done" and due:
-                    since = time.monotonic()
-                    _build_meanwhile(build, folder, watch.say)
-                    since, took = time.monotonic(), time.monotonic() - since
+    with (
+        _interruptible(record),
+        Watch(folder, names, len(states), len(plan), say) as watch,
+        contextlib.closing(_execute_all(runs, watch)) as ending,
+    ):
+        for state in ending:
+            record.add(state | {"when": now()})
+            track_runs(folder, record.done(), trackers, watch.say)
+            due = time.monotonic() - since > 10 * took and len(states) < len(plan)
+            if build and state["status"] == "done" and due:
+                since = time.monotonic()
+                _build_meanwhile(build, folder, watch.say)
+                since, took = time.monotonic(), time.monotonic() - since
     record.write()
     if not build:
         return folder, record.ended()
