@@ -147,7 +147,7 @@ def test_kernels_that_die_and_cells_that_fail(project, reference):
     assert ended["child"]["error"] == "It builds on twice, which failed."
     assert p.starts("leaves") == p.starts("starves") == p.starts("nan") == 1
     assert p.starts("vanishes") == 2 and "ernel died" in ended["vanishes"]["error"]
-    assert "SystemExit" in ended["leaves"]["error"] or "exit" in ended["leaves"]["error"]
+    assert "the notebook ended before its results" in ended["leaves"]["error"]
     assert "Unable to allocate" in ended["starves"]["error"]
     assert "nan" in ended["nan"]["error"].lower() or "finite" in ended["nan"]["error"], ended["nan"]
     notebook = p.of("loud") / "notebook.ipynb"
@@ -184,7 +184,7 @@ def test_interrupted_terminated_and_switched_off(project, reference):
     p.check()
     said = sentences(command.err)
     assert len(said) == 1 and "Traceback" not in command.out + command.err, command.said()
-    assert p.part("first").is_dir() and "dermnb run" in said[0]
+    assert p.part("first").is_dir() and "the same command goes on" in said[0]
     row("Ctrl-C", "ends within 5 s, one line: what is kept and how to go on; exit 130",
         "all finished epochs")
 
@@ -431,7 +431,7 @@ def test_signals_at_random_moments(project, reference):
     for number in range(20):
         command = p.start(pause=0.3)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            command.process.wait(chance.uniform(0.2, 11))
+            command.process.wait(chance.uniform(1, 11))
         kind = (signal.SIGINT, signal.SIGTERM)[number % 2]
         command.send(kind)
         command.end(seconds=10)
