@@ -20,7 +20,15 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..core import ENSEMBLE_FIELDS, GREETINGS, ExperimentConfig, now, read_json, write_json
+from dermnb.core import (
+    ENSEMBLE_FIELDS,
+    GREETINGS,
+    ConfigError,
+    ExperimentConfig,
+    now,
+    read_json,
+    write_json,
+)
 from .folders import experiment_notebook, finish_run, is_done, recover
 
 # %% ../../nbs/runs/10_kernels.ipynb #13e75ae0
@@ -106,6 +114,8 @@ def _attempt_twice(config, folder: Path, env: dict, force: bool, notebook: str, 
         log = _begin(part, state, attempt, force and attempt == 1)
         try:
             _execute_notebook(config, part, env, state, notebook, cwd or os.getcwd())
+            if not (part / "run.json").is_file():  # as after sys.exit()
+                raise ConfigError(f"the notebook ended before its results: see {part}/notebook.ipynb.")
             synthetic = read_json(part / "run.json")["dataset"]["synthetic"]
             make_publishable(part / "notebook.ipynb", pictures=synthetic)
             finish_run(part, folder)
@@ -139,7 +149,7 @@ def _note(part: Path, state: dict, **changes) -> None:
 def _begin(part: Path, state: dict, attempt: int, afresh: bool) -> int:
     "Clear what an earlier attempt left but its log and checkpoint; where the log now ends."
     with contextlib.suppress(ValueError, OSError):
-        _end_leftover(read_json(part / "state.json"))
+        _end_leftover(part, read_json(part / "state.json"))
     part.mkdir(parents=True, exist_ok=True)
     kept = {"log.txt"} | (set() if afresh else {"checkpoint.npz"})
     for path in [p for p in part.iterdir() if p.name not in kept]:
@@ -151,7 +161,7 @@ def _begin(part: Path, state: dict, attempt: int, afresh: bool) -> int:
         return log.tell()
 
 
-def _end_leftover(state: dict) -> None:
+def _end_leftover(part: Path, state: dict) -> None:
     "End the kernel of a process that was killed; its own watchdog takes a second to notice."
     import psutil
 
@@ -159,7 +169,8 @@ def _end_leftover(state: dict) -> None:
         return
     with contextlib.suppress(psutil.Error):
         kernel = psutil.Process(state["kernel"])
-        if any("ipykernel" in word for word in kernel.cmdline()):
+        # The number may be another process's by now, also a kernel's.
+        if kernel.environ().get("DERMNB_CHECKPOINT") == str(part.resolve()):
             kernel.kill()
             kernel.wait(5)
 

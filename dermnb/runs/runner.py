@@ -95,7 +95,8 @@ def run_suite(
     order = execution_order(todo)
     record = _Record(folder, suite, profile, plan, states, todo)
     record.write()
-    runs = _Runs(order, str(Path(reports).resolve()), workers, scheduler, force, stop_at)
+    place = str(Path(reports).resolve())
+    runs = _Runs(order, len(plan), place, workers, scheduler, force, stop_at)
     page = (folder / "index.html").resolve()
     if build and todo:
         tell(f"report, rebuilt as runs end: {page.as_uri()}")
@@ -274,6 +275,7 @@ class _Runs:
     "What is to be executed, and how."
 
     order: list[PlannedRun]
+    planned: int  # those that are done included
     reports: str
     workers: int = 0
     scheduler: str = ""
@@ -298,7 +300,8 @@ def _cluster(runs: _Runs, command: str):
 
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what is lost is said here
     cluster, gpus = None, _gpus()
-    workers = min(runs.workers or len(gpus) or 1, max(1, len(runs.order)))
+    # Also where few are left: the last bits of a result depend on its number of threads.
+    workers = max(1, min(runs.workers or len(gpus) or 1, runs.planned))
     if runs.scheduler:
         client = _client_of(runs.scheduler)
         slots = []
