@@ -32,7 +32,15 @@ from dermnb.runs.kernels import (
     working_on,
 )
 from .plan import execution_order
-from .suites import PlannedRun, default_profile, load_suite, notebooks_dir, resolve_suite
+from .search import JOURNAL
+from dermnb.runs.suites import (
+    PlannedRun,
+    default_profile,
+    load_suite,
+    notebooks_dir,
+    resolve_suite,
+    search_of,
+)
 from .trackers import check_trackers, track_runs
 from .watch import Watch
 
@@ -92,6 +100,8 @@ def run_suite(
     states, todo = _done_and_todo(plan, folder, force, tell)
     if todo and not scheduler:  # else it is the workers that need them
         gather_weights([planned.config for planned in todo.values()], where, tell)
+    if force:
+        (folder / JOURNAL).unlink(missing_ok=True)  # or its decisions would be taken over
     order = execution_order(todo)
     record = _Record(folder, suite, profile, plan, states, todo)
     record.write()
@@ -213,6 +223,8 @@ class _Record:
         suite = self.suite
         about = {k: getattr(suite, k) for k in ("title", "question", "expected", "caveats")}
         asked = {k: getattr(suite, k) for k in ("claims", "compare", "answer")}
+        search = search_of(suite, self.profile)
+        asked["search"] = search.model_dump(exclude_defaults=True) if search else {}
         named = {"schema": 1, "suite": self.plan[0].config.suite}
         stands = {"profile": profile, "written": now(), "runs": runs}
         try:
@@ -234,6 +246,7 @@ class _Record:
             "group": planned.group,
             "repeat": planned.repeat,
             "reference": planned.reference,
+            "trial": planned.trial,
         }
 
 # %% ../../nbs/runs/13_runner.ipynb #9923f2d7
