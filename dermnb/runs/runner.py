@@ -311,7 +311,8 @@ def _cluster(runs: _Runs, command: str):
     "A client of the workers, with the settings of each; kernels end with it if it is interrupted."
     from distributed import Client
 
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what is lost is said here
+    for name in ("distributed", "distributed.client"):  # what is lost is said here
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     cluster, gpus = None, _gpus()
     # Also where few are left: the last bits of a result depend on its number of threads.
     workers = max(1, min(runs.workers or len(gpus) or 1, runs.planned))
@@ -376,6 +377,7 @@ def _local_cluster(workers: int):
             n_workers=workers,
             threads_per_worker=1,
             processes=False,  # a run computes in its kernel, a process of its own
+            host="127.0.0.1",
             dashboard_address="127.0.0.1:0",  # any port: other suites may run
         )
 
@@ -416,7 +418,7 @@ def _room(client, slots: list, flying: dict) -> int:
         return len(slots) - len(flying)
     try:
         threads = sum(client.nthreads().values())
-    except (OSError, TimeoutError, RuntimeError):  # the scheduler is gone
+    except (OSError, TimeoutError, RuntimeError, AttributeError):  # the scheduler is gone
         threads = 1
     return max(0, max(1, threads) - len(flying))
 
