@@ -6,11 +6,13 @@
 __all__ = ['SPLITS', 'CAM_METHODS', 'ENSEMBLE_FIELDS', 'GREETINGS', 'ConfigError', 'the_error', 'unknown_name', 'listing',
            'plural', 'DataConfig', 'NetworkConfig', 'TrainingConfig', 'EvaluationConfig', 'ExperimentConfig',
            'make_config', 'write_json', 'read_json', 'read_arrays', 'set_seed', 'keep_graphs', 'provenance',
-           'peak_memory_mb', 'table_hash', 'now', 'duration', 'progress', 'greeting_filter', 'project_root',
+           'peak_memory_mb', 'table_hash', 'now', 'duration', 'progress', 'only_one', 'greeting_filter', 'project_root',
            'cache_dir']
 
 # %% ../nbs/00_core.ipynb #a1ac7e06
+import contextlib
 import difflib
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -22,13 +24,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 # %% ../nbs/00_core.ipynb #78420979
@@ -218,6 +221,9 @@ class TrainingConfig(_Part):
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     deterministic: bool = True
 
+    searched: list[str] = []  # of a trial: the parameters that its search varies
+    halving: list[int] = []  # of a trial: first look in epochs, and factor; empty: none
+
     @model_validator(mode="after")
     def _possible_training(self):
         if self.schedule == "head_then_top" and self.head_epochs >= self.epochs:
@@ -227,6 +233,10 @@ class TrainingConfig(_Part):
             )
         if self.schedule == "gradual" and self.unfreeze == "all":
             raise ValueError("schedule 'gradual' needs a count, such as unfreeze 'layers:5'")
+        if self.halving and not self.searched:
+            raise ValueError("halving is of the trials of a search: say it in the suite's search")
+        if self.halving and (len(self.halving) != 2 or self.halving[0] < 1 or self.halving[1] < 2):
+            raise ValueError(f"halving {self.halving} must be epochs and a factor, such as [3, 3]")
         return self
 
 # %% ../nbs/00_core.ipynb #1337ca24
@@ -282,7 +292,7 @@ class ExperimentConfig(EvaluationConfig, TrainingConfig, NetworkConfig, DataConf
 # All that matters to a run that combines others and trains nothing.
 ENSEMBLE_FIELDS = (
     *("suite", "run", "seed", "members", "combine", "member_weights", "bootstrap"),
-    *("positive", "explain"),
+    *("positive", "explain", "searched"),
 )
 
 # %% ../nbs/00_core.ipynb #20583594
@@ -521,6 +531,31 @@ def progress(
         write_json(path, said | {"when": round(time.time(), 1), "memory_mb": _memory_mb()})
     except OSError:
         return  # a watcher that is gone must not stop the work
+
+# %% ../nbs/00_core.ipynb #c57ce11f
+@contextlib.contextmanager
+def only_one(
+    lock: str | Path,  # a file; made, with its folder, and left there
+    work: str,  # what is done meanwhile, for those who wait: "decodes the images"
+) -> Iterator[None]:
+    "Let one run at a time do this, of all processes and machines; `OSError` if it cannot be."
+    Path(lock).parent.mkdir(parents=True, exist_ok=True)
+    # Without locks of the file system: an error, and no file that a killed run would leave.
+    turn = FileLock(lock, fallback_to_soft=False)
+    while True:
+        try:
+            turn.acquire(timeout=1, poll_interval=0.05)
+            break
+        except Timeout:
+            progress(f"waiting for another run that {work}")
+        except (NotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.ENOSYS:
+                raise
+            raise OSError(errno.ENOLCK, "its file system has no locks") from error
+    try:
+        yield
+    finally:
+        turn.release()
 
 # %% ../nbs/00_core.ipynb #4c1e9b72
 # What TensorFlow's libraries write as they load, whether or not anything is wrong.

@@ -661,3 +661,42 @@ def make_study(folder, synthetic=False, resamples=200):
         },
     )
     return folder
+
+
+def make_search(folder, resamples=100):
+    "A suite of one run beside a search of six trials, of which one ended early and one failed."
+    folder = Path(folder)
+    quick = {"resamples": resamples, "notebook": False, "lesions": 300}
+    tried = [(1e-2, 0.2, 0.6), (1e-3, 0.2, 2.2), (1e-3, 0.5, 1.6), (1e-4, 0.2, 1.0), (1e-5, 0.5, 0.2)]
+    rows = [{"run": "plain", "group": "plain", "status": "done", "trial": {}}]
+    make_run(folder / "plain", 1.2, 50, **quick)
+    for number, (rate, dropout, skill) in enumerate(tried, 1):
+        values = {"learning_rate": rate, "dropout": dropout}
+        early = {"epoch": 3, "of": 10, "reason": "its validation loss was number 5 of 5"}
+        make_run(
+            folder / f"cnn-t{number:02d}",
+            skill,
+            number,
+            epochs=3 if rate == 1e-5 else 10,
+            record={"ended": early if rate == 1e-5 else None},
+            searched=list(values),
+            halving=[3, 3],
+            **values,
+            **quick,
+        )
+        rows.append({"run": f"cnn-t{number:02d}", "group": "cnn", "status": "done", "trial": values})
+    lost = {"learning_rate": 1.0, "dropout": 0.5}
+    rows.append({"run": "cnn-t06", "group": "cnn", "status": "failed", "error": "TrainingError: no loss", "trial": lost})
+    write_json(
+        folder / "suite.json",
+        {
+            "title": "A search",
+            "question": "Which settings?",
+            "answer": "best",
+            "runs": rows,
+            "search": {"run": "cnn", "draw": {"learning_rate": {}, "dropout": []}, "trials": 6, "seed": 0},
+            "compare": [["cnn", "plain"]],
+            "claims": [{"run": "cnn", "metric": "accuracy", "better_than": "plain"}],
+        },
+    )
+    return folder

@@ -73,10 +73,10 @@ def test_killed_build_resumes(tmp_path, monkeypatch):
     manifest = make_manifest(tmp_path / "in", 60)
     manifest.to_csv(tmp_path / "m.csv", index=False)
     stores = tmp_path / "stores"
-    journal = stores / "crop-16px-v2" / "rows.txt"
+    journal = stores / "crop-16px-v3" / "rows.txt"
     process = start_build(tmp_path / "m.csv", stores, delay=0.1)
     deadline = time.monotonic() + 120
-    while not journal.exists() or journal.stat().st_size < 8 * 65:
+    while not journal.exists() or journal.stat().st_size < 8 * 74:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -106,7 +106,7 @@ def test_rows_without_digest_or_pixels_do_not_count(tmp_path):
     store = images.build_store(manifest, 16, "crop", tmp_path / "stores")
     journal = store.path.parent / "rows.txt"
     journal.write_bytes(
-        journal.read_bytes()[:-66]
+        journal.read_bytes()[:-75]
     )  # the last digest, and one byte more
     with open(store.path, "r+b") as f:
         f.truncate(store.path.stat().st_size - 16 * 16 * 3 * 2 - 5)

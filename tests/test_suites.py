@@ -60,10 +60,10 @@ def suite(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner, "_execute_all", execute)
     monkeypatch.setattr(
-        runner, "validate_run", lambda folder: read_json(folder / "run.json")
+        runner, "validate_run", lambda folder, quick=False: read_json(folder / "run.json")
     )
     monkeypatch.setattr(
-        "dermnb.runs.folders.validate_run", lambda folder: read_json(folder / "run.json")
+        "dermnb.runs.folders.validate_run", lambda folder, quick=False: read_json(folder / "run.json")
     )
 
     def run(**options):

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from dermnb.core import ConfigError
 from dermnb.data import synthetic
 from dermnb.data.synthetic import CLASSES, draw_lesion, generate_demo, render_view
 
@@ -47,7 +48,7 @@ def test_interrupted_work_is_taken_up(tmp_path, monkeypatch):
         return render_view(lesion, *args)
 
     monkeypatch.setattr(synthetic, "render_view", counted)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ConfigError, match="disk full"):
         generate_demo(tmp_path / "demo", lesions=5, size=SIZE)
     assert not (tmp_path / "demo").exists()
     before = len(calls)

@@ -343,3 +343,17 @@ def test_a_broken_record_is_named(suite):
     (suite / "suite.json").write_text(json.dumps({"runs": []})[:-1])
     with pytest.raises(ConfigError, match=r"suite\.json is not JSON"):
         suite_status(suite)
+
+
+def test_a_step_without_epochs_has_a_status(tmp_path):
+    part = tmp_path / "s" / ".part-a"
+    part.mkdir(parents=True)
+    (tmp_path / "s" / "suite.json").write_text('{"runs": [{"run": "a", "status": "missing"}]}')
+    (part / "progress.json").write_text('{"step": "decoding", "done": 5, "total": 20, "when": 1}')
+    (part / "state.json").write_text('{"run": "a", "status": "running", "pid": 1, "host": "h"}')
+    lines = []
+    show_status(tmp_path / "s", lines.append)
+    assert "interrupted" in "\n".join(lines)
+    with FileLock(tmp_path / "s" / ".part-a.lock"):
+        show_status(tmp_path / "s", lines.append)
+    assert "decoding 25 %" in "\n".join(lines)

@@ -9,8 +9,10 @@ __all__ = ['DUPLICATE_KINDS', 'SURE_BITS', 'HASH_BITS', 'SAME_PHOTO', 'SAME_LESI
 
 # %% ../../nbs/audit/03_duplicates.ipynb #7c955083
 import hashlib
+import io
 import os
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +25,7 @@ from scipy.sparse.csgraph import connected_components
 from .features import embed, near_vectors, weights_digest, whiten
 from .hashes import BITS, SIDE, STORE, fingerprints, near_hashes
 from .registration import prepare_images, registered_agreement
-from ..core import ConfigError, progress, unknown_name
+from ..core import ConfigError, only_one, progress, unknown_name
 
 # %% ../../nbs/audit/03_duplicates.ipynb #6a12ca60
 DUPLICATE_KINDS = ("same bytes", "same pixels", "near duplicate", "same lesion")
@@ -230,7 +232,42 @@ def _kept_pairs(prints: pd.DataFrame, cache: str | Path, method: str, weights: s
     known = hashlib.sha256(repr((method, weights, _RULES)).encode())
     for column in ("image_id", "bytes"):
         known.update("\x1f".join(prints[column].fillna("")).encode())
-    return Path(cache) / f"{STORE.removesuffix('.sqlite')}-{known.hexdigest()}.parquet"
+    return Path(cache) / f"{STORE.removesuffix('.sqlite')}-{known.hexdigest()}.pairs"
+
+
+def _read_pairs(kept: Path) -> pd.DataFrame | None:
+    "The pairs of a file; None where there is none, or one that is damaged, which is said."
+    try:
+        data = kept.read_bytes()
+    except FileNotFoundError:
+        return None
+    digest, table = data[:32], data[32:]
+    if digest == hashlib.sha256(table).digest():
+        return pd.read_parquet(io.BytesIO(table))
+    warnings.warn(f"{kept} is damaged: the images are compared anew", stacklevel=3)
+    return None
+
+
+def _make_pairs(manifest, prints, cache, method: str, kept: Path, workers: int) -> pd.DataFrame:
+    "Find the pairs and keep them, unless another run does so: then wait for its."
+    try:
+        with only_one(kept.with_name(f".{kept.name}.lock"), "audits the images"):
+            if (pairs := _read_pairs(kept)) is not None:
+                return pairs
+            features = embed(manifest, cache, workers) if method == "network" else None
+            pairs = find_pairs(prints, features, workers=workers)
+            table, part = pairs.to_parquet(), kept.with_suffix(".part")
+            try:
+                part.write_bytes(hashlib.sha256(table).digest() + table)
+                os.replace(part, kept)
+            finally:
+                part.unlink(missing_ok=True)
+            return pairs
+    except OSError as error:
+        raise ConfigError(
+            f"the pairs of an audit cannot be kept in {cache} ({error.strerror or error}): let "
+            "DERMNB_CACHE name a folder that can be written and has space."
+        ) from error
 
 
 def audit_images(
@@ -253,14 +290,9 @@ def audit_images(
     weights = weights_digest() if method == "network" else ""
     prints = fingerprints(manifest, cache, workers)
     kept = _kept_pairs(prints, cache, method, weights)
-    try:
-        pairs = pd.read_parquet(kept)
-    except (OSError, ValueError):
-        features = embed(manifest, cache, workers) if method == "network" else None
-        pairs = find_pairs(prints, features, workers=workers)
-        part = kept.with_suffix(f".{os.getpid()}")
-        pairs.to_parquet(part)
-        os.replace(part, kept)
+    pairs = _read_pairs(kept)
+    if pairs is None:
+        pairs = _make_pairs(manifest, prints, cache, method, kept, workers)
     unseen = pairs.attrs["unseen"]
     note = f"{unseen:,} candidates were too many to compare" if unseen else ""
     unreadable = int(prints["pixels"].isna().sum())

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .hashes import fingerprints, open_store, stored_rows
+from .hashes import fingerprints, one_auditor, open_store, store_rows, stored_rows
 from ..core import ConfigError, progress
 from ..data.decoding import file_name, open_picture
 from ..data.files import read_image_bytes
@@ -82,6 +82,20 @@ def _views_of(path: str) -> np.ndarray | None:
         return None
 
 
+def _add_features(store, table: str, paths: dict, known: dict, workers: int) -> None:
+    "Add the features of files, by their content, to `known` and to the database."
+    new, network = list(paths), _feature_network() if paths else None
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        for start in range(0, len(new), _BATCH):
+            part = new[start : start + _BATCH]
+            views = zip(part, pool.map(_views_of, [paths[c] for c in part]))
+            seen = {c: v for c, v in views if v is not None}
+            if seen:
+                known.update(zip(seen, _mean_features(network, list(seen.values()))))
+                store_rows(store, table, [(c, known[c].tobytes()) for c in seen])
+            progress("features", start + len(part), len(new))
+
+
 def _mean_features(network, views: list[np.ndarray]) -> np.ndarray:
     "The mean features of up to _BATCH images, float32 (n, FEATURES)."
     stacked = np.concatenate(views).astype("float32")
@@ -105,28 +119,18 @@ def embed(
     contents = fingerprints(manifest, cache, workers)["bytes"].tolist()
     paths = {c: str(p) for c, p in zip(contents, manifest["path"]) if c}
     known: dict[str, np.ndarray] = {}
-    workers = workers or os.cpu_count() or 1
-    with open_store(cache) as store, ThreadPoolExecutor(workers) as pool:
-        store.execute(
-            f"CREATE TABLE IF NOT EXISTS {table} (content TEXT PRIMARY KEY, features BLOB) "
-            "WITHOUT ROWID"
-        )
+
+    def unknown() -> list[str]:
         for content, blob in stored_rows(store, table, "content", paths):
             known[content] = np.frombuffer(blob, "<f4")
-        new = [c for c in paths if c not in known]
-        network = _feature_network() if new else None
-        for start in range(0, len(new), _BATCH):
-            part = new[start : start + _BATCH]
-            views = zip(part, pool.map(_views_of, [paths[c] for c in part]))
-            seen = {c: v for c, v in views if v is not None}
-            if seen:
-                known.update(zip(seen, _mean_features(network, list(seen.values()))))
-                rows = [(c, known[c].tobytes()) for c in seen]
-                with store:
-                    store.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", rows)
-            progress("features", start + len(part), len(new))
-    unknown = np.full(FEATURES, np.nan, "float32")
-    return np.stack([known.get(c, unknown) for c in contents])
+        return [c for c in paths if c not in known]
+
+    with open_store(cache, table, "content TEXT PRIMARY KEY, features BLOB") as store:
+        if unknown():
+            with one_auditor(cache):  # another run may have seen them meanwhile
+                _add_features(store, table, {c: paths[c] for c in unknown()}, known, workers)
+    unseen = np.full(FEATURES, np.nan, "float32")
+    return np.stack([known.get(c, unseen) for c in contents])
 
 # %% ../../nbs/audit/02_features.ipynb #cfc49cda
 def whiten(

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import ConfigError, progress
+from ..core import ConfigError, only_one, progress
 from .datasets import Download, dataset_folder, dataset_spec
 
 # %% ../../nbs/data/10_fetch.ipynb #4bfca449
@@ -190,6 +190,21 @@ def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
+
+def _recorded(record: Path) -> str:
+    "The digest that was written down; empty where there is none, or no whole one."
+    text = record.read_text(encoding="utf-8", errors="replace") if record.exists() else ""
+    return text[:64] if re.match(r"[0-9a-f]{64}  .+\n$", text) else ""
+
+
+def _record(target: Path, digest: str) -> None:
+    "Write down the digest of a file beside it, where it is not yet."
+    record, part = (target.with_name(f"{target.name}.sha256{end}") for end in ("", ".part"))
+    line = f"{digest}  {target.name}\n"
+    if not record.exists() or record.read_text(encoding="utf-8", errors="replace") != line:
+        part.write_text(line, encoding="utf-8")
+        os.replace(part, record)
+
 # %% ../../nbs/data/10_fetch.ipynb #b0238a0c
 def _from_doi(doi: str, name: str) -> tuple[str, str]:
     # Dataverse turns uploaded CSVs into .tab files, and the MD5 it states for such a
@@ -230,8 +245,8 @@ def _already_there(target: Path, known_hash: str) -> bool:
     if known_hash:
         algorithm, _, value = known_hash.partition(":")
         right = pooch.file_hash(str(target), alg=algorithm) == value
-    elif record.exists():
-        right = record.read_text(encoding="utf-8").split()[:1] == [_sha256(target)]
+    elif recorded := _recorded(record):
+        right = recorded == _sha256(target)
     else:
         right = not target.name.endswith(".zip") or zipfile.is_zipfile(target)
     if not right:
@@ -250,8 +265,6 @@ def fetch_dataset(
     pause: float = 1.0,  # seconds between attempts, growing
 ) -> pd.DataFrame:
     "Download a dataset, or the rest of it; a table of file, bytes, sha256, state."
-    from filelock import FileLock
-
     spec = dataset_spec(name)
     if not spec.downloads:
         raise ConfigError(f"{name} is not fetched: {spec.obtain}.")
@@ -262,7 +275,7 @@ def fetch_dataset(
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written to: {error.strerror}.") from None
     rows = []
-    with FileLock(folder / ".fetch.lock"):
+    with only_one(folder / ".fetch.lock", f"fetches {name}"):
         for download in spec.downloads:
             target = folder / download.name
             fetch = ResumingDownloader(
@@ -270,8 +283,7 @@ def fetch_dataset(
             )
             there = _fetch_one(name, download, target, base_url, fetch)
             digest = _sha256(target)
-            record = target.with_name(target.name + ".sha256")
-            record.write_text(f"{digest}  {target.name}\n", encoding="utf-8")
+            _record(target, digest)
             state = "already there" if there else "fetched"
             rows.append((target.name, target.stat().st_size, digest, state))
     return pd.DataFrame(rows, columns=["file", "bytes", "sha256", "state"])

@@ -15,9 +15,11 @@ import hashlib
 import io
 import math
 import os
+import re
 import shutil
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,9 +28,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
-from filelock import FileLock, Timeout
 
-from ..core import ConfigError, progress, unknown_name
+from ..core import ConfigError, only_one, progress, unknown_name
 from .decoding import Picture, file_name, open_picture
 from .files import on_disk, read_image_bytes
 
@@ -99,10 +100,11 @@ def read_pixels(
     return resize_image(open_picture(read_image_bytes(str(path)), str(path)), size, method)
 
 # %% ../../nbs/data/12_images.ipynb #a21527da
-_VERSION = "v2"  # of decoding and resizing: a change of either starts a new store
+_VERSION = "v3"  # of decoding and resizing: a change of either starts a new store
 _COMMIT = 64  # images written between two commits
 _HEADER = 128  # bytes before the first row of images.npy
-_LINE = 65  # bytes a line of rows.txt: a SHA-256 in hex and a newline
+_LINE = 74  # bytes a line of rows.txt: a SHA-256 and a CRC-32 in hex, and a newline
+_ROW = re.compile(rb"[0-9a-f]{64} [0-9a-f]{8}\n")
 
 # %% ../../nbs/data/12_images.ipynb #0509474f
 @dataclass(frozen=True, eq=False)
@@ -117,6 +119,8 @@ class ImageStore:
     decoded: int  # images that had to be decoded to open it
     seconds: float  # time it took to open
     unreadable: dict  # image_id -> reason, of excluded images
+    checksums: np.ndarray = field(repr=False)  # uint32 (rows,), CRC-32 of each row's pixels
+    checked: np.ndarray = field(repr=False)  # bool (rows,), rows that were compared with it
 
     def __len__(self) -> int:
         return len(self.index)
@@ -134,8 +138,29 @@ class ImageStore:
             ) from None
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        "A copy of some rows, uint8 (len(rows), size, size, 3)."
-        return np.asarray(self.images[np.asarray(rows)])
+        """A copy of some rows, uint8 (len(rows), size, size, 3).
+
+        A row that is read for the first time is compared with its checksum. `ConfigError`
+        where one differs: the damaged rows are then forgotten, and the next run decodes them.
+        """
+        rows = np.asarray(rows)
+        for row in np.unique(rows[~self.checked[rows]]):
+            if zlib.crc32(self.images[row]) != self.checksums[row]:
+                raise self._damaged()
+            self.checked[row] = True
+        return np.asarray(self.images[rows])
+
+    def _damaged(self) -> ConfigError:
+        bad = [i for i, row in enumerate(self.images) if zlib.crc32(row) != self.checksums[i]]
+        then = "run this again, and they are decoded anew"
+        try:
+            with open(self.path.with_name("rows.txt"), "r+b") as journal:
+                for row in bad:
+                    journal.seek(row * _LINE)
+                    journal.write(b" " * (_LINE - 1))
+        except OSError:
+            then = "delete it, and all images are decoded anew"
+        return ConfigError(f"{len(bad):,} images in {self.path} are damaged: {then}.")
 
 # %% ../../nbs/data/12_images.ipynb #d2744faa
 class _Rows:
@@ -145,7 +170,7 @@ class _Rows:
         self.folder, self.size = folder, size
         self.images, self.journal = folder / "images.npy", folder / "rows.txt"
         self.row_bytes = size * size * 3
-        self.count, self.row_of = 0, {}
+        self.count, self.row_of, self.checksums = 0, {}, []
         self.load()
 
     def load(self) -> None:
@@ -155,8 +180,12 @@ class _Rows:
         except FileNotFoundError:
             text, whole = b"", 0
         self.count = max(0, min(len(text) // _LINE, whole))
-        digests = text[: self.count * _LINE].decode("ascii").split("\n")
-        self.row_of = {digest: row for row, digest in enumerate(digests) if digest}
+        self.row_of, self.checksums = {}, [0] * self.count
+        for row in range(self.count):
+            line = text[row * _LINE : (row + 1) * _LINE]
+            if _ROW.fullmatch(line):  # of another line the images are decoded again
+                self.row_of[line[:64].decode()] = row
+                self.checksums[row] = int(line[65:], 16)
 
     def header(self) -> bytes:
         buffer = io.BytesIO()
@@ -185,10 +214,13 @@ class _Rows:
             f.write(np.stack(images).tobytes())
             f.flush()
             os.fsync(f.fileno())
+            checksums = [zlib.crc32(image) for image in images]
+            lines = [f"{d} {c:08x}\n" for d, c in zip(digests, checksums, strict=True)]
             with open(self.journal, "ab") as journal:
-                journal.write("".join(d + "\n" for d in digests).encode("ascii"))
+                journal.write("".join(lines).encode("ascii"))
                 journal.flush()
                 os.fsync(journal.fileno())
+            self.checksums += checksums
             for digest in digests:
                 self.row_of[digest] = self.count
                 self.count += 1
@@ -281,6 +313,8 @@ def build_store(
         decoded=rows.count - before,
         seconds=time.perf_counter() - start,
         unreadable={name: _reason(error) for name, error in names.items()},
+        checksums=np.array(rows.checksums, np.uint32),
+        checked=np.zeros(rows.count, bool),
     )
 
 # %% ../../nbs/data/12_images.ipynb #aaa83a03
@@ -313,8 +347,7 @@ def _find(paths: list[str], rows: _Rows, folder: Path) -> tuple[dict, dict]:
 def _build(digests: dict, missing: dict, rows: _Rows, method: str, workers: int):
     "Decode under the lock: completes `digests` and `rows`; old row count and errors."
     folder = rows.folder.parent
-    rows.folder.mkdir(parents=True, exist_ok=True)
-    with _only_builder(rows.folder / "build.lock"):
+    with only_one(rows.folder / "build.lock", "decodes the images"):
         rows.load()  # another process may have done it meanwhile
         found, missing = _find(list(missing), rows, folder)
         digests.update(found)
@@ -378,25 +411,6 @@ def _in_threads(function: Callable, items: Iterable, workers: int):
         finally:
             for _, future in waiting:
                 future.cancel()
-
-# %% ../../nbs/data/12_images.ipynb #e8102b83
-class _only_builder:
-    "A file lock that says in the progress file that it waits."
-
-    def __init__(self, path: Path):
-        self.lock = FileLock(path)
-
-    def __enter__(self):
-        while True:
-            try:
-                return self.lock.acquire(timeout=1, poll_interval=0.05)
-            except Timeout:
-                progress("waiting for another process to decode images")
-            except NotImplementedError as error:
-                raise OSError(errno.ENOLCK, "its file system has no locks") from error
-
-    def __exit__(self, *_):
-        self.lock.release()
 
 # %% ../../nbs/data/12_images.ipynb #ff1b2972
 def _reason(error: Exception) -> str:

@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw
-from filelock import FileLock
 from scipy import ndimage
 
-from ..core import ConfigError, progress, read_json, unknown_name, write_json
+from ..core import ConfigError, only_one, progress, read_json, unknown_name, write_json
 
 # %% ../../nbs/data/02_synthetic.ipynb #420e493c
 TITLES = {
@@ -1063,14 +1062,19 @@ def generate_demo(
     # unfinished work lies beside the folder, under a name that tells the parameters
     key = hashlib.sha256(repr(sorted(wanted.items())).encode()).hexdigest()[:10]
     work = folder.parent / f".{folder.name}.{key}.partial"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{work}.lock")
-    with lock:  # runs that start together wait for one of them to make the set
-        if not _is_whole(folder, wanted):
-            _write_set(work, lesions, seed, (width, height), wanted, workers)
-            with suppress(OSError):  # only Linux and macOS rename onto an empty folder
-                folder.rmdir()
-            os.replace(work, folder)
-        with suppress(OSError):  # Windows removes no open file, but this one on release
-            Path(lock.lock_file).unlink(missing_ok=True)
+    lock = Path(f"{work}.lock")
+    try:
+        with only_one(lock, "generates the images"):
+            if not _is_whole(folder, wanted):
+                _write_set(work, lesions, seed, (width, height), wanted, workers)
+                with suppress(OSError):  # only Linux and macOS rename onto an empty folder
+                    folder.rmdir()
+                os.replace(work, folder)
+            with suppress(OSError):  # who waits for it finds the set whole
+                lock.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the generated images cannot be kept in {folder} ({error.strerror or error}): name "
+            "a folder that can be written and has space; the same command goes on."
+        ) from error
     return folder

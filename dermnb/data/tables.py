@@ -92,6 +92,13 @@ def _parsed(path: Path, text: str, separator: str) -> pd.DataFrame:
         raise ConfigError(
             f"{path} is not a regular table: rows have more cells than the header."
         )
+    last = text.rpartition("\n")[2]  # what follows the last newline
+    cells = last.count(separator) + 1
+    if last.strip() and '"' not in last and cells < table.shape[1]:
+        raise ConfigError(
+            f"{path} ends within a row ({cells} of {table.shape[1]} cells): copy it again, or "
+            "complete its last line."
+        )
     return table.set_axis([str(c).strip() for c in table.columns], axis=1)
 
 # %% ../../nbs/data/05_tables.ipynb #d70c8221

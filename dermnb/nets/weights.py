@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
-from ..core import ConfigError, project_root
+from ..core import ConfigError, only_one, project_root
 from ..data.fetch import ResumingDownloader
 from .backbones import BackboneSpec, build_backbone, get_backbone
 
@@ -144,14 +144,11 @@ def _weights_address(
 
 # %% ../../nbs/nets/02_weights.ipynb #ead31e15
 def _download(spec: BackboneSpec, say, patience: float) -> Path:
-    from filelock import FileLock
-
     folder, url = _keras_folders()[-1], _weights_address(spec)
     target, new, part = (
         folder / name.format(spec.weights_file) for name in ("{}", ".{}.new", ".{}.part")
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f".{spec.weights_file}.lock"):
+    with only_one(folder / f".{spec.weights_file}.lock", f"fetches the weights of {spec.title}"):
         if file := find_weights(spec, "imagenet"):  # another process was faster
             return file
         say(f"fetching the ImageNet weights of {spec.title} from {url}")

@@ -239,7 +239,7 @@ def answer(page: Page) -> dict:
         many = "has results yet" if len(page.runs) > 1 else "has no results yet"
         return {"answer": [f"{none} {many}; see the reasons below."], "context": []}
     found = _ANSWERED_BY.get(page.suite.get("answer", "best"), _best)(page)
-    context = [_basis(page), _audit_words(page), _baseline(page), _weakest(page), _references(page)]
+    context = [_basis(page), _searched(page), _audit_words(page), _baseline(page), _weakest(page), _references(page)]
     return {"answer": found, "context": [c for c in context if c]}
 
 
@@ -268,6 +268,13 @@ def _basis(page: Page) -> str:
     if unsound := [r.name for r in done if r.unsound]:
         said += f"; the predictions of {listing(unsound)} are not sound, so these figures cannot be checked"
     return f"{said}."
+
+# %% ../../nbs/report/04_answer.ipynb #8691905f
+def _searched(page: Page) -> str:
+    "Which trial of each search is shown here, and how it was chosen."
+    counts = [(r, sum(t.group == r.group for t in page.trials)) for r in page.done]
+    said = [f"{r.group} is {r.name}, chosen among {plural(n, 'trial')} on validation images" for r, n in counts if n]
+    return f"{'; '.join(said)}; no interval covers the choice." if said else ""
 
 # %% ../../nbs/report/04_answer.ipynb #5bb3e31b
 def _audit_words(page: Page) -> str:

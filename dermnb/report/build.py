@@ -42,6 +42,8 @@ from dermnb.report.comparison import (
     pairwise_blocks,
     repeats,
     repeats_blocks,
+    search,
+    search_blocks,
     two_classes,
     two_classes_blocks,
 )
@@ -84,6 +86,7 @@ from dermnb.report.sections import (
     leak_head,
     leak_text,
     notices,
+    trials_apart,
 )
 from .subgroups import subgroup_results, subgroups_blocks
 from ..runs.results import RunResult, load_run, load_suite_runs, origin_of
@@ -96,6 +99,7 @@ SECTIONS = (
     Section("metrics", "Metrics", metrics, metrics_blocks, "run", False),
     Section("pairs", "Pairwise comparisons", pairwise, pairwise_blocks, "suite", False),
     Section("paired", "Paired differences", paired, paired_blocks, "suite", False),
+    Section("search", "Search", search, search_blocks, "suite", False),
     Section("leakage", "Leakage", leakage, leakage_blocks, "suite", False),
     Section("repeats", "Repeats", repeats, repeats_blocks, "suite", False),
     Section("ensembles", "Ensembles", ensembles, ensembles_blocks, folded=False),
@@ -219,10 +223,11 @@ def build_suite_page(
 
 # %% ../../nbs/report/14_build.ipynb #96181c55
 def _build_suite_page(folder: Path, suite: Mapping, runs: Sequence[RunResult], single_file: bool) -> Path:
-    done = [r for r in runs if r.status == "done"]
-    paged = [r for r in done if not single_file and (r.folder / "report.html").is_file()]
+    paged = [r for r in runs if r.status == "done" and not single_file and (r.folder / "report.html").is_file()]
     links = {r.name: f"{quote(r.folder.name)}/report.html" for r in paged}
-    page = Page(runs, suite, links=links, single_file=single_file)
+    runs, trials = trials_apart(runs)
+    done = [r for r in runs if r.status == "done"]
+    page = Page(runs, suite, links=links, single_file=single_file, trials=trials)
     script = {"plotly_src": f"../{PLOTLY_JS}"}
     if single_file:
         script = {

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['PAIRED', 'RULES', 'claims', 'claims_blocks', 'leaderboard', 'absent_classes', 'interval_note', 'leaderboard_blocks',
            'pairwise', 'pairwise_blocks', 'paired', 'paired_blocks', 'repeats', 'repeats_blocks', 'ensembles',
-           'ensembles_blocks', 'two_classes', 'two_classes_blocks']
+           'ensembles_blocks', 'two_classes', 'two_classes_blocks', 'search', 'setting', 'search_blocks']
 
 # %% ../../nbs/report/05_comparison.ipynb #4eafc4e4
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from ..core import ConfigError, listing, plural
+from ..core import ConfigError, duration, listing, plural
 from ..data.taxonomies import load_taxonomy
 from dermnb.metrics.claims import (
     Claim,
@@ -51,6 +52,7 @@ from dermnb.report.blocks import (
     Column,
     Facts,
     Fold,
+    Group,
     Heading,
     Items,
     Plot,
@@ -58,6 +60,7 @@ from dermnb.report.blocks import (
     Text,
     number,
     plot,
+    spelled,
     style,
     table,
 )
@@ -67,6 +70,7 @@ from dermnb.report.figures import (
     leaderboard_figure,
     pairs_figure,
     repeats_figure,
+    search_figure,
 )
 from dermnb.report.sections import (
     LEADERBOARD,
@@ -78,6 +82,8 @@ from dermnb.report.sections import (
     members_of,
     shown_name,
     size_of,
+    size_text,
+    trial_order,
 )
 from ..runs.results import RunResult, conditions_of, train_lesions
 
@@ -558,3 +564,128 @@ def two_classes_blocks(page: Page, found: Mapping) -> list:
     if found["rows"]["test"] or found["rows"]["val"]:
         blocks.append(Fold("Definitions", [Facts([(m.title, m.definition) for m in BINARY_METRICS.values()])]))
     return blocks
+
+# %% ../../nbs/report/05_comparison.ipynb #9695fc1f
+def search(page: Page) -> list[dict] | None:
+    "Of each search its trials, best on validation images first; None without any."
+    found, rows = [], {str(r.get("run")): r for r in page.suite.get("runs", ())}
+    for group in dict.fromkeys(r.group for r in page.trials):
+        trials = [r for r in page.trials if r.group == group]
+        done = sorted((r for r in trials if r.status == "done"), key=trial_order)
+        fields = done[0].get("config", "searched")
+        failed = [
+            {"run": r.name, "reason": _lost(r, rows.get(r.name, {}).get("trial") or {}), "bad": True}
+            for r in trials
+            if r.status != "done"
+        ]
+        found.append({
+            "group": group, "fields": fields, "done": done, "chosen": done[0], "failed": failed,
+            "rows": [_trial_row(page, r, fields, r is done[0]) for r in done],
+            "seconds": sum(r.get("timing", "train_s", default=0) for r in done),
+        })  # fmt: skip
+    return found or None
+
+
+def _lost(run: RunResult, values: Mapping) -> str:
+    "Why a trial has no results, and what it was to try."
+    tried = ", ".join(f"{field} {setting(value).text}" for field, value in values.items())
+    return f"{run.status}: {run.error}" + (f" ({tried})" if tried else "")
+
+
+def _trial_row(page: Page, run: RunResult, fields: Sequence[str], chosen: bool) -> dict:
+    losses, ended = run.history["val_loss"].dropna(), run.get("ended", default={})
+    epochs = Cell(f"{len(run.history):,}", len(run.history), "ended early" if ended else "")
+    badge = {"badge": "chosen", "badge_title": "Has the highest balanced accuracy on validation images."} if chosen else {}
+    row = {f: setting(run.get("config", f)) for f in fields}
+    for split in ("val", "test"):
+        scored = run.splits.get(split)
+        row[split] = scored["metrics"]["balanced_accuracy"] if scored else None
+    return row | {
+        "run": replace(page.name(run), **badge), "epochs": epochs, "loss": losses.min() if len(losses) else None
+    }  # fmt: skip
+
+
+def setting(value) -> Cell:
+    "The value of a parameter, sorted as a number where it is one."
+    if isinstance(value, list):
+        return Cell(", ".join(map(str, value)) or "none")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return Cell(f"{value:g}", value) if is_number else Cell(EN_DASH if value is None else str(value) or "none")
+
+# %% ../../nbs/report/05_comparison.ipynb #13da8e9f
+def search_blocks(page: Page, found: Sequence[Mapping]) -> list:
+    blocks = []
+    for i, one in enumerate(found):
+        blocks += [Heading(f"Search of {one['group']}")] if len(found) > 1 else []
+        blocks += [Text(_search_text(page, one)), Text(_HONEST), _trial_table(page, one)]
+        blocks.append(Text(" ".join(_search_notes(page, one)), muted=True))
+        plots = [_search_plot(page, one, field, f"search-{i}-{field}") for field in one["fields"]]
+        blocks += [Group(plots)] if len(one["done"]) > 2 else []
+    return blocks
+
+
+_HONEST = (
+    "The chosen trial was chosen on validation images, so its validation figures are optimistic, and its test interval does not cover the "
+    "choosing. Test figures of the other trials are shown for openness: they were not used to choose, and trials are not ranked by them. "
+    "All other sections know the chosen trial only."
+)
+
+
+def _search_text(page: Page, one: Mapping) -> str:
+    "Which trial is chosen, and how sharp the choice is."
+    chosen, n, where = one["chosen"], len(one["done"]), listing(one["fields"])
+    mine = chosen.splits["val"]["metrics"]["balanced_accuracy"]
+    said = f"Of {plural(n, 'finished trial')} of {one['group']}, which differ in {where}, {chosen.name} is chosen: its balanced accuracy "
+    said += f"on validation images, {spelled(mine)}, is the highest (of equal ones the lowest validation loss decides)."
+    others = [r.splits["val"]["metrics"]["balanced_accuracy"] for r in one["done"][1:] if "val" in r.splits]
+    close = sum(o["low"] is not None and o["low"] <= (mine["value"] or 0) <= o["high"] for o in others)
+    if others:
+        said += f" The intervals of {close} of the {plural(len(others), 'other')} contain this value"
+        said += ", so another of them may be as good." if close else "."
+    return said
+
+
+def _trial_table(page: Page, one: Mapping) -> Table:
+    columns = {"run": Column("Trial")} | {f: Column(f, COUNT) for f in one["fields"]}
+    columns |= {
+        "epochs": Column("Epochs", COUNT),
+        "loss": Column("Lowest validation loss", SHARE),
+        "val": Column("Balanced accuracy, validation", ESTIMATE, "decides", "descending"),
+        "test": Column("Balanced accuracy, test", ESTIMATE, "not used to choose"),
+    }
+    sizes = [f"{SPLIT_TITLES[s].lower()} n = {size_text(one['chosen'].splits[s])}" for s in ("val", "test") if s in one["chosen"].splits]
+    caption = f"Trials by balanced accuracy on validation images, with {page.level:.0%} intervals; {', '.join(sizes)}."
+    return table([*one["rows"], *one["failed"]], columns, caption)
+
+# %% ../../nbs/report/05_comparison.ipynb #b39567a2
+def _search_notes(page: Page, one: Mapping) -> list[str]:
+    done, notes = one["done"], []
+    if one["failed"]:
+        notes.append(f"{plural(len(one['failed']), 'trial')} without results could still change the choice.")
+    for split in ("val", "test"):
+        if len({json.dumps(size_of(r, split)) for r in done if split in r.splits}) > 1:
+            notes.append(f"Not all trials have the same {SPLIT_TITLES[split].lower()} images, so they are hard to compare.")
+    if halving := one["chosen"].get("config", "halving"):
+        first, factor = halving
+        ended = sum(bool(r.get("ended")) for r in done)
+        notes.append(
+            f"Successive halving: after {first}, {first * factor}, ... epochs a trial ended early unless its validation loss was "
+            f"among the best 1 in {factor} of those that had come so far; {ended} of {len(done)} did. So the order of trials matters."
+        )
+    if made := page.suite.get("search") or {}:
+        drawn = f"The values were drawn with seed {made.get('seed', 0)}." if made.get("draw") else "Every combination is a trial."
+        notes.append(drawn)
+    notes.append(f"Training all trials took {duration(one['seconds'])}.")
+    return notes
+
+
+def _search_plot(page: Page, one: Mapping, field: str, name: str) -> Plot:
+    rows = []
+    for run in (r for r in one["done"] if "val" in r.splits):
+        value = run.get("config", field)
+        state = "chosen" if run is one["chosen"] else "ended early" if run.get("ended") else ""
+        x = value if isinstance(value, int | float) and not isinstance(value, bool) else setting(value).text
+        rows.append(run.splits["val"]["metrics"]["balanced_accuracy"] | {"x": x, "state": state, "name": run.name})
+    best = setting(one["chosen"].get("config", field)).text
+    alt = f"The chosen trial has {field} {best}. The table has these numbers."
+    return plot(search_figure(rows, field, level=page.level, note=page.note), name, alt)

@@ -8,7 +8,7 @@ __all__ = ['COLORS', 'COLORS_DARK', 'BACKGROUND', 'BACKGROUND_DARK', 'SYMBOLS', 
            'MOST_POINTS', 'STAGE_TITLES', 'REMOVALS', 'figure_template', 'style_of', 'label', 'forest_figure',
            'leaderboard_figure', 'per_class_figure', 'span', 'subgroup_figure', 'difference_figure', 'repeats_figure',
            'shortcut_figure', 'confusion_figure', 'pairs_figure', 'mean_map_figure', 'stage_starts', 'learning_curves',
-           'cost_figure', 'risk_coverage_figure', 'reliability_figure', 'removal_figure']
+           'cost_figure', 'search_figure', 'risk_coverage_figure', 'reliability_figure', 'removal_figure']
 
 # %% ../../nbs/report/00_figures.ipynb #d4fd1132
 import html
@@ -645,6 +645,40 @@ def cost_figure(
 def _lower(text: str) -> str:
     "A title within a sentence; FLOPs stay as they are."
     return text if text[1:2].isupper() else text[:1].lower() + text[1:]
+
+# %% ../../nbs/report/00_figures.ipynb #e535bb99
+def search_figure(
+    rows: Sequence[Mapping],  # of trials: x, state ("chosen", "ended early" or ""), value, low, high, n
+    parameter: str,  # what x is of
+    metric: str = "balanced_accuracy",
+    level: float = 0.95,
+    note: str = "",
+) -> dict:
+    "What trials of a search reach on validation images, against a parameter that it varies."
+    _require("figure of a search", rows)
+    values, spec, traces = [r["x"] for r in rows], _spec(metric, METRICS), []
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    log = numbers and min(values) > 0 and max(values) / min(values) > 20
+    for state, style, symbol in (("", 0, "circle"), ("ended early", 4, "x-thin-open"), ("chosen", 1, "diamond")):
+        found = [r for r in rows if r["state"] == state and r["value"] is not None]
+        if found:
+            color = style_of(style)["color"]
+            traces.append(_scatter(
+                "markers", [r["x"] if numbers else label(r["x"]) for r in found], [r["value"] for r in found],
+                name=state or "other trials", error_y=_whiskers(found, color),
+                marker={"color": color, "symbol": symbol, "size": 11, "line": {"width": 2, "color": color}},
+                hovertext=[f"{label(r['name'], 60)}: {_spell(r)}" for r in found],
+                hovertemplate="%{hovertext}<br>%{x}<extra></extra>",
+            ))  # fmt: skip
+    sizes = {r["n"] for r in rows if r["value"] is not None}
+    notes = ["validation split", _n(*sizes) if len(sizes) == 1 else "", f"lines: {level:.0%} intervals", note]
+    kind = {"type": "log", "dtick": 1, "exponentformat": "power"} if log else {} if numbers else {"type": "category"}
+    return _figure(
+        traces,
+        **_frame(f"{spec.title} against {parameter}", notes, 300, len(traces)),
+        xaxis=_axis(label(parameter) + (" (log scale)" if log else ""), **kind),
+        yaxis=_axis(f"{spec.title} (share)", rangemode="tozero"),
+    )
 
 # %% ../../nbs/report/00_figures.ipynb #02c073fc
 FIRST_SHARE = 0.05  # of the images; the error rate of fewer is a matter of a handful

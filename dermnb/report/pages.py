@@ -22,6 +22,7 @@ from markupsafe import Markup, escape
 from .. import __version__
 from .blocks import EN_DASH, MINUS, Cell, script_json
 from .figures import SWAP, figure_template
+from ..runs.kernels import shorten
 
 # %% ../../nbs/report/02_pages.ipynb #b422f9c0
 TAGS = frozenset(
@@ -110,19 +111,6 @@ def _output_html(data: Mapping, pictures: bool, id: str) -> Mapping:
         return {"text/plain": data["text/markdown"]}
     return {"text/plain": data["text/plain"]} if "text/plain" in data else {}
 
-# %% ../../nbs/report/02_pages.ipynb #fdc60062
-def _stream_text(text: str, most: int = 200) -> str:
-    "What a terminal would show: a line overwritten many times only as it was last."
-    lines = [line.rstrip("\r").split("\r")[-1] for line in text.split("\n")]
-    if len(lines) > most:
-        left = len(lines) - most
-        lines = [
-            *lines[: most // 2],
-            f"... {left} lines left out ...",
-            *lines[-most // 2 :],
-        ]
-    return "\n".join(lines).rstrip()
-
 # %% ../../nbs/report/02_pages.ipynb #4b06ac5b
 @cache
 def _exporter(pictures: bool):
@@ -180,7 +168,7 @@ def notebook_html(
         outputs = []
         for j, output in enumerate(cell.outputs):
             if output.output_type == "stream":
-                output.text = _stream_text(output.text)
+                output.text = shorten(output.text)
             elif "data" in output:
                 shown = _output_html(output.data, pictures, f"out-{i}-{j}")
                 output.data = nbformat.from_dict(shown)

@@ -314,7 +314,7 @@ def run_states(page: Page) -> list[dict]:
             "origin": origin_of(r, page.runs) or EN_DASH,
             "reason_": (r.error if r.status != "done" else r.note) or EN_DASH,
         }
-        for r in page.runs
+        for r in page.every
     ]
 
 
@@ -352,11 +352,12 @@ def limitations(page: Page) -> list[str]:
         lines.append(
             f"Classes with fewer than {FEW_TESTED} test lesions support no comparison, and weigh in balanced accuracy as much as any: {named}."
         )
-    if any(r.status != "done" for r in page.runs):
+    chose = f" and chose among {plural(len(page.trials), 'trial')}" if page.trials else ""
+    if any(r.status != "done" for r in page.every):
         lines.append("Runs without results are not part of any figure.")
     lines += [
         "Intervals resample test lesions. They do not cover another seed, split or training set, nor the choice among runs.",
-        "Validation images guided the training; settings that a person chose after seeing test figures make those optimistic too.",
+        f"Validation images guided the training{chose}; settings that a person chose after seeing test figures make those optimistic too.",
         *_apart(page.done),
         "Other cameras, clinics, ages and skin tones than those of this dataset are not tested.",
         "Nothing here is evidence for use on patients.",

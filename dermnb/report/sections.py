@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['FEW_TESTED', 'LEADERBOARD', 'LEAK_MARK', 'LEAK_TITLE', 'ranked', 'judged', 'grouped', 'group_score', 'best_of',
-           'members_of', 'same_test', 'measured_on', 'size_text', 'shown_name', 'Page', 'drawn', 'size_of',
-           'split_columns', 'Section', 'blocks_of', 'leak_text', 'leak_head', 'found_words', 'found_text', 'notices']
+           'members_of', 'same_test', 'measured_on', 'size_text', 'trial_order', 'trials_apart', 'shown_name', 'Page',
+           'drawn', 'size_of', 'split_columns', 'Section', 'blocks_of', 'leak_text', 'leak_head', 'found_words',
+           'found_text', 'ended_text', 'notices']
 
 # %% ../../nbs/report/03_sections.ipynb #6a7b37be
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -90,6 +92,25 @@ def measured_on(
 def size_text(scored: Mapping) -> str:
     return f"{plural(scored['n'], 'image')} of {plural(scored['lesions'], 'lesion')}"
 
+# %% ../../nbs/report/03_sections.ipynb #242f0e13
+def trial_order(run: RunResult) -> tuple:
+    "Sorts the trials of a search: sound ones first, then by balanced accuracy and loss on validation images."
+    scored = run.splits.get("val")
+    value = scored and scored["metrics"]["balanced_accuracy"]["value"]
+    losses = run.history["val_loss"].dropna()
+    return bool(run.unsound), run.leaks, -(value or 0.0), losses.min() if len(losses) else math.inf
+
+
+def trials_apart(
+    runs: Sequence[RunResult],  # of a suite
+) -> tuple[list[RunResult], list[RunResult]]:
+    "The runs with only the chosen trial of each search; and all trials, if any has results."
+    done = [r for r in runs if r.status == "done" and r.get("config", "searched")]
+    groups = {r.group for r in done}
+    chosen = {min((r for r in done if r.group == g), key=trial_order).name for g in groups}
+    trials = [r for r in runs if r.group in groups]
+    return [r for r in runs if r.group not in groups or r.name in chosen], trials
+
 # %% ../../nbs/report/03_sections.ipynb #59aac1bc
 LEADERBOARD = ("balanced_accuracy", "accuracy", "macro_f1", "weighted_f1", "macro_auc")
 LEAK_MARK = "\N{WARNING SIGN} "
@@ -112,6 +133,7 @@ class Page:
     photographs: bool = False  # may be shown, where licenses allow it
     single_file: bool = False
     titles: Mapping[str, str] = field(default_factory=dict)  # id of a section -> its title
+    trials: Sequence[RunResult] = ()  # of searches; of each the chosen one is in `runs` too
 
     @cached_property
     def done(self) -> list[RunResult]:
@@ -124,6 +146,12 @@ class Page:
     @cached_property
     def synthetic(self) -> bool:
         return any(r.synthetic for r in self.done)
+
+    @cached_property
+    def every(self) -> list[RunResult]:
+        "The runs, and the trials that were not chosen."
+        mine = {r.name for r in self.runs}
+        return [*self.runs, *(r for r in self.trials if r.name not in mine)]
 
     @property
     def note(self) -> str:
@@ -245,6 +273,14 @@ def found_text(run: RunResult) -> str:
     when = "An audit after training" if run.get("audit", "afterwards") else "The audit"
     return f"{when} found {found_words(run.found_late)}, so figures may be slightly optimistic."
 
+# %% ../../nbs/report/03_sections.ipynb #13bfe42f
+def ended_text(run: RunResult) -> str:
+    "At which epoch a trial ended before the others, and why; nothing if it did not."
+    ended = run.get("ended", default={})
+    if not ended:
+        return ""
+    return f"A trial that ended early, after epoch {ended['epoch']} of {ended['of']}: {ended['reason']}."
+
 # %% ../../nbs/report/03_sections.ipynb #156772de
 def notices(
     runs: Sequence[RunResult],  # done
@@ -253,7 +289,7 @@ def notices(
     said: dict[str, list[str]] = {}
     for run in runs:
         unsound = run.unsound and f"{run.no_predictions} Its figures cannot be checked."
-        for text in (run.note, found_text(run), unsound):
+        for text in (run.note, found_text(run), unsound, ended_text(run)):
             if text:
                 said.setdefault(text, []).append(run.name)
     return [("" if len(names) == len(runs) else listing(names), t) for t, names in said.items()]

@@ -109,17 +109,20 @@ def run_suite(
     ):
         for state in ending:
             record.add(state | {"when": now()})
-            track_runs(folder, record.done(), trackers, watch.say)
+            trackers = track_runs(folder, record.done(), trackers, watch.say)
             due = time.monotonic() - since > 10 * took and len(states) < len(plan)
             if build and state["status"] == "done" and due:
                 since = time.monotonic()
                 _build_meanwhile(build, folder, watch.say)
                 since, took = time.monotonic(), time.monotonic() - since
     record.write()
+    track_runs(folder, record.done(), trackers, tell)
     if not build:
         return folder, record.ended()
     tell("building the report")
-    return build(folder), record.ended()
+    with _interruptible(record):
+        page = build(folder)
+    return page, record.ended()
 
 
 @contextlib.contextmanager
@@ -129,9 +132,10 @@ def _interruptible(record: "_Record") -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         done, total = len(record.done()), len(record.plan)
+        left = "with the others, at their last finished epochs" if done < total else "with the report"
         raise Interrupted(
             f"interrupted: {done} of {plural(total, 'run')} done and kept; the same command goes on "
-            f"with the others, at their last finished epochs ({record.folder})."
+            f"{left} ({record.folder})."
         ) from None
 
 # %% ../../nbs/runs/13_runner.ipynb #4b4587b0

@@ -511,8 +511,8 @@ def _status_row(folder: Path, said: dict) -> dict:
     return {"suite": folder.name} | row
 
 # %% ../../nbs/runs/11_watch.ipynb #b0a775f2
-_STATUS = ("suite", "run", "status", "step", "stage", "epoch", "epochs", "loss", "best")
-_STATUS = (*_STATUS, "seconds_left", "memory_mb", "since", "silent", "host", "pid", "note")
+_STATUS = ("suite", "run", "status", "step", "done", "total", "stage", "epoch", "epochs")
+_STATUS = (*_STATUS, "loss", "best", "seconds_left", "memory_mb", "since", "silent", "host", "pid", "note")
 
 
 def _suites_in(folder: Path) -> list[Path]:
