@@ -32,7 +32,15 @@ from dermnb.runs.kernels import (
     working_on,
 )
 from .plan import execution_order
-from .suites import PlannedRun, default_profile, load_suite, notebooks_dir, resolve_suite
+from .search import JOURNAL
+from dermnb.runs.suites import (
+    PlannedRun,
+    default_profile,
+    load_suite,
+    notebooks_dir,
+    resolve_suite,
+    search_of,
+)
 from .trackers import check_trackers, track_runs
 from .watch import Watch
 
@@ -92,6 +100,8 @@ def run_suite(
     states, todo = _done_and_todo(plan, folder, force, tell)
     if todo and not scheduler:  # else it is the workers that need them
         gather_weights([planned.config for planned in todo.values()], where, tell)
+    if force:
+        (folder / JOURNAL).unlink(missing_ok=True)  # or its decisions would be taken over
     order = execution_order(todo)
     record = _Record(folder, suite, profile, plan, states, todo)
     record.write()
@@ -216,6 +226,8 @@ class _Record:
         suite = self.suite
         about = {k: getattr(suite, k) for k in ("title", "question", "expected", "caveats")}
         asked = {k: getattr(suite, k) for k in ("claims", "compare", "answer")}
+        search = search_of(suite, self.profile)
+        asked["search"] = search.model_dump(exclude_defaults=True) if search else {}
         named = {"schema": 1, "suite": self.plan[0].config.suite}
         stands = {"profile": profile, "written": now(), "runs": runs}
         try:
@@ -237,6 +249,7 @@ class _Record:
             "group": planned.group,
             "repeat": planned.repeat,
             "reference": planned.reference,
+            "trial": planned.trial,
         }
 
 # %% ../../nbs/runs/13_runner.ipynb #9923f2d7
@@ -301,7 +314,8 @@ def _cluster(runs: _Runs, command: str):
     "A client of the workers, with the settings of each; kernels end with it if it is interrupted."
     from distributed import Client
 
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what is lost is said here
+    for name in ("distributed", "distributed.client"):  # what is lost is said here
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     cluster, gpus = None, _gpus()
     # Also where few are left: the last bits of a result depend on its number of threads.
     workers = max(1, min(runs.workers or len(gpus) or 1, runs.planned))
@@ -366,6 +380,7 @@ def _local_cluster(workers: int):
             n_workers=workers,
             threads_per_worker=1,
             processes=False,  # a run computes in its kernel, a process of its own
+            host="127.0.0.1",
             dashboard_address="127.0.0.1:0",  # any port: other suites may run
         )
 
@@ -406,7 +421,7 @@ def _room(client, slots: list, flying: dict) -> int:
         return len(slots) - len(flying)
     try:
         threads = sum(client.nthreads().values())
-    except (OSError, TimeoutError, RuntimeError):  # the scheduler is gone
+    except (OSError, TimeoutError, RuntimeError, AttributeError):  # the scheduler is gone
         threads = 1
     return max(0, max(1, threads) - len(flying))
 
