@@ -15,6 +15,7 @@ import signal
 import subprocess
 import time
 import uuid
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -375,12 +376,12 @@ def _local_cluster(workers: int):
     import dask
     from distributed import LocalCluster
 
-    with dask.config.set(_CALM):
+    with dask.config.set(_CALM), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a machine without a network
         return LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
             processes=False,  # a run computes in its kernel, a process of its own
-            host="127.0.0.1",
             dashboard_address="127.0.0.1:0",  # any port: other suites may run
         )
 
