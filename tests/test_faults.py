@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -380,20 +379,18 @@ def test_a_worker_and_a_scheduler_are_killed(project, cluster, reference):
     p.wait_for("a", 10, command)
     row("A dask worker is killed", "its kernel ends, another worker goes on; exit 0", "all finished epochs")
     scheduler.send(signal.SIGKILL)
-    struck = time.monotonic()
-    command.end(seconds=60)
-    print("DEBUG", time.monotonic() - struck, command.said(), [w.poll() for w in workers], p.epochs("a"), p.epochs("b"))
-    assert command.process.returncode not in (0, 2) and "Traceback" not in command.err, command.said()
+    command.end(3, 60)
+    assert "Traceback" not in command.err and "is gone" in command.err, command.said()
     for worker in workers:
         if worker.poll() is None:
             worker.send(signal.SIGTERM)
             worker.end(seconds=30)
-    print("DEBUG", time.monotonic() - struck, [w.poll() for w in workers], p.epochs("a"), p.epochs("b"))
     p.check()
     p.run()
     p.same("a", "b", reference=reference)
     assert len(p.went_on("a")) in (2, 3)  # a run may have ended on its worker
-    row("The dask scheduler is killed", "one sentence; exit 1", "all finished epochs: the next command goes on")
+    row("The dask scheduler is killed", "one sentence; exit 3; a worker may still end its run",
+        "all finished epochs: the next command goes on")
 
 
 # Any moment
