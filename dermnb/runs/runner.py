@@ -131,7 +131,9 @@ def run_suite(
     if not build:
         return folder, record.ended()
     tell("building the report")
-    return build(folder), record.ended()
+    with _interruptible(record):
+        page = build(folder)
+    return page, record.ended()
 
 
 @contextlib.contextmanager
@@ -141,9 +143,10 @@ def _interruptible(record: "_Record") -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         done, total = len(record.done()), len(record.plan)
+        left = "with the others, at their last finished epochs" if done < total else "with the report"
         raise Interrupted(
             f"interrupted: {done} of {plural(total, 'run')} done and kept; the same command goes on "
-            f"with the others, at their last finished epochs ({record.folder})."
+            f"{left} ({record.folder})."
         ) from None
 
 # %% ../../nbs/runs/13_runner.ipynb #4b4587b0
