@@ -173,6 +173,14 @@ def test_stopped_by_hand_it_says_one_line(file, tmp_path, monkeypatch, capsys):
     assert isinstance(result.error_in_exec, KeyboardInterrupt)  # so the next cells are not executed
     assert capsys.readouterr().out.strip() == "interrupted: 1 of 2 runs done and kept."
 
+    def stopped_early(*args, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chapter, "run_suite", stopped_early)
+    shell.run_cell("suite.run()")
+    said = capsys.readouterr().out.strip()
+    assert said == "interrupted: what is done is kept, and calling run again goes on."
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked")
 def test_stopped_by_time_and_gone_on_with(file, tmp_path, monkeypatch, capsys):
