@@ -93,7 +93,7 @@ _Rate = Annotated[float, Field(ge=0, lt=1)]
 # paths or is kept for something else, or by the name of a device of Windows.
 _NO_FOLDER = re.compile(
     r'\.|.*[/\\:*?"<>|\0-\x1f]|.*[. ]$|(con|prn|aux|nul|(com|lpt)\d)(\.|$)'
-    r'|(index\.html|suite\.json|plotly\.min\.js)$',  # what stands beside runs
+    r'|(index\.html|suite\.json|search\.journal|plotly\.min\.js)$',  # what stands beside runs
     re.IGNORECASE | re.DOTALL,
 )
 

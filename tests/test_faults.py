@@ -329,9 +329,9 @@ def test_broken_images_and_tables(project, world, reference, tmp_path):
         (broken,) = cache.glob("fingerprints*.sqlite")
         assert str(broken) in ended["good"]["error"], ended["good"]
         broken.unlink()
-    p.write({"good": {}, "other": {}})
+    p.write({"good": {}, "cut": {}})
     p.run(env=env)
-    p.same("good", "other", reference=reference)
+    p.same("good", "cut", reference=reference)
     row("Decoded images in the cache are cut", "decoded again", "everything")
     row("The cache's database of fingerprints is cut", "the run fails with a sentence: which file to delete",
         "the other runs; without the file, the next command goes on")
@@ -379,17 +379,18 @@ def test_a_worker_and_a_scheduler_are_killed(project, cluster, reference):
     p.wait_for("a", 10, command)
     row("A dask worker is killed", "its kernel ends, another worker goes on; exit 0", "all finished epochs")
     scheduler.send(signal.SIGKILL)
-    command.end(seconds=60)
-    assert command.process.returncode not in (0, 2) and "Traceback" not in command.err, command.said()
+    command.end(3, 60)
+    assert "Traceback" not in command.err and "is gone" in command.err, command.said()
     for worker in workers:
         if worker.poll() is None:
             worker.send(signal.SIGTERM)
-            worker.process.wait(30)
+            worker.end(seconds=30)
     p.check()
     p.run()
     p.same("a", "b", reference=reference)
-    assert len(p.went_on("a")) == 3
-    row("The dask scheduler is killed", "one sentence; exit 1", "all finished epochs: the next command goes on")
+    assert len(p.went_on("a")) in (2, 3)  # a run may have ended on its worker
+    row("The dask scheduler is killed", "one sentence; exit 3; a worker may still end its run",
+        "all finished epochs: the next command goes on")
 
 
 # Any moment

@@ -39,8 +39,9 @@ def suite(tmp_path, monkeypatch):
     file.write_text(yaml.safe_dump(content, sort_keys=False))
     failing = {}
 
-    def execute(todo, total, reports, workers, scheduler, say):
-        for run, planned in todo.items():
+    def execute(runs, watch):
+        for planned in runs.order:
+            run = planned.config.run
             if run in failing:
                 yield {
                     "run": run,
@@ -49,7 +50,7 @@ def suite(tmp_path, monkeypatch):
                     "seconds": 1,
                 }
                 continue
-            folder = Path(reports) / planned.config.suite / run
+            folder = Path(runs.reports) / planned.config.suite / run
             shutil.rmtree(folder, ignore_errors=True)
             make_run(folder, lesions=60, notebook=False)
             record = read_json(folder / "run.json") | {
@@ -165,11 +166,13 @@ def test_a_dead_kernel_is_told_with_its_last_words(notebook):
     error = notebook(
         "import os; os.write(2, b'W0000 greeting\\nno room left\\n\\n'); os._exit(1)"
     )
-    assert error.startswith("DeadKernelError: Kernel died")
-    assert error.endswith(
-        "(its last words: no room left; see reports/s/.failed-a/stderr.log)"
-    )
-    assert "no room left" in Path("reports/s/.failed-a/stderr.log").read_text()
+    said = "The kernel died; its last words: no room left (see reports/s/.part-a/log.txt)."
+    assert error == said
+    log = Path("reports/s/.part-a/log.txt").read_text()
+    assert "no room left" in log and "attempt 2" in log  # it was started once more
+    state = read_json("reports/s/.part-a/state.json")
+    assert (state["status"], state["error"], state["attempt"]) == ("failed", said, 2)
+    assert not Path("reports/s/.part-a.lock").exists()
 
 
 def test_notebooks_are_found_outside_of_the_project(tmp_path, monkeypatch):
@@ -206,7 +209,7 @@ def test_a_file_in_the_place_of_the_reports_is_one_sentence(
 def test_a_run_that_cannot_write_fails_in_a_sentence(notebook, tmp_path):
     Path("reports").mkdir()
     Path("reports/s").touch()
-    assert notebook("") == f"reports{os.sep}s{os.sep}.part-a: Not a directory"
+    assert notebook("") == f"reports{os.sep}s: File exists"
 
 
 def test_an_ensemble_knows_where_its_images_are(tmp_path):

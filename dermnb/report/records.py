@@ -112,6 +112,7 @@ PROVENANCE = {
     "peak_memory_mb": "Peak memory (MB)",
     "started": "Started (UTC)",
     "finished": "Finished (UTC)",
+    "resumed": "Stopped and gone on after epochs",
     "manifest_hash": "Manifest hash",
 }
 
@@ -138,6 +139,7 @@ def provenance_of(run: RunResult) -> dict[str, str]:
     source |= source.pop("hardware", None) or {}
     source |= {"manifest_hash": run.get("dataset", "manifest_hash"), "peak_memory_mb": run.get("peak_memory_mb")}
     source["seed"] = run.get("config", "seed")
+    source["resumed"] = run.get("resumed") or None
     shown = {}
     for key, title in PROVENANCE.items():
         value = source.get(key)

@@ -118,6 +118,8 @@ def _attempt_twice(config, folder: Path, env: dict, force: bool, notebook: str, 
                 raise ConfigError(f"the notebook ended before its results: see {part}/notebook.ipynb.")
             synthetic = read_json(part / "run.json")["dataset"]["synthetic"]
             make_publishable(part / "notebook.ipynb", pictures=synthetic)
+            text = (part / "log.txt").read_text(encoding="utf-8", errors="replace")
+            (part / "log.txt").write_text(GREETINGS.sub("", text), encoding="utf-8")
             finish_run(part, folder)
         except Exception as problem:
             status, error = "failed", one_sentence(problem)

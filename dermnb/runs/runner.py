@@ -15,6 +15,7 @@ import signal
 import subprocess
 import time
 import uuid
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,15 @@ from dermnb.runs.kernels import (
     working_on,
 )
 from .plan import execution_order
-from .suites import PlannedRun, default_profile, load_suite, notebooks_dir, resolve_suite
+from .search import JOURNAL
+from dermnb.runs.suites import (
+    PlannedRun,
+    default_profile,
+    load_suite,
+    notebooks_dir,
+    resolve_suite,
+    search_of,
+)
 from .trackers import check_trackers, track_runs
 from .watch import Watch
 
@@ -95,6 +104,8 @@ def run_suite(
     states, todo = _done_and_todo(plan, folder, force, tell)
     if todo and not scheduler:  # else it is the workers that need them
         gather_weights([planned.config for planned in todo.values()], where, tell)
+    if force:
+        (folder / JOURNAL).unlink(missing_ok=True)  # or its decisions would be taken over
     order = execution_order(todo)
     record = _Record(folder, suite, profile, plan, states, todo)
     record.write()
@@ -113,8 +124,8 @@ def run_suite(
         for state in ending:
             record.add(state | {"when": now()})
             trackers = track_runs(folder, record.done(), trackers, watch.say)
-            due = time.monotonic() - since > 10 * took and len(states) < len(plan)
-            if build and state["status"] == "done" and due:
+            due = took < 2 or time.monotonic() - since > 10 * took
+            if build and state["status"] == "done" and due and len(states) < len(plan):
                 since = time.monotonic()
                 _build_meanwhile(build, folder, watch.say)
                 since, took = time.monotonic(), time.monotonic() - since
@@ -123,7 +134,9 @@ def run_suite(
     if not build:
         return folder, record.ended()
     tell("building the report")
-    return build(folder), record.ended()
+    with _interruptible(record):
+        page = build(folder)
+    return page, record.ended()
 
 
 @contextlib.contextmanager
@@ -133,9 +146,10 @@ def _interruptible(record: "_Record") -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         done, total = len(record.done()), len(record.plan)
+        left = "with the others, at their last finished epochs" if done < total else "with the report"
         raise Interrupted(
             f"interrupted: {done} of {plural(total, 'run')} done and kept; the same command goes on "
-            f"with the others, at their last finished epochs ({record.folder})."
+            f"{left} ({record.folder})."
         ) from None
 
 # %% ../../nbs/runs/13_runner.ipynb #4b4587b0
@@ -189,13 +203,11 @@ class _Record:
             for run, planned in todo.items()
             if _has_results(folder / run)
         }
-        self.when = 0.0
 
     def add(self, state: dict) -> None:
         "A run has ended."
         self.states[state["run"]] = state
-        if time.monotonic() - self.when > 1 or len(self.states) == len(self.plan):
-            self.write()
+        self.write()
 
     def done(self) -> list[str]:
         return [run for run, state in self.states.items() if state["status"] == "done"]
@@ -205,7 +217,6 @@ class _Record:
         return [self.states[planned.config.run] for planned in self.plan]
 
     def write(self) -> None:
-        self.when = time.monotonic()
         # As the file has them, whatever order they are executed in.
         groups = list(self.suite.runs)
         runs = [self._state(p) for p in sorted(self.plan, key=lambda p: groups.index(p.group))]
@@ -216,6 +227,8 @@ class _Record:
         suite = self.suite
         about = {k: getattr(suite, k) for k in ("title", "question", "expected", "caveats")}
         asked = {k: getattr(suite, k) for k in ("claims", "compare", "answer")}
+        search = search_of(suite, self.profile)
+        asked["search"] = search.model_dump(exclude_defaults=True) if search else {}
         named = {"schema": 1, "suite": self.plan[0].config.suite}
         stands = {"profile": profile, "written": now(), "runs": runs}
         try:
@@ -237,6 +250,7 @@ class _Record:
             "group": planned.group,
             "repeat": planned.repeat,
             "reference": planned.reference,
+            "trial": planned.trial,
         }
 
 # %% ../../nbs/runs/13_runner.ipynb #9923f2d7
@@ -301,7 +315,8 @@ def _cluster(runs: _Runs, command: str):
     "A client of the workers, with the settings of each; kernels end with it if it is interrupted."
     from distributed import Client
 
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what is lost is said here
+    for name in ("distributed", "distributed.client"):  # what is lost is said here
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     cluster, gpus = None, _gpus()
     # Also where few are left: the last bits of a result depend on its number of threads.
     workers = max(1, min(runs.workers or len(gpus) or 1, runs.planned))
@@ -361,7 +376,8 @@ def _local_cluster(workers: int):
     import dask
     from distributed import LocalCluster
 
-    with dask.config.set(_CALM):
+    with dask.config.set(_CALM), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a machine without a network
         return LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
@@ -406,7 +422,7 @@ def _room(client, slots: list, flying: dict) -> int:
         return len(slots) - len(flying)
     try:
         threads = sum(client.nthreads().values())
-    except (OSError, TimeoutError, RuntimeError):  # the scheduler is gone
+    except (OSError, TimeoutError, RuntimeError, AttributeError):  # the scheduler is gone
         threads = 1
     return max(0, max(1, threads) - len(flying))
 

@@ -374,6 +374,7 @@ def save_run(
         "model": _model_record(config, model, file),
         "stages": [asdict(stage) for stage in make_schedule(config)],
         "resumed": history.attrs.get("resumed", []),  # after which epochs
+        "ended": history.attrs.get("ended"),  # where its search ended it early, and why
         "timing": {name: round(s, 2) for name, s in clock.seconds.items()}
         | {"epoch_s": round(float(history["seconds"].mean()), 2)},
         "peak_memory_mb": peak_memory_mb(),
