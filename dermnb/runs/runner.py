@@ -70,6 +70,9 @@ def gather_weights(
 class Interrupted(KeyboardInterrupt):
     "Ctrl-C or SIGTERM while runs were executed; the message says what is kept and how to go on."
 
+    def _render_traceback_(self) -> list[str]:  # what IPython shows
+        return [str(self)]
+
 
 def run_suite(
     path: str | Path,  # a suite file or name
