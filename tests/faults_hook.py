@@ -2,7 +2,8 @@
 
 Each run notes that it began and every epoch that it has finished, so that a test knows what was
 trained, by which process, and when to strike. A run's own faults, if any, stand in faults/<run>.py:
-`begin()` is called before the training, `epoch(number)` after each epoch.
+`begin()` is called before the training, `epoch(number)` after each epoch. A run waits after the
+epochs that stand in faults/<run>.hold, as long as they do.
 """
 
 import os
@@ -13,13 +14,19 @@ import keras
 from dermnb.core import project_root
 
 PLACE = project_root() / "faults"
-PAUSE = float(os.environ.get("FAULTS_PAUSE", "0.05"))  # seconds an epoch, for a test to strike in
+PAUSE = float(os.environ.get("FAULTS_PAUSE", "0"))  # seconds an epoch
 
 
 def note(run: str, text: str) -> None:
     "One line of one write, as several kernels share the file."
     with (PLACE / "seen.txt").open("a") as file:
         file.write(f"{run} {os.getpid()} {text}\n")
+
+
+def held(run: str, epoch: int) -> bool:
+    "Whether a run is to wait after this epoch, for a test to strike in."
+    file = PLACE / f"{run}.hold"
+    return file.is_file() and str(epoch) in file.read_text().split()
 
 
 def begin(run: str) -> None:
@@ -37,6 +44,8 @@ def begin(run: str) -> None:
     class Strike(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
             time.sleep(PAUSE)
+            while held(run, epoch + 1):
+                time.sleep(0.02)
             own.get("epoch", lambda number: None)(epoch + 1)
 
     fit = keras.Model.fit

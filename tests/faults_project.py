@@ -21,7 +21,7 @@ from dermnb.runs.folders import validate_run
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-EPOCHS = 30
+EPOCHS = 20
 SMALL = {"image_size": 16, "epochs": EPOCHS, "bootstrap": 100, "batch_size": 16}
 MARK = "FAULTS_PROJECT"  # in the environment of all processes that a command starts
 
@@ -113,6 +113,7 @@ class Project:
 
     def write(self, runs: dict, **defaults) -> None:
         "Write the suite file, anew."
+        self.runs = list(runs)
         content = {"title": "Faults", "question": "What is kept?", "runs": runs}
         content["defaults"] = SMALL | {"data_dir": str(self.world.data)} | defaults
         (self.folder / "s.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
@@ -122,7 +123,13 @@ class Project:
         file = self.faults / f"{run}.py"
         file.write_text(source) if source else file.unlink(missing_ok=True)
 
-    def start(self, *more, cold: bool = False, pause: float = 0.05, env=None) -> Command:
+    def hold(self, run: str, *epochs: int) -> None:
+        "Have a run wait after these epochs, whose checkpoints are written; none: let it go on."
+        new = self.faults / f"{run}.new"
+        new.write_text(" ".join(map(str, epochs)))
+        new.replace(self.faults / f"{run}.hold")
+
+    def start(self, *more, cold: bool = False, pause: float = 0, env=None) -> Command:
         "Begin `dermnb run`, with kernels that are forks of a warm one unless `cold`."
         args = [BIN / "dermnb", "run", "s.yaml", "--reports", self.reports, *more]
         # What a run computes depends on its threads, in the last bits: always two at a time.
@@ -229,7 +236,7 @@ class Project:
                 kernels.setdefault(pid, []).append(int(text.split()[1]))
         last = 0
         for epochs in kernels.values():
-            assert epochs[0] in (last, last + 1) and epochs[0], (run, kernels)
+            assert epochs[0] in (max(last, 1), last + 1), (run, kernels)
             assert epochs == list(range(epochs[0], epochs[-1] + 1)), (run, kernels)
             last = epochs[-1]
         assert last == EPOCHS, (run, kernels)
