@@ -297,6 +297,13 @@ def test_status_of_each_state(suite):
     assert "of a parent: It builds on failed, which failed." in lines
 
 
+def test_an_interruption_repeats_the_epoch_that_it_was_in(suite):
+    state = {"run": "stopped", "status": "stopped", "error": "Interrupted.", "started": now()}
+    write_json(suite / ".part-stopped/state.json", state)
+    note = suite_status(suite).set_index("run")["note"]["stopped"]
+    assert note == "the next dermnb run goes on at epoch 117"
+
+
 def test_a_run_that_ended_after_the_record_was_written(suite):
     write_json(suite / "waiting/run.json", {})
     assert suite_status(suite).set_index("run")["status"]["waiting"] == "done"

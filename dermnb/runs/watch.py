@@ -496,7 +496,8 @@ def _note(row: dict, state: dict, error: str, checkpoint: bool) -> str:
     if epoch is None:
         return "the next dermnb run goes on from its checkpoint"
     # A stop is at an epoch's end; what was interrupted repeats the epoch that it was in.
-    return f"the next dermnb run goes on at epoch {epoch + (status == 'stopped'):.0f}"
+    at_its_end = status == "stopped" and error != "Interrupted."
+    return f"the next dermnb run goes on at epoch {epoch + at_its_end:.0f}"
 
 
 def _status_row(folder: Path, said: dict) -> dict:
