@@ -220,7 +220,7 @@ def run(
         repeats = {k: n for k, n in (("seeds", seeds), ("folds", folds)) if n}
         if dry_run:
             plan = resolve_suite(load_suite(suite), profile, overrides, data_dir, repeats)
-            plan = plan_suite(plan, reports, force, workers or 1)
+            plan = plan_suite(plan, reports, force, workers, profile)
             print_plan(plan)
             raise typer.Exit(2 if plan.problems else 0)
         page, states = run_suite(
@@ -238,9 +238,9 @@ def run(
             trackers=track,
         )
     except KeyboardInterrupt as problem:
-        print(f"dermnb: {problem or 'interrupted before a run began.'}", file=sys.stderr)
+        print(f"dermnb: {str(problem) or 'interrupted before a run began.'}", file=sys.stderr)
         raise typer.Exit(143 if _ENDED_BY else 130) from None
-    _tell_ends(page, states)
+    _tell_ends(page, states, force)
 
 # %% ../nbs/99_cli.ipynb #1994f673
 _ENDED_BY = []  # SIGTERM, if it came
@@ -251,7 +251,7 @@ def _terminated(number, frame):
     raise KeyboardInterrupt
 
 
-def _tell_ends(page, states: list[dict]):
+def _tell_ends(page, states: list[dict], force: bool):
     "How the runs of a suite ended; and the exit status that says so."
     for status in ("failed", "stopped"):
         for state in [s for s in states if s["status"] == status]:
@@ -259,7 +259,9 @@ def _tell_ends(page, states: list[dict]):
     print(page)
     ends = {state["status"] for state in states}
     if "stopped" in ends and "failed" not in ends:
-        print("dermnb: the same command goes on where it was stopped.", file=sys.stderr)
+        goes_on = "the same command goes on where it was stopped"
+        repeats = "with --force the same command repeats every run from its first epoch"
+        print(f"dermnb: {repeats if force else goes_on}.", file=sys.stderr)
         raise typer.Exit(3)
     if "failed" in ends:
         raise typer.Exit(1)

@@ -133,7 +133,7 @@ class Suite:
 
     def plan(
         self,
-        workers: int = 1,  # runs at a time
+        workers: int = 0,  # runs at a time; 0: one a GPU, or one
         force: bool = False,  # repeat runs that are done
     ) -> Plan:
         "What `run` would do, how long that takes, and what is known to go wrong; nothing is written."
@@ -162,7 +162,8 @@ class Suite:
             said = "interrupted: what is done is kept, and calling run again goes on."
             raise Interrupted(said) from None
         if any(state["status"] == "stopped" for state in states):
-            print("stopped before the end: calling run again goes on from there")
+            how = "repeats every run, as force says" if force else "goes on from there"
+            print(f"stopped before the end: calling run again {how}")
         print(f"report: {page.resolve().as_uri()}")
         return pd.DataFrame(states, columns=["run", "status", "seconds", "error"])
 

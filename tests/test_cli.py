@@ -372,3 +372,19 @@ def test_the_smallest_run_is_first_and_the_largest_next():
     plan = resolve_suite(load_suite("cnn_ensemble"), "smoke")
     order = [p.config.run for p in execution_order({p.config.run: p for p in plan})]
     assert all(order.index(q) < order.index(p.config.run) for p in plan for q in p.parents)
+
+
+def test_a_plan_for_a_gpu_says_that_there_is_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dermnb.runs.plan._this_machine", lambda: ("CPU", 2, ()))
+    monkeypatch.chdir(tmp_path)
+    code, said = called(monkeypatch, capsys, "run", "folds", "--profile", "gpu", "--dry-run")
+    assert code == 2 and "no GPU answers: take --profile cpu" in said.out
+
+
+def test_an_interruption_before_the_first_run_says_so(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dermnb.runs.suites.load_suite", interrupted)
+    code, said = called(monkeypatch, capsys, "run", "demo", "--dry-run")
+    assert (code, said.err) == (130, "dermnb: interrupted before a run began.\n")

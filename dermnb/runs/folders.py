@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RUN_FILES', 'ENSEMBLE_FILES', 'check_config', 'own_weights', 'weights_of', 'file_hash', 'validate_run', 'recover',
            'recover_all', 'finish_run', 'find_run', 'runs_of', 'notebooks_dir', 'experiment_notebook', 'notebook_hash',
-           'code_hash', 'data_folder', 'dataset_files', 'data_key', 'made_of', 'training_key', 'why_stale',
-           'changed_since', 'is_done']
+           'code_hash', 'data_folder', 'dataset_files', 'data_key', 'look_again', 'made_of', 'training_key',
+           'why_stale', 'changed_since', 'is_done']
 
 # %% ../../nbs/runs/00_folders.ipynb #687631d4
 import contextlib
@@ -384,17 +384,25 @@ def data_key(
 ) -> str:
     "SHA-256 of the names and sizes of a dataset's files and of its tables; '' where there are none."
     folder = data_folder(dataset, data_dir)
-    if folder in _DATA_KEYS:
-        return _DATA_KEYS[folder]
+    if known := _DATA_KEYS.get(folder):
+        return known
     digest, files = hashlib.sha256(), dataset_files(folder)
     for name, size in sorted(files.items()):
         digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
         if name.lower().endswith(_READ) and size < _READ_MB * 2**20:
             with contextlib.suppress(OSError):
                 digest.update((folder / name).read_bytes())
-    if files:  # what is still to come is looked for again
-        _DATA_KEYS[folder] = digest.hexdigest()
-    return _DATA_KEYS.get(folder, "")
+    if not files:  # what is still to come is looked for again
+        return ""
+    _DATA_KEYS[folder] = digest.hexdigest()
+    return digest.hexdigest()
+
+
+def look_again() -> None:
+    "Forget what was read of data, notebooks and library: a notebook's kernel or a worker lives long."
+    _DATA_KEYS.clear()
+    notebook_hash.cache_clear()
+    code_hash.cache_clear()
 
 # %% ../../nbs/runs/00_folders.ipynb #4b4d300f
 @cache

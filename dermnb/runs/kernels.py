@@ -29,7 +29,7 @@ from dermnb.core import (
     read_json,
     write_json,
 )
-from .folders import experiment_notebook, finish_run, is_done, recover
+from .folders import experiment_notebook, finish_run, is_done, look_again, recover
 
 # %% ../../nbs/runs/10_kernels.ipynb #13e75ae0
 def part_of(
@@ -97,6 +97,7 @@ def execute_run(
             if not mine:
                 return ended("busy", who_works_on(part))
             recover(folder)
+            look_again()
             if not force and is_done(folder, config):  # by another command, meanwhile
                 shutil.rmtree(part, ignore_errors=True)
                 return ended("done")

@@ -46,6 +46,7 @@ from dermnb.runs.folders import (
     data_folder,
     dataset_files,
     find_run,
+    look_again,
     training_key,
     weights_of,
     why_stale,
@@ -160,7 +161,7 @@ def _look(planned: PlannedRun, suite_dir: Path, before: dict[str, _Row], force: 
         row.why = [text.rstrip(".") for text in why_stale(folder, config, quick=True)]
         new = [p for p in planned.parents if p in before and before[p].state != "done"]
         row.why += [f"{listing(new, 3)} will have new results"] if new else []
-    if there and force:
+    if force and (there or part.is_dir()):
         row.why.insert(0, "--force")
     if there and not row.why:
         row.why = changed_since(folder, config)
@@ -169,7 +170,9 @@ def _look(planned: PlannedRun, suite_dir: Path, before: dict[str, _Row], force: 
         row.state, row.why = f"worked on by {who}", []
         return row
     row.state = "repeated" if there else "to do"
-    row.epochs, said = (0, "") if config.members else _checkpoint(part, _key(planned, suite_dir))
+    row.epochs, said = 0, ""
+    if not config.members and not force:  # which starts at the first epoch
+        row.epochs, said = _checkpoint(part, _key(planned, suite_dir))
     if row.epochs:
         row.state = f"goes on at epoch {row.epochs + 1}"
     row.why += filter(None, [_how_it_ended(part), said])
@@ -513,17 +516,19 @@ def plan_suite(
     plan: list[PlannedRun],  # of `resolve_suite`, each after its parents
     reports: str | Path,  # the folder of all suites
     force: bool = False,  # repeat runs that are done
-    workers: int = 1,  # runs at a time
+    workers: int = 0,  # runs at a time; 0: one a GPU, or one
     profile: str = "",  # that was asked for; gpu: one has to be here
 ) -> Plan:
     "Look at everything, and write and fetch nothing."
-    reports, workers = Path(reports), max(1, workers)
+    for read in (look_again, _images_in.cache_clear, _to_decode.cache_clear):
+        read()
+    reports = Path(reports)
     suite_dir, rows = reports / plan[0].config.suite, {}
     for planned in plan:
         rows[planned.config.run] = _look(planned, suite_dir, rows, force)
     waiting = {run: row.planned for run, row in rows.items() if row.waits}
     order = [rows[p.config.run] for p in execution_order(waiting)]
-    workers = min(workers, len(order)) or 1
+    workers = min(workers or len(_this_machine()[2]) or 1, len(order)) if order else 1
     _estimate(order, reports, {p.config.run: p.config for p in plan})
     cache_mb, runs_mb = _disk(order, workers)
     problems, notes = _about_weights(order)
@@ -625,9 +630,10 @@ def _summary(plan: Plan) -> str:
     n = len(plan.todo)
     if not n:
         return "Nothing is to be done."
-    rough = plan.runs["basis"].str.contains("rough").any()
-    unknown = "at least " if plan.runs["seconds"].isna().any() else "roughly " if rough else "about "
+    rough, unknown = plan.runs["basis"].str.contains("rough").any(), plan.runs["seconds"].isna()
+    how = "at least " if unknown.any() else "roughly " if rough else "about "
+    took = f"{how}{duration(plan.seconds)}" if plan.seconds else "a time that is not known"
     return (
-        f"{plural(n, 'run')} to execute, in {unknown}{duration(plan.seconds)}; "
+        f"{plural(n, 'run')} to execute, in {took}; "
         f"about {plan.disk_mb:,.0f} MB of disk; {plural(len(plan.problems), 'problem')}."
     )

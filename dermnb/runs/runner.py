@@ -23,25 +23,20 @@ from pathlib import Path
 from ..core import ConfigError, ExperimentConfig, cache_dir, now, plural, read_json, write_json
 from ..nets.backbones import BACKBONES
 from ..nets.weights import fetch_weights, find_weights, weights_origin
-from .folders import is_done, own_weights, recover_all, validate_run, weights_of
-from dermnb.runs.kernels import (
-    execute_run,
+from dermnb.runs.folders import (
     experiment_notebook,
-    kill_kernels,
-    one_sentence,
-    part_of,
-    working_on,
+    is_done,
+    look_again,
+    notebooks_dir,
+    own_weights,
+    recover_all,
+    validate_run,
+    weights_of,
 )
+from .kernels import execute_run, kill_kernels, one_sentence, part_of, working_on
 from .plan import execution_order
 from .search import JOURNAL
-from dermnb.runs.suites import (
-    PlannedRun,
-    default_profile,
-    load_suite,
-    notebooks_dir,
-    resolve_suite,
-    search_of,
-)
+from .suites import PlannedRun, default_profile, load_suite, resolve_suite, search_of
 from .trackers import check_trackers, track_runs
 from .watch import Watch
 
@@ -100,6 +95,7 @@ def run_suite(
     plan = resolve_suite(suite, profile, overrides, data_dir, repeats)
     folder, where = Path(reports) / plan[0].config.suite, f"suite {suite.name}"
     notebooks_dir()  # or there is no need to begin
+    look_again()
     check_trackers(trackers)
     states, todo = _done_and_todo(plan, folder, force, tell)
     if todo and not scheduler:  # else it is the workers that need them
@@ -117,7 +113,7 @@ def run_suite(
     since, took = time.monotonic(), 0.0
     names = [planned.config.run for planned in order]
     with (
-        _interruptible(record),
+        _interruptible(record, force),
         Watch(folder, names, len(states), len(plan), say) as watch,
         contextlib.closing(_execute_all(runs, watch)) as ending,
     ):
@@ -129,27 +125,28 @@ def run_suite(
                 since = time.monotonic()
                 _build_meanwhile(build, folder, watch.say)
                 since, took = time.monotonic(), time.monotonic() - since
-    record.write()
-    track_runs(folder, record.done(), trackers, tell)
-    if not build:
-        return folder, record.ended()
-    tell("building the report")
-    with _interruptible(record):
-        page = build(folder)
-    return page, record.ended()
+    with _interruptible(record, force):
+        record.write()
+        track_runs(folder, record.done(), trackers, tell)
+        if build:
+            tell("building the report")
+            folder = build(folder)
+    return folder, record.ended()
 
 
 @contextlib.contextmanager
-def _interruptible(record: "_Record") -> Iterator[None]:
+def _interruptible(record: "_Record", force: bool) -> Iterator[None]:
     "Turn an interruption into one sentence."
     try:
         yield
     except KeyboardInterrupt:
         done, total = len(record.done()), len(record.plan)
         left = "with the others, at their last finished epochs" if done < total else "with the report"
+        how = f"the same command goes on {left}"
+        if force:
+            how = "with --force the same command repeats every run from its first epoch"
         raise Interrupted(
-            f"interrupted: {done} of {plural(total, 'run')} done and kept; the same command goes on "
-            f"{left} ({record.folder})."
+            f"interrupted: {done} of {plural(total, 'run')} done and kept; {how} ({record.folder})."
         ) from None
 
 # %% ../../nbs/runs/13_runner.ipynb #4b4587b0
