@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -277,3 +278,17 @@ def test_each_worker_has_a_gpu_and_its_share_of_the_cores(tmp_path, monkeypatch)
         assert {slot["TF_NUM_INTRAOP_THREADS"] for slot in slots} == {threads}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")  # one of another's machine
     assert runner._gpus() == ["3"]
+
+
+@pytest.mark.parametrize("given", ["data", ""])
+def test_workers_in_other_folders_are_told_where_the_data_lie(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DERMNB_DATA_DIR", raising=False)
+    sent = []
+    client = SimpleNamespace(submit=lambda run, config, *args, **options: sent.append(config))
+    planned = suites.PlannedRun(make_config({"dataset": "ham10000", "data_dir": given}), "a")
+    for scheduler in ("tcp://far:8786", ""):
+        runs = runner._Runs([planned], 1, str(tmp_path), scheduler=scheduler)
+        runner._submit(client, planned, runs, "", {})
+    place = tmp_path / (given or "data/ham10000")
+    assert [config.data_dir for config in sent] == [str(place), given]

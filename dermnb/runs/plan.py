@@ -629,7 +629,8 @@ def _said(plan: Plan) -> list[str]:
 def _summary(plan: Plan) -> str:
     n = len(plan.todo)
     if not n:
-        return "Nothing is to be done."
+        busy = plan.runs["state"].str.startswith("worked on").any()
+        return f"Nothing is to be done{' but to wait for what others work on' if busy else ''}."
     rough, unknown = plan.runs["basis"].str.contains("rough").any(), plan.runs["seconds"].isna()
     how = "at least " if unknown.any() else "roughly " if rough else "about "
     took = f"{how}{duration(plan.seconds)}" if plan.seconds else "a time that is not known"

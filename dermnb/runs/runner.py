@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import ConfigError, ExperimentConfig, cache_dir, now, plural, read_json, write_json
+from ..data.datasets import dataset_folder, dataset_spec
 from ..nets.backbones import BACKBONES
 from ..nets.weights import fetch_weights, find_weights, weights_origin
 from dermnb.runs.folders import (
@@ -362,7 +363,8 @@ def _client_of(scheduler: str):
         if Path(scheduler).is_file():
             return Client(scheduler_file=scheduler, timeout=10)
         return Client(scheduler, timeout=10)
-    except (OSError, ValueError, TimeoutError) as error:
+    # What a file holds that is no scheduler's, or half of one, dask asserts.
+    except (OSError, ValueError, TimeoutError, TypeError, AssertionError) as error:
         raise ConfigError(
             f"no dask scheduler answers at {scheduler} ({type(error).__name__}): give its address, such "
             "as tcp://node1:8786, or the file that `dask scheduler --scheduler-file` writes."
@@ -432,6 +434,10 @@ def _submit(client, planned: PlannedRun, runs: _Runs, command: str, slot: dict):
             env[name] = str(Path(os.environ[name]).resolve())
     notebook = str(experiment_notebook(planned.config).resolve())
     config = planned.config
+    if runs.scheduler and not config.members:  # a worker may be in another folder than we are
+        given = config.data_dir or os.environ.get("DERMNB_DATA_DIR", "")
+        place = dataset_folder(dataset_spec(config.dataset), given)
+        config = config.model_copy(update={"data_dir": str(place)})
     return client.submit(
         execute_run,
         config,

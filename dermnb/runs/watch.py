@@ -509,6 +509,8 @@ def _status_row(folder: Path, said: dict) -> dict:
     row |= {"since": str(state.get("started") or ""), "host": str(state.get("host") or "")}
     row["pid"] = state["pid"] if isinstance(state.get("pid"), int) else None
     row["note"] = _note(row, state, error, (part / "checkpoint.npz").is_file())
+    if not said.get("listed", True) and status != "under way":
+        row["note"] = f"no run of the last command; delete {part.name} if it is not to come again"
     return {"suite": folder.name} | row
 
 # %% ../../nbs/runs/11_watch.ipynb #b0a775f2
@@ -537,7 +539,7 @@ def suite_status(
         listed = listed.get("runs", []) if isinstance(listed, dict) else []
         said = {run["run"]: run for run in listed if isinstance(run, dict) and "run" in run}
         for part in sorted(path for path in suite.glob(".part-*") if path.is_dir()):
-            said.setdefault(part.name[6:], {"run": part.name[6:]})
+            said.setdefault(part.name[6:], {"run": part.name[6:], "listed": False})
         rows += [_status_row(suite.resolve(), run) for run in said.values()]
     return pd.DataFrame(rows, columns=list(_STATUS)).astype({"pid": "Int64"})
 
