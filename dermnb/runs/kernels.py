@@ -54,7 +54,8 @@ def working_on(part: Path) -> Iterator[bool]:
         yield True
     finally:
         # While it is held: whoever opens the name afterwards makes a new file.
-        Path(lock.lock_file).unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):  # Windows keeps what is open; then it stays
+            Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 
