@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -132,8 +131,7 @@ def test_kernels_that_die_and_cells_that_fail(project, reference):
     p.fault("twice", KILL_AT.format(epochs=(5, 8)))
     p.hold("killed", 10)
     command = p.start()
-    p.wait_for("killed", 10, command)
-    time.sleep(0.5)  # a checkpoint is written after its epoch is noted
+    p.wait_until_held("killed", 10, command)
     p.hold("killed")
     os.kill(p.kernel("killed"), signal.SIGKILL)
     command.end(1)
@@ -185,8 +183,7 @@ def _started(p: Project, epoch: int, *more, **options) -> Command:
         p.hold(run, epoch)
     command = p.start(*more, **options)
     for run in p.runs:
-        p.wait_for(run, epoch, command)
-    time.sleep(0.5)  # a checkpoint is written after its epoch is noted
+        p.wait_until_held(run, epoch, command)
     return command
 
 
@@ -285,8 +282,8 @@ def test_two_commands_in_one_folder(project, reference):
     p.hold("a", 2)
     p.hold("b", 2)
     first = p.start()
-    p.wait_for("a", 2, first)
-    p.wait_for("b", 2, first)
+    p.wait_until_held("a", 2, first)
+    p.wait_until_held("b", 2, first)
     second = p.start()
     until(lambda: str(first.pid) in second.out + second.err, "word of who works there", 60, second)
     until(lambda: p.of("c").is_dir(), "results of c", 60, second)
@@ -404,7 +401,7 @@ def test_a_worker_and_a_scheduler_are_killed(project, cluster, reference):
     struck.process.wait(5)
     until(lambda: not psutil.pid_exists(kernel), "end of the kernel of a killed worker", 5)
     p.hold("b")
-    p.wait_for("a", 10, command)
+    p.wait_until_held("a", 10, command)
     row("A dask worker is killed", "its kernel ends, another worker goes on; exit 0", "all finished epochs")
     scheduler.send(signal.SIGKILL)
     command.end(3, 60)
