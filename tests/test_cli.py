@@ -240,7 +240,10 @@ def test_every_suite_resolves(path, profile):
         ((kind, number),) = repeats.items()
         name = {"folds": "fold", "seeds": "seed"}[kind]
         wanted = {f"{run}-{name}{k}" for run in wanted for k in range(number)}
-    assert {p.config.run for p in plan} == wanted
+    trials = [p for p in plan if p.trial]
+    assert {p.config.run for p in plan if not p.trial} == wanted - {p.group for p in trials}
+    skipped = content["profiles"][profile].get("search") == "skip"
+    assert bool(trials) == ("search" in content and not skipped)
 
 
 @pytest.fixture(scope="module")
@@ -360,12 +363,12 @@ def test_audit_of_datasets_and_of_finished_runs(demo_dir, tmp_path, monkeypatch,
 
 
 def test_the_smallest_run_is_first_and_the_largest_next():
-    from dermnb.runs.runner import _in_turn
+    from dermnb.runs.plan import execution_order
     from dermnb.runs.suites import load_suite, resolve_suite
 
     plan = resolve_suite(load_suite("demo"), "cpu")
-    order = [p.config.run for p in _in_turn({p.config.run: p for p in plan})]
+    order = [p.config.run for p in execution_order({p.config.run: p for p in plan})]
     assert order == ["cnn", "efficientnetb7", "efficientnetb5", "xception"]
     plan = resolve_suite(load_suite("cnn_ensemble"), "smoke")
-    order = [p.config.run for p in _in_turn({p.config.run: p for p in plan})]
+    order = [p.config.run for p in execution_order({p.config.run: p for p in plan})]
     assert all(order.index(q) < order.index(p.config.run) for p in plan for q in p.parents)

@@ -34,7 +34,7 @@ from dermnb.runs.folders import (
     why_stale,
 )
 from dermnb.runs.plan import plan_suite, print_plan
-from dermnb.runs.suites import Suite, resolve_suite
+from dermnb.runs.suites import SuiteFile, resolve_suite
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -91,7 +91,7 @@ def suite(tmp_path, data, monkeypatch):
 
     def planned(changes=None, **options):
         given = {name: common | run | (changes or {}).get(name, {}) for name, run in runs.items()}
-        named = Suite(name="s", title="S", question="?", runs=given)
+        named = SuiteFile(name="s", title="S", question="?", runs=given)
         return plan_suite(
             resolve_suite(named, "cpu", data_dir=str(data)), tmp_path / "reports", **options
         )
@@ -353,7 +353,7 @@ def problems(suite, changes=None, **options):
 
 def test_data_that_are_not_here(suite, data):
     shutil.rmtree(data)
-    named = Suite(
+    named = SuiteFile(
         name="s",
         title="S",
         question="?",

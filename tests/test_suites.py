@@ -258,3 +258,22 @@ def test_a_reference_is_said_once_and_repeated_with_its_run(tmp_path):
     file.write_text(text.replace("{title", "{answer: ensembel, title"))
     with pytest.raises(ConfigError, match="did you mean 'ensemble'"):
         suites.load_suite(file)
+
+
+def test_each_worker_has_a_gpu_and_its_share_of_the_cores(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'GPU 0: A (UUID: x)'\necho 'GPU 1: A (UUID: y)'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert runner._gpus() == ["0", "1"]
+    plan = suites.resolve_suite(suites.load_suite("demo"), "cpu")
+    for workers, cards in ((0, ["0", "1"]), (1, ["0"]), (3, ["0", "1", "0"])):
+        runs = runner._Runs(plan, len(plan), str(tmp_path), workers)
+        with runner._cluster(runs, "x") as (client, slots):
+            assert len(client.nthreads()) == len(slots)
+        assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots] == cards
+        threads = str(max(1, os.cpu_count() // len(slots)))
+        assert {slot["TF_NUM_INTRAOP_THREADS"] for slot in slots} == {threads}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")  # one of another's machine
+    assert runner._gpus() == ["3"]

@@ -7,6 +7,7 @@ __all__ = ['execution_order', 'Plan', 'plan_suite', 'print_plan']
 
 # %% ../../nbs/runs/09_plan.ipynb #38fbf880
 import heapq
+import html
 import json
 import logging
 import math
@@ -501,6 +502,12 @@ class Plan:
         waits = ~(state.eq("done") | state.str.startswith("worked on"))
         return self.runs["run"][waits].tolist()
 
+    def _repr_html_(self) -> str:
+        "In JupyterLab: the table, and below it what is to be known."
+        shown = pd.DataFrame(_cells(self), columns=["run", "after", "state", "time", "MB", "why"])
+        said = "".join(f"<div>{html.escape(text)}</div>" for text in _said(self))
+        return shown.to_html(index=False, border=0) + said
+
 
 def plan_suite(
     plan: list[PlannedRun],  # of `resolve_suite`, each after its parents
@@ -592,14 +599,26 @@ def print_plan(
     for name in ("time", "MB"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("why", overflow="fold", min_width=12)
-    waits = set(plan.todo)
+    for row in _cells(plan):
+        table.add_row(*row)
+    console.print(table)
+    for text in _said(plan):
+        console.print(text, soft_wrap=not console.is_terminal)
+
+
+def _cells(plan: Plan) -> list[tuple[str, ...]]:
+    "Of each run what is shown: run, after, state, time, MB, why."
+    waits, rows = set(plan.todo), []
     for r in plan.runs.itertuples():
         todo = r.run in waits
         seconds = duration(None if np.isnan(r.seconds) else r.seconds) if todo else ""
-        table.add_row(r.run, r.after, r.state, seconds, f"{r.disk_mb:,.0f}" if todo else "", r.why)
-    console.print(table)
-    for text in (*(f"Problem: {p}" for p in plan.problems), *plan.notes, _summary(plan)):
-        console.print(text, soft_wrap=not console.is_terminal)
+        rows.append((r.run, r.after, r.state, seconds, f"{r.disk_mb:,.0f}" if todo else "", r.why))
+    return rows
+
+
+def _said(plan: Plan) -> list[str]:
+    "What is to be known, a sentence each; what goes wrong first."
+    return [*(f"Problem: {p}" for p in plan.problems), *plan.notes, _summary(plan)]
 
 
 def _summary(plan: Plan) -> str:

@@ -70,6 +70,9 @@ def gather_weights(
 class Interrupted(KeyboardInterrupt):
     "Ctrl-C or SIGTERM while runs were executed; the message says what is kept and how to go on."
 
+    def _render_traceback_(self) -> list[str]:  # what IPython shows
+        return [str(self)]
+
 
 def run_suite(
     path: str | Path,  # a suite file or name
@@ -121,8 +124,8 @@ def run_suite(
         for state in ending:
             record.add(state | {"when": now()})
             trackers = track_runs(folder, record.done(), trackers, watch.say)
-            due = time.monotonic() - since > 10 * took and len(states) < len(plan)
-            if build and state["status"] == "done" and due:
+            due = took < 2 or time.monotonic() - since > 10 * took
+            if build and state["status"] == "done" and due and len(states) < len(plan):
                 since = time.monotonic()
                 _build_meanwhile(build, folder, watch.say)
                 since, took = time.monotonic(), time.monotonic() - since
@@ -200,13 +203,11 @@ class _Record:
             for run, planned in todo.items()
             if _has_results(folder / run)
         }
-        self.when = 0.0
 
     def add(self, state: dict) -> None:
         "A run has ended."
         self.states[state["run"]] = state
-        if time.monotonic() - self.when > 1 or len(self.states) == len(self.plan):
-            self.write()
+        self.write()
 
     def done(self) -> list[str]:
         return [run for run, state in self.states.items() if state["status"] == "done"]
@@ -216,7 +217,6 @@ class _Record:
         return [self.states[planned.config.run] for planned in self.plan]
 
     def write(self) -> None:
-        self.when = time.monotonic()
         # As the file has them, whatever order they are executed in.
         groups = list(self.suite.runs)
         runs = [self._state(p) for p in sorted(self.plan, key=lambda p: groups.index(p.group))]
