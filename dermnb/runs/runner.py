@@ -313,6 +313,7 @@ def _gpus() -> list[str]:
 @contextlib.contextmanager
 def _cluster(runs: _Runs, command: str):
     "A client of the workers, with the settings of each; kernels end with it if it is interrupted."
+    import distributed.gc
     from distributed import Client
 
     for name in ("distributed", "distributed.client"):  # what is lost is said here
@@ -326,6 +327,8 @@ def _cluster(runs: _Runs, command: str):
     else:
         cluster = _local_cluster(workers)
         client = Client(cluster)
+        # An interruption that came within it would be lost.
+        distributed.gc.disable_gc_diagnosis(force=True)
         threads = {"TF_NUM_INTRAOP_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
         cards = [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {} for i in range(workers)]
         slots = [threads | card for card in cards]
