@@ -23,7 +23,14 @@ from pathlib import Path
 from ..core import ConfigError, ExperimentConfig, cache_dir, now, plural, read_json, write_json
 from ..nets.backbones import BACKBONES
 from ..nets.weights import fetch_weights, find_weights, weights_origin
-from .folders import is_done, own_weights, recover_all, validate_run, weights_of
+from dermnb.runs.folders import (
+    changed_since,
+    is_done,
+    own_weights,
+    recover_all,
+    validate_run,
+    weights_of,
+)
 from dermnb.runs.kernels import (
     execute_run,
     experiment_notebook,
@@ -168,7 +175,9 @@ def _done_and_todo(
             from dermnb.runs.results import name_positive
 
             named = name_positive(folder / run, planned.config)
-            say(f"{run}: already done" + ", recomputed with its positive class" * named)
+            notes = ["recomputed with its positive class"] * named
+            notes += changed_since(folder / run, planned.config)
+            say(", ".join([f"{run}: already done", *notes]))
         else:
             todo[run] = planned
     return states, todo
