@@ -44,6 +44,8 @@ def begin(run: str) -> None:
     class Strike(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
             time.sleep(PAUSE)
+            if held(run, epoch + 1):
+                note(run, f"waits after {epoch + 1}")
             while held(run, epoch + 1):
                 time.sleep(0.02)
             own.get("epoch", lambda number: None)(epoch + 1)

@@ -168,9 +168,10 @@ class Project:
         "Epochs that a run has been trained, in the order in which that was done."
         return [int(t.split()[1]) for *_, t in self.seen(run) if t.startswith("epoch")]
 
-    def wait_for(self, run: str, epoch: int, command: Command) -> None:
-        "Return when a run has done an epoch that no other kernel had done."
-        until(lambda: max(self.epochs(run), default=0) >= epoch, f"epoch {epoch} of {run}", 90, command)
+    def wait_until_held(self, run: str, epoch: int, command: Command) -> None:
+        "Return when a run waits after an epoch; then its checkpoint is written."
+        last = f"waits after {epoch}"
+        until(lambda: any(text == last for *_, text in self.seen(run)), f"{run} that {last}", 90, command)
 
     def state(self, run: str) -> dict:
         try:

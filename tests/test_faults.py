@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -59,7 +58,7 @@ INTRODUCTION = """# Faults
 
 What happens to a batch of runs when something goes wrong while it trains, and what is kept. `tests/test_faults.py`
 does all of this to real processes, and wrote this table. After each fault: no folder counts as done that is not whole,
-no process is left after five seconds, the same command completes the suite, its predictions equal those of an
+no process is left after five seconds (more on busy processors), the same command completes the suite, its predictions equal those of an
 undisturbed run bit for bit, and nothing hidden is left."""
 
 
@@ -132,8 +131,7 @@ def test_kernels_that_die_and_cells_that_fail(project, reference):
     p.fault("twice", KILL_AT.format(epochs=(5, 8)))
     p.hold("killed", 10)
     command = p.start()
-    p.wait_for("killed", 10, command)
-    time.sleep(0.5)  # a checkpoint is written after its epoch is noted
+    p.wait_until_held("killed", 10, command)
     p.hold("killed")
     os.kill(p.kernel("killed"), signal.SIGKILL)
     command.end(1)
@@ -145,7 +143,7 @@ def test_kernels_that_die_and_cells_that_fail(project, reference):
     assert "Traceback" not in command.err
 
     assert p.went_on("killed") == [1, 11] and p.starts("killed") == 2
-    row("A kernel is killed (`kill -9`)", "tried again at once, exit 0", "all finished epochs")
+    row("A kernel is killed (`kill -9`)", "tried again at once", "all finished epochs")
     assert p.epochs("twice") == [*range(1, 6), 6, 7, 8] and p.starts("twice") == 2
     assert "ernel died" in ended["twice"]["error"] and p.part("twice").is_dir()
     assert "epoch 8" in p.said("twice") or "epoch  8" in p.said("twice"), p.said("twice")
@@ -185,8 +183,7 @@ def _started(p: Project, epoch: int, *more, **options) -> Command:
         p.hold(run, epoch)
     command = p.start(*more, **options)
     for run in p.runs:
-        p.wait_for(run, epoch, command)
-    time.sleep(0.5)  # a checkpoint is written after its epoch is noted
+        p.wait_until_held(run, epoch, command)
     return command
 
 
@@ -205,7 +202,7 @@ def test_interrupted_terminated_and_switched_off(project, reference):
     said = sentences(command.err)
     assert len(said) == 1 and "Traceback" not in command.out + command.err, command.said()
     assert p.part("first").is_dir() and "the same command goes on" in said[0]
-    row("Ctrl-C", "ends within 5 s, one line: what is kept and how to go on; exit 130",
+    row("Ctrl-C", "ends within seconds, one line: what is kept and how to go on; exit 130",
         "all finished epochs")
 
     command = _started(p, 7)
@@ -213,7 +210,7 @@ def test_interrupted_terminated_and_switched_off(project, reference):
     command.end(143, 8)
     p.check()
     assert "Traceback" not in command.out + command.err, command.said()
-    row("SIGTERM", "ends within 5 s; exit 143", "all finished epochs")
+    row("SIGTERM", "ends within seconds; exit 143", "all finished epochs")
 
     command = _started(p, 12)
     p.power_off(command)
@@ -259,7 +256,7 @@ def test_the_command_is_killed_and_checkpoints_are_broken(project, reference):
         assert "checkpoint" in p.said(run) and "not used" in p.said(run), (run, p.said(run))
     predictions = [pd.read_parquet(p.of(run) / "predictions.parquet") for run in ("whole", *file)]
     assert all(found.equals(predictions[0]) for found in predictions)
-    row("The command is killed (`kill -9`)", "its kernels end by themselves within 5 s", "all finished epochs")
+    row("The command is killed (`kill -9`)", "its kernels end by themselves within seconds", "all finished epochs")
     row("A checkpoint is cut, noise, or has one wrong bit", "its log says so, trained from the start",
         "nothing of that run; its result is the same")
 
@@ -285,8 +282,8 @@ def test_two_commands_in_one_folder(project, reference):
     p.hold("a", 2)
     p.hold("b", 2)
     first = p.start()
-    p.wait_for("a", 2, first)
-    p.wait_for("b", 2, first)
+    p.wait_until_held("a", 2, first)
+    p.wait_until_held("b", 2, first)
     second = p.start()
     until(lambda: str(first.pid) in second.out + second.err, "word of who works there", 60, second)
     until(lambda: p.of("c").is_dir(), "results of c", 60, second)
@@ -353,16 +350,12 @@ def test_broken_images_and_tables(project, world, reference, tmp_path):
     ended = p.statuses()
     assert ended["cut"]["status"] == "failed" and len(ended["cut"]["error"]) < 400, ended["cut"]
     row("A table of the data is cut", "the run fails at once with a sentence", "the other runs")
-    if ended["good"]["status"] == "failed":  # it has asked for a file to be deleted
-        (broken,) = cache.glob("fingerprints*.sqlite")
-        assert str(broken) in ended["good"]["error"], ended["good"]
-        broken.unlink()
+    assert ended["good"]["status"] == "done", ended["good"]
     p.write({"good": {}, "cut": {}})
     p.run(env=env)
     p.same("good", "cut", reference=reference)
     row("Decoded images in the cache are cut", "decoded again", "everything")
-    row("The cache's database of fingerprints is cut", "the run fails with a sentence: which file to delete",
-        "the other runs; without the file, the next command goes on")
+    row("The cache's database of fingerprints is cut", "the images are compared anew", "everything")
 
 
 # A cluster of our own
@@ -404,8 +397,8 @@ def test_a_worker_and_a_scheduler_are_killed(project, cluster, reference):
     struck.process.wait(5)
     until(lambda: not psutil.pid_exists(kernel), "end of the kernel of a killed worker", 5)
     p.hold("b")
-    p.wait_for("a", 10, command)
-    row("A dask worker is killed", "its kernel ends, another worker goes on; exit 0", "all finished epochs")
+    p.wait_until_held("a", 10, command)
+    row("A dask worker is killed", "its kernel ends, another worker goes on", "all finished epochs")
     scheduler.send(signal.SIGKILL)
     command.end(3, 60)
     assert "Traceback" not in command.err and "is gone" in command.err, command.said()
@@ -471,4 +464,4 @@ def test_signals_at_random_moments(project, reference):
     p.same("a", "b", reference=reference)
     for run in ("a", "b"):
         p.went_on(run)
-    row("Ctrl-C or SIGTERM at twenty random moments", "ends within 5 s each time", "all finished epochs")
+    row("Ctrl-C or SIGTERM at twenty random moments", "ends within seconds each time", "all finished epochs")

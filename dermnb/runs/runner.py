@@ -25,6 +25,7 @@ from ..data.datasets import dataset_folder, dataset_spec
 from ..nets.backbones import BACKBONES
 from ..nets.weights import fetch_weights, find_weights, weights_origin
 from dermnb.runs.folders import (
+    changed_since,
     experiment_notebook,
     is_done,
     look_again,
@@ -166,7 +167,9 @@ def _done_and_todo(
             from dermnb.runs.results import name_positive
 
             named = name_positive(folder / run, planned.config)
-            say(f"{run}: already done" + ", recomputed with its positive class" * named)
+            notes = ["recomputed with its positive class"] * named
+            notes += changed_since(folder / run, planned.config)
+            say(", ".join([f"{run}: already done", *notes]))
         else:
             todo[run] = planned
     return states, todo
@@ -311,6 +314,7 @@ def _gpus() -> list[str]:
 @contextlib.contextmanager
 def _cluster(runs: _Runs, command: str):
     "A client of the workers, with the settings of each; kernels end with it if it is interrupted."
+    import distributed.gc
     from distributed import Client
 
     for name in ("distributed", "distributed.client"):  # what is lost is said here
@@ -324,6 +328,8 @@ def _cluster(runs: _Runs, command: str):
     else:
         cluster = _local_cluster(workers)
         client = Client(cluster)
+        # An interruption that came within it would be lost.
+        distributed.gc.disable_gc_diagnosis(force=True)
         threads = {"TF_NUM_INTRAOP_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
         cards = [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {} for i in range(workers)]
         slots = [threads | card for card in cards]
