@@ -193,7 +193,7 @@ def run(
     scheduler: Annotated[
         str, typer.Option(help="A dask scheduler: its address, or its file.")
     ] = "",
-    force: Annotated[bool, typer.Option(help="Repeat runs that are done.")] = False,
+    force: Annotated[bool, typer.Option(help="Repeat every run, from its first epoch.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be done, and how long it takes.")
     ] = False,
