@@ -403,21 +403,24 @@ def _execute_all(runs: _Runs, watch: Watch) -> Iterator[dict]:
         turns = _Turns(runs.order)
         flying = {}  # futures and the runs they execute
         free = list(range(len(slots)))
-        while turns.waiting or flying:
-            yield from turns.hopeless(watch)
+        ended: list[dict] = []
+        while turns.waiting or flying or ended:
+            ended += turns.hopeless(watch)
             for planned in turns.next(_room(client, slots, flying)):
                 slot = free.pop(0) if slots else -1
                 future = _submit(client, planned, runs, command, slots[slot] if slots else {})
                 flying[future] = (planned, slot)
                 watch.started(planned.config.run)
+            yield from ended  # only now: to build pages and to tell trackers takes its time
+            ended = []
             watch.look()
             for future in [f for f in flying if f.done()]:
                 planned, slot = flying.pop(future)
                 free += [slot] if slots else []
                 state = _state_of(future, planned, runs)
                 if turns.ended(planned, state, watch):
-                    yield state
-            if flying or turns.waiting:
+                    ended.append(state)
+            if not ended and (flying or turns.waiting):
                 time.sleep(0.3)
 
 
