@@ -330,7 +330,10 @@ def test_dermoscopy_under_mixed_precision_and_determinism():
     ).stdout
     x = np.random.default_rng(0).integers(0, 256, (9, 40, 40, 3), "uint8")
     y = images.augment_images(x, "dermoscopy", images.batch_generator(1, 2, 3))
-    assert output.split() == ["float32", repr(float(y.astype("float64").sum()))]
+    kind, total = output.split()
+    assert kind == "float32"
+    # Whether TensorFlow optimizes its graphs, as other tests here decide, changes last bits.
+    assert float(total) == pytest.approx(y.astype("float64").sum(), rel=FLOAT32)
 
 
 def test_fit_takes_batches(store):

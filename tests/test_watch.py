@@ -180,6 +180,7 @@ def test_a_broken_file_is_skipped(broken, tmp_path):
 
 SCRIPT = """
 import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from dermnb.core import write_json
 from dermnb.runs.watch import Watch
 with Watch(sys.argv[1], ["a", "b"], 0, 2) as seen:

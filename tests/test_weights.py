@@ -32,12 +32,14 @@ from dermnb.runs.suites import load_suite, parse_overrides, resolve_suite
 from dermnb.runs.prepare import prepare_data
 
 ROOT = Path(__file__).resolve().parent.parent
+FROM_SCRATCH = ("demo", "search")  # suites that start from no weights
 SUITES = sorted((ROOT / "nbs/suites").glob("*.yaml"))
 NAME = BACKBONES["mobilenetv2"].weights_file
 CLOSED = "http://127.0.0.1:9"  # nobody listens at this port
 DX = {"MEL": "mel", "NV": "nv", "BCC": "bcc", "AK": "akiec"}
 DX |= {"BKL": "bkl", "DF": "df", "VASC": "vasc", "SCC": "akiec"}
 FORMATS = {"derm_categories": "folders", "isic2019": "isic2019", "demo": "isic2019"}
+FORMATS |= {"search": "isic2019"}
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +187,7 @@ def test_every_suite_reads_its_data_with_keras_cache_alone(
     said = []
     gather_weights([p.config for p in plan], say=said.append)
     assert all("Keras' cache" in line for line in said)
-    assert bool(said) == (path.stem != "demo")
+    assert bool(said) == (path.stem not in FROM_SCRATCH)
     for config in [p.config for p in plan if not p.config.members]:
         base = tmp_path / config.base if config.base else None
         data = prepare_data(config, base)
@@ -201,7 +203,7 @@ def test_every_suite_without_weights_stops_and_says_how_to_go_on(
     path, collections, nothing
 ):
     plan = planned(path, collections)
-    if path.stem == "demo":
+    if path.stem in FROM_SCRATCH:
         return gather_weights([p.config for p in plan])
     with pytest.raises(ConfigError) as stopped:
         gather_weights([p.config for p in plan], "suite a", print)
