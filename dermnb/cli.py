@@ -206,8 +206,8 @@ def run(
 ):
     """Execute every run of a suite and build its report; given again, go on where it ended.
 
-    Exit status: 0 all runs are done; 1 some failed; 2 wrong input; 3 stopped by --max-hours;
-    130 Ctrl-C; 143 terminated.
+    Exit status: 0 all runs are done; 1 some failed, or would (--dry-run); 2 wrong input;
+    3 stopped by --max-hours; 130 Ctrl-C; 143 terminated.
     """
     signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -222,7 +222,7 @@ def run(
             plan = resolve_suite(load_suite(suite), profile, overrides, data_dir, repeats)
             plan = plan_suite(plan, reports, force, workers, profile)
             print_plan(plan)
-            raise typer.Exit(2 if plan.problems else 0)
+            raise typer.Exit(1 if plan.problems else 0)
         page, states = run_suite(
             suite,
             data_dir,

@@ -6,6 +6,7 @@
 __all__ = ['Stopped', 'Checkpoint', 'changing_variables', 'network_arrays', 'put_arrays']
 
 # %% ../../nbs/nets/05_checkpoints.ipynb #1b78c858
+import contextlib
 import json
 import os
 import tempfile
@@ -17,6 +18,15 @@ import numpy as np
 # %% ../../nbs/nets/05_checkpoints.ipynb #3f06a9f0
 class Stopped(Exception):
     "The time is up: the training goes on from its checkpoint. No mistake of anybody."
+
+
+def _told(part: str, then: str | None, now: str) -> str:
+    "A changed part of a key; of settings, which are JSON, those that differ."
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        old, new = json.loads(then), json.loads(now)
+        names = [f"{k} {old.get(k)!r} -> {new[k]!r}" for k in new if old.get(k) != new[k]]
+        return f"{part} ({', '.join(names)})"
+    return part
 
 
 class Checkpoint:
@@ -69,7 +79,8 @@ class Checkpoint:
         try:
             with np.load(self.path, allow_pickle=False) as file:
                 state = json.loads(file["about"].item())
-                changed = [k for k in self.key if state["key"].get(k) != self.key[k]]
+                then = state["key"]
+                changed = [_told(k, then.get(k), self.key[k]) for k in self.key if then.get(k) != self.key[k]]
                 if not changed:
                     return state, {n: file[n] for n in file.files if n != "about"}
         except FileNotFoundError:

@@ -100,7 +100,9 @@ def run_suite(
     look_again()
     check_trackers(trackers)
     states, todo = _done_and_todo(plan, folder, force, tell)
-    if todo and not scheduler:  # else it is the workers that need them
+    if todo and scheduler:
+        _client_of(scheduler).close()  # before anything is written: whether it is there
+    elif todo:  # else it is the workers that need them
         gather_weights([planned.config for planned in todo.values()], where, tell)
     if force:
         (folder / JOURNAL).unlink(missing_ok=True)  # or its decisions would be taken over
