@@ -105,7 +105,7 @@ def test_settings_and_images_of_another_training_are_not_gone_on_from(
     history = train_model(other, data, build_model(other, data))
     assert history.attrs["resumed"] == []
     said = capsys.readouterr().out
-    assert "is not used: config (split_seed 1 -> 2, seed 0 -> 5), images, network changed" in said
+    assert "is not used: config (seed 0 -> 5, split_seed 1 -> 2), images, network changed" in said
     now = read_about(tmp_path / "checkpoint.npz")["key"]
     assert {k for k in now if now[k] != before[k]} == {"config", "images", "network"}
 
