@@ -378,7 +378,7 @@ def test_a_plan_for_a_gpu_says_that_there_is_none(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr("dermnb.runs.plan._this_machine", lambda: ("CPU", 2, ()))
     monkeypatch.chdir(tmp_path)
     code, said = called(monkeypatch, capsys, "run", "folds", "--profile", "gpu", "--dry-run")
-    assert code == 2 and "no GPU answers: take --profile cpu" in said.out
+    assert code == 1 and "no GPU answers: take --profile cpu" in said.out
 
 
 def test_an_interruption_before_the_first_run_says_so(monkeypatch, capsys):

@@ -333,6 +333,7 @@ def test_a_disk_that_is_full_or_cannot_be_written_to(project, reference):
             "with space again, the next command completes the suite")
 
 
+@long
 def test_broken_images_and_tables(project, world, reference, tmp_path):
     "Decoded images that are cut are decoded again; a table that is cut stops its runs with a sentence."
     cache, data = tmp_path / "cache", tmp_path / "cut"
