@@ -335,7 +335,7 @@ def test_a_lock_that_may_not_be_opened_is_believed(suite, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError
 
-    monkeypatch.setattr(watch, "FileLock", refuse)
+    monkeypatch.setattr("filelock.FileLock", refuse)
     status = suite_status(suite).set_index("run")["status"]
     assert status["interrupted"] == "under way" and status["anew"] == "interrupted"
 

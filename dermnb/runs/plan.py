@@ -46,7 +46,10 @@ from dermnb.runs.folders import (
     data_folder,
     dataset_files,
     find_run,
+    is_held,
     look_again,
+    part_of,
+    state_of,
     training_key,
     weights_of,
     why_stale,
@@ -98,30 +101,15 @@ def _checkpoint(part: Path, key: dict[str, str]) -> tuple[int, str]:
 
 def _holder(part: Path) -> str:
     "Who works on a run: PID on HOST; empty if nobody does."
-    lock = part.with_name(f"{part.name}.lock")
-    if not lock.exists():
+    if not is_held(part):
         return ""
-    from filelock import FileLock, Timeout
-
-    try:
-        with FileLock(lock, timeout=0):
-            return ""
-    except (Timeout, OSError):  # a lock that may not be opened is somebody else's
-        state = _state(part)
-        return f"{state.get('pid', 'a process')} on {state.get('host', 'an unknown machine')}"
-
-
-def _state(part: Path) -> dict:
-    try:
-        state = read_json(part / "state.json")
-    except (ConfigError, OSError, UnicodeDecodeError):
-        return {}
-    return state if isinstance(state, dict) else {}
+    state = state_of(part)
+    return f"{state.get('pid', 'a process')} on {state.get('host', 'an unknown machine')}"
 
 
 def _how_it_ended(part: Path) -> str:
     "How the last attempt at a run that is not finished ended."
-    state = _state(part)
+    state = state_of(part)
     status = state.get("status")
     if status == "failed":
         return f"failed before: {state.get('error') or 'no reason is known'}"
@@ -153,7 +141,7 @@ class _Row:
 def _look(planned: PlannedRun, suite_dir: Path, before: dict[str, _Row], force: bool) -> _Row:
     "Where a run stands; `before` has the runs that it may build on."
     row, config = _Row(planned), planned.config
-    folder, part = suite_dir / config.run, suite_dir / f".part-{config.run}"
+    folder, part = suite_dir / config.run, part_of(suite_dir / config.run)
     aside = suite_dir / f".previous-{config.run}"  # the only results, after a kill
     folder = aside if aside.is_dir() and not folder.exists() else folder
     there = (folder / "run.json").is_file()

@@ -31,11 +31,12 @@ from dermnb.runs.folders import (
     look_again,
     notebooks_dir,
     own_weights,
+    part_of,
     recover_all,
     validate_run,
     weights_of,
 )
-from .kernels import execute_run, kill_kernels, one_sentence, part_of, working_on
+from .kernels import execute_run, kill_kernels, one_sentence, working_on
 from .plan import execution_order
 from .search import JOURNAL
 from .suites import PlannedRun, default_profile, load_suite, resolve_suite, search_of

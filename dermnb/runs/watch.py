@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
-from filelock import FileLock, Timeout
 from rich import box
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
@@ -26,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..core import ConfigError, duration, listing, plural, read_json
+from .folders import is_held, part_of, state_of
 
 # %% ../../nbs/runs/11_watch.ipynb #b3e1f059
 _NUMBERS = ("epoch", "epochs", "done", "total", "loss", "best", "seconds_left", "memory_mb", "when")
@@ -192,7 +192,7 @@ class _Runs:
     def _stamp(self, run: str) -> int:
         "When its progress file was written; 0 where there is none."
         try:
-            return os.stat(self.folder / f".part-{run}" / "progress.json").st_mtime_ns
+            return os.stat(part_of(self.folder / run) / "progress.json").st_mtime_ns
         except OSError:
             return 0
 
@@ -227,7 +227,7 @@ class _Runs:
                 self._update(run, stamp)
 
     def _update(self, run: str, stamp: int) -> None:
-        progress = _read(self.folder / f".part-{run}" / "progress.json")
+        progress = _read(part_of(self.folder / run) / "progress.json")
         if progress and run in self.rows:
             self.stamps[run] = stamp
             row = _row(run, "under way", progress)
@@ -439,19 +439,6 @@ class Watch:
         return _View(rows, below=[*below, _counts(numbers, left)])
 
 # %% ../../nbs/runs/11_watch.ipynb #9098d3af
-def _is_held(lock: Path) -> bool:
-    "Whether some process works on the run that this is the lock of."
-    if not lock.is_file():  # asking would make it
-        return False
-    try:
-        with FileLock(lock, blocking=False):
-            return False
-    except Timeout:
-        return True
-    except OSError:
-        return lock.is_file()
-
-
 def _seconds_since(moment: str | None) -> float | None:
     "Of a time as `now` writes it."
     try:
@@ -463,17 +450,16 @@ def _seconds_since(moment: str | None) -> float | None:
 def _state(folder: Path, said: dict) -> tuple[str, dict, str]:
     "How a run stands, its state.json, and why it failed."
     run = said["run"]
-    part = folder / f".part-{run}"
+    part = part_of(folder / run)
     if not part.is_dir():
         status = str(said.get("status", "missing"))
         if status == "missing":
             status = "done" if (folder / run / "run.json").is_file() else "waiting"
         return status, {}, str(said.get("error") or "")
-    state = _read(part / "state.json")
+    state = state_of(part)
     if state.get("status") in ("failed", "stopped"):
         return state["status"], state, str(state.get("error") or "")
-    held = _is_held(folder / f"{part.name}.lock")
-    return "under way" if held else "interrupted", state, ""
+    return "under way" if is_held(part) else "interrupted", state, ""
 
 # %% ../../nbs/runs/11_watch.ipynb #12183731
 def _note(row: dict, state: dict, error: str, checkpoint: bool) -> str:
@@ -503,7 +489,7 @@ def _note(row: dict, state: dict, error: str, checkpoint: bool) -> str:
 def _status_row(folder: Path, said: dict) -> dict:
     "One run of a suite, as its files have it now."
     status, state, error = _state(folder, said)
-    part = folder / f".part-{said['run']}"
+    part = part_of(folder / said["run"])
     row = _row(said["run"], status, _read(part / "progress.json"))
     row["silent"] = None if row["when"] is None else max(0.0, time.time() - row["when"])
     row |= {"since": str(state.get("started") or ""), "host": str(state.get("host") or "")}
