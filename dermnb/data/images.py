@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESIZE_METHODS', 'AUGMENTATIONS', 'MIXES', 'show_images', 'resize_image', 'read_pixels', 'ImageStore', 'build_store',
-           'batch_generator', 'augment_images', 'mix_batch', 'make_batches']
+           'batch_generator', 'augment_images', 'mix_settings', 'mix_batch', 'make_batches']
 
 # %% ../../nbs/data/12_images.ipynb #7c6de9a6
 import collections
@@ -641,11 +641,19 @@ class _Policy:
     title: str  # for people
     needs_tensorflow: bool
     apply: Callable = field(repr=False)  # (uint8 (B, S, S, 3), Generator) -> 0..255
+    turns: Callable | None = field(default=None, repr=False)  # (B, Generator) -> turn, flip; if that is all
 
 # %% ../../nbs/data/12_images.ipynb #e8a68a17
+def _turns(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    return rng.integers(0, 4, count), rng.random(count) < 0.5
+
+
 def _light(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    turns = rng.integers(0, 4, len(images))
-    return _flip_and_turn(images, turns, rng.random(len(images)) < 0.5)
+    return _flip_and_turn(images, *_turns(len(images), rng))
+
+
+def _as_stored(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros(count, int), np.zeros(count, bool)
 
 
 _first_use = threading.Lock()  # threads that meet here would each compile the policy
@@ -661,8 +669,8 @@ def _dermoscopy(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 AUGMENTATIONS = {
     policy.name: policy
     for policy in (
-        _Policy("none", "as stored", False, lambda images, rng: images),
-        _Policy("light", "mirrored and turned by right angles", False, _light),
+        _Policy("none", "as stored", False, lambda images, rng: images, _as_stored),
+        _Policy("light", "mirrored and turned by right angles", False, _light, _turns),
         _Policy("dermoscopy", "turned freely, colors, blur, JPEG", True, _dermoscopy),
     )
 }
@@ -682,37 +690,58 @@ def augment_images(
 MIXES = ("none", "mixup", "cutmix")
 
 # %% ../../nbs/data/12_images.ipynb #f7b22c36
+def mix_settings(
+    count: int,  # images of the batch
+    size: int,  # pixels, width and height
+    mix: str,  # one of MIXES
+    rng: np.random.Generator,
+) -> dict[str, np.ndarray]:  # partner (B,), share (B,) of the own image; low, high (2, B) of cutmix
+    "With which other image of the batch each is blended, and how; empty for none."
+    if mix not in MIXES:
+        raise unknown_name("mix", mix, MIXES)
+    if mix == "none":
+        return {}
+    partner = rng.permutation(count)
+    if mix == "mixup":
+        return {"partner": partner, "share": rng.beta(0.2, 0.2, count).astype(np.float32)}
+    side = size * np.sqrt(1 - rng.beta(1.0, 1.0, count))
+    center = rng.uniform(0, size, (2, count))  # of the rectangle, x and y
+    low = np.clip(np.round(center - side / 2), 0, size).astype(int)
+    high = np.clip(np.round(center + side / 2), 0, size).astype(int)
+    share = (1 - np.prod(high - low, axis=0) / size**2).astype(np.float32)
+    return {"partner": partner, "share": share, "low": low, "high": high}
+
+
+def _mix_labels(labels: np.ndarray, settings: dict) -> np.ndarray:
+    if not settings:
+        return labels
+    share = settings["share"][:, None]
+    return (share * labels + (1 - share) * labels[settings["partner"]]).astype(np.float32)
+
+
+def _mix_images(images: np.ndarray, settings: dict) -> np.ndarray:
+    if not settings:
+        return images
+    partner = settings["partner"]
+    if "low" not in settings:
+        weight = settings["share"][:, None, None, None]
+        return weight * images + (1 - weight) * images[partner]
+    mixed, low, high = images.copy(), settings["low"], settings["high"]
+    for i, j in enumerate(partner):
+        where = slice(low[1][i], high[1][i]), slice(low[0][i], high[0][i])
+        mixed[i][where] = images[j][where]
+    return mixed
+
+
 def mix_batch(
     images: np.ndarray,  # float32 (B, S, S, 3)
     labels: np.ndarray,  # float32 (B, K), rows sum to one
     mix: str,  # one of MIXES
-    rng: np.random.Generator,  # such as batch_generator gives
+    rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:  # new images and labels, float32
     "Blend each image and its label with another of the batch."
-    if mix not in MIXES:
-        raise unknown_name("mix", mix, MIXES)
-    if mix == "none":
-        return images, labels
-    count, size = images.shape[:2]
-    partner = rng.permutation(count)
-    if mix == "mixup":
-        share = rng.beta(0.2, 0.2, count).astype(np.float32)
-        weight = share[:, None, None, None]
-        mixed = weight * images + (1 - weight) * images[partner]
-    else:
-        side = size * np.sqrt(1 - rng.beta(1.0, 1.0, count))
-        low, high = [], []  # of the rectangle, for x and for y
-        for center in rng.uniform(0, size, (2, count)):
-            low.append(np.clip(np.round(center - side / 2), 0, size).astype(int))
-            high.append(np.clip(np.round(center + side / 2), 0, size).astype(int))
-        mixed = images.copy()
-        for i, j in enumerate(partner):
-            where = slice(low[1][i], high[1][i]), slice(low[0][i], high[0][i])
-            mixed[i][where] = images[j][where]
-        area = (high[0] - low[0]) * (high[1] - low[1])
-        share = (1 - area / size**2).astype(np.float32)
-    share = share[:, None]
-    return mixed, (share * labels + (1 - share) * labels[partner]).astype(np.float32)
+    settings = mix_settings(*images.shape[:2], mix, rng)
+    return _mix_images(images, settings), _mix_labels(labels, settings)
 
 # %% ../../nbs/data/12_images.ipynb #d9b19e73
 @functools.cache
@@ -760,13 +789,27 @@ def _batches_class() -> type:
             last = index == len(self) - 1
             return order[index * size : None if last else (index + 1) * size]
 
+        def _one_hot(self, chosen: np.ndarray) -> np.ndarray:
+            labels = np.zeros((len(chosen), self.options["num_classes"]), np.float32)
+            labels[np.arange(len(chosen)), self.labels[chosen]] = 1
+            return labels
+
+        def drawn(self, index: int) -> dict[str, np.ndarray]:
+            """What a batch is made of, for who has the images: chosen (B,) of `rows`, labels
+            (B, K), turn and flip (B,), the settings of the mix. None has more than batch_size."""
+            epoch, order = self._now
+            size = self.options["batch_size"]
+            chosen = order[index * size : (index + 1) * size]
+            labels, rng = self._one_hot(chosen), batch_generator(self.options["seed"], epoch, index)
+            turn, flip = AUGMENTATIONS[self.options["augment"]].turns(len(chosen), rng)
+            mix = mix_settings(len(chosen), self.store.size, self.options["mix"], rng)
+            labels = _mix_labels(labels, mix)
+            return {"chosen": chosen, "labels": labels, "turn": turn, "flip": flip} | mix
+
         def __getitem__(self, index: int):
             epoch, order = self._now
-            chosen = self._positions(index, order)
-            options = self.options
-            rng = batch_generator(options["seed"], epoch, index)
-            labels = np.zeros((len(chosen), options["num_classes"]), np.float32)
-            labels[np.arange(len(chosen)), self.labels[chosen]] = 1
+            chosen, options = self._positions(index, order), self.options
+            labels, rng = self._one_hot(chosen), batch_generator(options["seed"], epoch, index)
             if self.store is None:
                 return {"metadata": self.metadata[chosen]}, labels
             images = self.store.read(self.rows[chosen])
