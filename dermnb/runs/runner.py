@@ -9,6 +9,7 @@ __all__ = ['MEMORY', 'gather_weights', 'Interrupted', 'run_suite']
 import contextlib
 import functools
 import logging
+import math
 import os
 import shutil
 import signal
@@ -314,6 +315,14 @@ def _gpus() -> list[str]:
     return [str(i) for i, _ in enumerate(l for l in said.stdout.splitlines() if "GPU" in l)]
 
 
+def _card(gpus: list[str], slot: int, slots: int) -> dict[str, str]:
+    "The GPU of a slot, and its share of the memory, which JAX takes at its start."
+    if not gpus:
+        return {}
+    share = 0.9 / math.ceil(slots / len(gpus))
+    return {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)], "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.2f}"}
+
+
 @contextlib.contextmanager
 def _cluster(runs: _Runs, command: str):
     "A client of the workers, with the settings of each; kernels end with it if it is interrupted."
@@ -334,8 +343,7 @@ def _cluster(runs: _Runs, command: str):
         # An interruption that came within it would be lost.
         distributed.gc.disable_gc_diagnosis(force=True)
         threads = {"TF_NUM_INTRAOP_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
-        cards = [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {} for i in range(workers)]
-        slots = [threads | card for card in cards]
+        slots = [threads | _card(gpus, i, workers) for i in range(workers)]
     try:
         yield client, slots
     finally:

@@ -41,6 +41,7 @@ from ..metrics.scores import evaluate
 from ..nets.backbones import BACKBONES
 from ..nets.checkpoints import Checkpoint
 from ..nets.cost import count_flops
+from ..nets.device import share_devices
 from ..nets.finetune import backbone_layers, fit_stages, make_schedule
 from ..nets.gradcam import cam_network
 from ..nets.losses import make_loss
@@ -87,6 +88,7 @@ def build_model(
     keep_graphs()
     set_seed(config.seed, config.deterministic)
     keras.config.set_dtype_policy(config.precision)
+    share_devices()
     model = build_classifier(
         config.backbone,
         len(data.classes),
