@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-import keras
 import numpy as np
 import pandas as pd
 
@@ -26,6 +25,7 @@ from dermnb.core import (
     ExperimentConfig,
     cache_dir,
     keep_graphs,
+    keras,
     now,
     peak_memory_mb,
     progress,
@@ -379,11 +379,7 @@ def save_run(
         | {"epoch_s": round(float(history["seconds"].mean()), 2)},
         "peak_memory_mb": peak_memory_mb(),
         "provenance": provenance()
-        | {
-            "backend": keras.backend.backend(),
-            "started": clock.started,
-            "finished": now(),
-        },
+        | {"started": clock.started, "finished": now()},
     }
     write_bundle(folder / "model", record, metrics, predictions, novelty)
     write_json(folder / "run.json", record)
