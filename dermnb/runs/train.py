@@ -23,6 +23,7 @@ from dermnb.core import (
     SPLITS,
     ConfigError,
     ExperimentConfig,
+    backend,
     cache_dir,
     keep_graphs,
     keras,
@@ -141,7 +142,7 @@ def _checkpoint(config: ExperimentConfig, data: Data, model: keras.Model) -> Che
     key = training_key(config, base) | {
         "images": table_hash(images) + table_hash(images.iloc[data.train_positions]),
         "network": weights.hexdigest(),
-        "packages": " ".join(f"{p} {packages.get(p)}" for p in ("keras", "tensorflow", "jax")),
+        "packages": " ".join(f"{p} {packages.get(p)}" for p in ("keras", backend())),
     }
     return Checkpoint(Path(folder) / "checkpoint.npz", key)
 
