@@ -69,7 +69,7 @@ def _load_keras():
             os.dup2(ours, 2)
             reader.wait(5)
 
-    import keras  # noqa: F401
+    from dermnb.core import keras  # noqa: F401
 
 # %% ../nbs/99_cli.ipynb #c78c504d
 def main():

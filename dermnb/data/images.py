@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..core import ConfigError, only_one, progress, unknown_name
+from ..core import ConfigError, backend, only_one, progress, unknown_name
 from .decoding import Picture, file_name, open_picture
 from .files import on_disk, read_image_bytes
 
@@ -522,9 +522,7 @@ def _keras_cv():
             "augmentation 'dermoscopy' needs TensorFlow and keras-cv, which cannot be "
             f"imported ({_reason(error)}): install both, or use 'light'."
         ) from error
-    import keras
-
-    if keras.backend.backend() != "tensorflow":
+    if backend() != "tensorflow":
         # TensorFlow only prepares images here: the GPU's memory is another's.
         tf.config.set_visible_devices([], "GPU")
     return tf, layers
@@ -717,7 +715,7 @@ def mix_batch(
 # %% ../../nbs/data/12_images.ipynb #d9b19e73
 @functools.cache
 def _batches_class() -> type:
-    import keras
+    from dermnb.core import keras
 
     class Batches(keras.utils.PyDataset):
         "Batches (images float32 0..255 (B, S, S, 3), labels float32 (B, K))."

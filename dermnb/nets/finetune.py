@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import keras
 import numpy as np
 import pandas as pd
 
@@ -21,7 +20,9 @@ from dermnb.core import (
     ConfigError,
     ExperimentConfig,
     TrainingConfig,
+    backend,
     duration,
+    keras,
     progress,
     unknown_name,
 )
@@ -587,7 +588,7 @@ def fit_stages(
             loss,
             metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
             # On CPU, XLA makes TensorFlow's training several times slower.
-            jit_compile=False if keras.backend.backend() == "tensorflow" else "auto",
+            jit_compile=False if backend() == "tensorflow" else "auto",
         )
         # Variables made within the first step would have TensorFlow trace the step twice.
         model.optimizer.build(model.trainable_variables)

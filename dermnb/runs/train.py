@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-import keras
 import numpy as np
 import pandas as pd
 
@@ -24,8 +23,10 @@ from dermnb.core import (
     SPLITS,
     ConfigError,
     ExperimentConfig,
+    backend,
     cache_dir,
     keep_graphs,
+    keras,
     now,
     peak_memory_mb,
     progress,
@@ -141,7 +142,7 @@ def _checkpoint(config: ExperimentConfig, data: Data, model: keras.Model) -> Che
     key = training_key(config, base) | {
         "images": table_hash(images) + table_hash(images.iloc[data.train_positions]),
         "network": weights.hexdigest(),
-        "packages": " ".join(f"{p} {packages.get(p)}" for p in ("keras", "tensorflow", "jax")),
+        "packages": " ".join(f"{p} {packages.get(p)}" for p in ("keras", backend())),
     }
     return Checkpoint(Path(folder) / "checkpoint.npz", key)
 
@@ -380,11 +381,7 @@ def save_run(
         | {"epoch_s": round(float(history["seconds"].mean()), 2)},
         "peak_memory_mb": peak_memory_mb(),
         "provenance": provenance()
-        | {
-            "backend": keras.backend.backend(),
-            "started": clock.started,
-            "finished": now(),
-        },
+        | {"started": clock.started, "finished": now()},
     }
     write_bundle(folder / "model", record, metrics, predictions, novelty)
     write_json(folder / "run.json", record)

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..core import ConfigError, now, progress, unknown_name, write_json
+from ..core import ConfigError, backend, now, progress, unknown_name, write_json
 from ..data.images import resize_image
 from ..data.synthetic import CLASSES, draw_lesion, render_view
 from ..metrics.calibration import temper
@@ -90,7 +90,7 @@ def _describe(kind: tuple, name: str) -> dict:
 # %% ../../nbs/serve/06_export.ipynb #16ae368c
 def _joint_graph(networks: Sequence, temperature: float, names: Mapping[tuple, str]):
     "A `tf.Module` whose `serve` gives the calibrated probabilities of all networks."
-    import keras
+    from dermnb.core import keras
     import tensorflow as tf
 
     specs, parts = {}, []
@@ -526,11 +526,9 @@ def _check(bundle: Bundle, path: Path, form: str) -> None:
                 f"export form {form!r} needs the package {package}, which is not "
                 "installed: pip install 'dermnb[export]'."
             ) from None
-    import keras
-
-    if keras.backend.backend() != "tensorflow":
+    if backend() != "tensorflow":
         raise ConfigError(
-            f"Keras runs on {keras.backend.backend()} here, and exporting needs "
+            f"Keras runs on {backend()} here, and exporting needs "
             "TensorFlow: set KERAS_BACKEND=tensorflow, which loads any "
             "backend's networks."
         )
