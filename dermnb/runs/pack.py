@@ -6,9 +6,10 @@
 __all__ = ['SUMS', 'WEBP_METHOD', 'QUALITIES', 'write_sums', 'check_sums', 'encode_square', 'read_have', 'find_wheels',
            'pack_suite', 'run_pack', 'main', 'write_results', 'unpack_results']
 
-# %% ../../nbs/runs/14_pack.ipynb #fe25c571
+# %% ../../nbs/runs/14_pack.ipynb #08eea837
 import argparse
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -18,6 +19,7 @@ import lzma
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -60,7 +62,7 @@ from .kernels import working_on
 from .prepare import Data, prepare_data, prepared_key, write_prepared
 from .suites import PlannedRun, default_profile, load_suite, resolve_suite, search_of
 
-# %% ../../nbs/runs/14_pack.ipynb #50fadec7
+# %% ../../nbs/runs/14_pack.ipynb #ffb0a937
 SUMS = "SHA256SUMS"
 
 
@@ -95,7 +97,7 @@ def check_sums(
     if bad:
         raise ConfigError(f"{what} is damaged ({listing(bad, 3)}): copy it again.")
 
-# %% ../../nbs/runs/14_pack.ipynb #f8717fc9
+# %% ../../nbs/runs/14_pack.ipynb #863d1009
 WEBP_METHOD = 6  # the slowest, and the smallest
 QUALITIES = (85, 80, 75, 70, 65, 60)  # the first; then those that a budget may ask for, to the floor
 
@@ -130,7 +132,7 @@ def _write_zip(path: Path, members: Iterable[tuple[str, bytes]]) -> int:
             archive.writestr(zipfile.ZipInfo(name), content)
     return path.stat().st_size
 
-# %% ../../nbs/runs/14_pack.ipynb #cc9582c8
+# %% ../../nbs/runs/14_pack.ipynb #1cbc60bb
 _ROOTS = (
     *("keras", "jax", "numpy", "pandas", "pyarrow", "scipy", "scikit-learn", "pillow", "h5py"),
     *("papermill", "nbclient", "nbformat", "jupyter-client", "ipykernel", "distributed"),
@@ -162,7 +164,7 @@ def read_have(
         have[_plain(found[1])] = found[3] or ""
     return have
 
-# %% ../../nbs/runs/14_pack.ipynb #bdfea6a4
+# %% ../../nbs/runs/14_pack.ipynb #47df25ce
 def _platforms(platform: str) -> list[str]:
     "The tags of wheels that a machine takes: of its C library and all older ones."
     found = re.fullmatch(r"manylinux_2_(\d+)_(\w+)", platform)
@@ -221,7 +223,7 @@ def _needed(
                 waiting.append(wanted.name)
     return take, absent
 
-# %% ../../nbs/runs/14_pack.ipynb #13327c96
+# %% ../../nbs/runs/14_pack.ipynb #6baf2bdf
 def find_wheels(
     have: Mapping[str, str],  # of `read_have`
     python: str,  # "3.12"
@@ -261,7 +263,7 @@ def _fetch_wheels(wheels: Mapping[str, str], python: str, platform: str, folder:
             files = [(i.filename, archive.read(i)) for i in archive.infolist() if not i.is_dir()]
         _write_zip(wheel, files)
 
-# %% ../../nbs/runs/14_pack.ipynb #b1721887
+# %% ../../nbs/runs/14_pack.ipynb #745dd83b
 def _tar_xz(folder: Path, target: Path) -> int:
     "All files of a folder, sorted and without owners or dates, as one compressed stream; its bytes."
     with lzma.open(target, "wb", preset=9 | lzma.PRESET_EXTREME) as stream, tarfile.open(fileobj=stream, mode="w") as tar:
@@ -289,7 +291,7 @@ def _kept(name: str, parts: Mapping, make: Callable[[Path], None]) -> Path:
             os.replace(Path(place) / "part", target)
     return target
 
-# %% ../../nbs/runs/14_pack.ipynb #9e1b5cd2
+# %% ../../nbs/runs/14_pack.ipynb #462b67ec
 @dataclass
 class _Pack:
     "What is known of a pack while it is made."
@@ -309,7 +311,7 @@ class _Pack:
     def trained(self) -> list[ExperimentConfig]:
         return [config for config in self.configs if not config.members]
 
-# %% ../../nbs/runs/14_pack.ipynb #574c7630
+# %% ../../nbs/runs/14_pack.ipynb #ba241b3c
 def _prepare_all(pack: _Pack) -> None:
     "What `prepare_data` gives for every distinct configuration of data."
     bases = {config.base for config in pack.trained if config.base}
@@ -336,7 +338,7 @@ def _prints_of(data: Data) -> pd.DataFrame:
     "Fingerprints of the original training images, as a run keeps them."
     return fingerprints(data.manifest[data.manifest["split"] == "train"], cache_dir())
 
-# %% ../../nbs/runs/14_pack.ipynb #d192377b
+# %% ../../nbs/runs/14_pack.ipynb #a2f9d364
 def _squares_of(pack: _Pack) -> dict[tuple[str, int], dict[str, Data]]:
     "The images of each resize method and size: image_id -> data that has it."
     found: dict[tuple[str, int], dict[str, Data]] = {}
@@ -382,7 +384,7 @@ def _choose_quality(pack: _Pack, squares: Mapping, quality: int, budget: int) ->
 def _mib(size: float) -> str:
     return f"{size / 2**20:.1f} MiB"
 
-# %% ../../nbs/runs/14_pack.ipynb #f4285598
+# %% ../../nbs/runs/14_pack.ipynb #bbafe07d
 def _write_images(pack: _Pack, squares: Mapping, quality: int) -> None:
     "The archives of images, and what was prepared, which refers to them."
     for (method, size), ids in squares.items():
@@ -418,7 +420,7 @@ def _write_masks(pack: _Pack, data: Data, base: str) -> dict[str, str]:
     pack.sizes["masks of test images"] = pack.sizes.get("masks of test images", 0) + size
     return {image_id: f"{name}::{member}" for image_id, member in members.items()}
 
-# %% ../../nbs/runs/14_pack.ipynb #b4fbd557
+# %% ../../nbs/runs/14_pack.ipynb #f126e93b
 def _write_weights(pack: _Pack, where: str) -> dict[str, str]:
     "The files of weights that networks start from; name -> SHA-256."
     files: dict[str, Path] = {}
@@ -457,7 +459,7 @@ def _write_wheels(pack: _Pack, wheels: Mapping[str, str], python: str, platform:
     shutil.copyfile(_kept("wheels", made_of, gather), pack.place / "wheels.tar.xz")
     pack.sizes["Python packages"] = (pack.place / "wheels.tar.xz").stat().st_size
 
-# %% ../../nbs/runs/14_pack.ipynb #b88a49dc
+# %% ../../nbs/runs/14_pack.ipynb #36f0a204
 def _write_project(pack: _Pack, suite_file: Path) -> str:
     "dermnb, the experiment notebooks, the suite, and files that configs name; the suite's place."
     import dermnb
@@ -494,7 +496,7 @@ def _named_files(pack: _Pack) -> Iterable[str]:
                 raise ConfigError(f"{what} {name!r} of {config.run} lies outside this folder: name it relative to here, so that it has the same place in the pack.")
             yield name
 
-# %% ../../nbs/runs/14_pack.ipynb #5ea97e15
+# %% ../../nbs/runs/14_pack.ipynb #49f855d0
 def _check_plan(plan: list[PlannedRun], suite, profile: str, where: str) -> None:
     names = {planned.config.run for planned in plan}
     if search_of(suite, profile):
@@ -509,7 +511,7 @@ def _suite_file(suite: str | Path) -> Path:
     file = Path(suite)
     return file if file.is_file() else notebooks_dir() / "suites" / f"{suite}.yaml"
 
-# %% ../../nbs/runs/14_pack.ipynb #f644faf3
+# %% ../../nbs/runs/14_pack.ipynb #11040cde
 def pack_suite(
     suite: str | Path,  # a suite file, or the name of one
     out: str | Path,  # the archive to write
@@ -601,7 +603,7 @@ def _keep_prints(pack: _Pack, name: str) -> None:
             place.mkdir(parents=True, exist_ok=True)
             _prints_of(data).to_parquet(place / f"{key}.parquet", index=False, compression="zstd")
 
-# %% ../../nbs/runs/14_pack.ipynb #aeba4dad
+# %% ../../nbs/runs/14_pack.ipynb #ba01cdd2
 _RUN_SH = r"""#!/bin/sh
 # Checks the pack, installs into this folder, runs the suite, leaves results.tar.xz here.
 # PYTHON=python3.12 sh run.sh [--results FILE] [--networks] [--workers N] [--max-hours H]
@@ -658,7 +660,7 @@ cd project
 exec "$python" -c "from dermnb.runs.pack import main; main()" "$@"
 """
 
-# %% ../../nbs/runs/14_pack.ipynb #95462dae
+# %% ../../nbs/runs/14_pack.ipynb #2886325c
 def run_pack(
     results: str | Path = "",  # the archive to write; empty: results.tar.xz in the pack's folder
     networks: bool = False,  # bring trained networks along, which are large
@@ -671,23 +673,25 @@ def run_pack(
     pack = Path(os.environ["DERMNB_PACK"])
     about = read_json(pack / "pack.json")
     target = Path(results or pack / "results.tar.xz").absolute()
-
-    def leave(folder: Path) -> Path:
-        return write_results(folder, about, target, networks)
-
-    _, states = run_suite(
-        about["suite_file"],
-        "",
-        about["profile"],
-        about["overrides"],
-        workers,
-        pack / "reports",
-        repeats=about["repeats"],
-        build=leave,
-        max_hours=max_hours,
-    )
-    print(f"results: {target}, {_mib(target.stat().st_size)}, SHA-256 {file_hash(target)}")
-    return states
+    leave = functools.partial(write_results, about=about, target=target, networks=networks)
+    try:
+        _, states = run_suite(
+            about["suite_file"],
+            "",
+            about["profile"],
+            about["overrides"],
+            workers,
+            pack / "reports",
+            repeats=about["repeats"],
+            max_hours=max_hours,
+            leave=leave,
+        )
+        return states
+    finally:
+        folder = pack / "reports" / about["suite"]
+        if (folder / "suite.json").is_file():
+            leave(folder)
+            print(f"results: {target}, {_mib(target.stat().st_size)}, SHA-256 {file_hash(target)}")
 
 
 def main() -> None:
@@ -697,17 +701,21 @@ def main() -> None:
     parser.add_argument("--networks", action="store_true", help="bring trained networks along")
     parser.add_argument("--workers", type=int, default=0, help="runs at a time")
     parser.add_argument("--max-hours", type=float, default=0.0, help="stop before so many hours")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as after Ctrl-C, results are left
     try:
         states = run_pack(**vars(parser.parse_args()))
     except ConfigError as error:
         print(f"run.sh: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as error:
+        print(f"run.sh: {str(error) or 'interrupted before a run began.'}", file=sys.stderr)
+        sys.exit(130)
     for state in states:
         if state["status"] != "done":
             print(f"{state['run']} {state['status']}: {state['error']}", file=sys.stderr)
     sys.exit(0 if all(state["status"] == "done" for state in states) else 1)
 
-# %% ../../nbs/runs/14_pack.ipynb #f5fabca5
+# %% ../../nbs/runs/14_pack.ipynb #283787ba
 _LARGE = (".keras", ".npz", ".h5")  # endings of networks and their arrays
 
 
@@ -753,7 +761,7 @@ def _copy_run(source: Path, target: Path, networks: bool) -> None:
     if left:
         write_json(target / ELSEWHERE, {"why": "the network stayed where it was trained", "files": left})
 
-# %% ../../nbs/runs/14_pack.ipynb #13a58d49
+# %% ../../nbs/runs/14_pack.ipynb #021b5bc9
 def _open_results(file: Path, folder: Path) -> dict:
     "Unpack an archive of results and check it; its results.json."
     if not file.is_file():
@@ -783,7 +791,7 @@ def _score(folder: Path) -> str:
     except (ConfigError, OSError, LookupError, TypeError, ValueError):
         return "no balanced accuracy"
 
-# %% ../../nbs/runs/14_pack.ipynb #762ef303
+# %% ../../nbs/runs/14_pack.ipynb #2c880b76
 def unpack_results(
     file: str | Path,  # results.tar.xz of a pack
     reports: str | Path = "reports",  # the folder of all suites
