@@ -97,6 +97,7 @@ def run_suite(
     build=None,  # makes the pages of a suite's folder and returns the first; None: no pages
     max_hours: float = 0.0,  # stop at the end of an epoch before so many hours; 0: never
     trackers: Sequence[str] = (),  # where else to record finished runs; see `runs.trackers`
+    leave=None,  # called with the suite's folder whenever a run has ended
 ) -> tuple[Path, list[dict]]:
     """Execute a suite and build its report: the page (or the folder) and the status of every run.
 
@@ -140,6 +141,8 @@ def run_suite(
         for state in ending:
             record.add(state | {"when": now()})
             trackers = track_runs(folder, record.done(), trackers, watch.say)
+            if leave:
+                leave(folder)
             due = took < 2 or time.monotonic() - since > 10 * took
             if build and state["status"] == "done" and due and len(states) < len(plan):
                 since = time.monotonic()

@@ -253,6 +253,7 @@ def _dataset_record(data: Data) -> dict:
         "positive": _own_positive(data),  # what config names comes first
         "found": [list(entry) for entry in dataset.account.found],
         "not_used": [list(entry) for entry in dataset.account.not_used],
+        **({"recompressed": data.recompressed} if data.recompressed else {}),
     }
 
 
@@ -309,7 +310,7 @@ def _save_tables(folder: Path, data: Data, history: pd.DataFrame, predictions) -
     history.to_csv(folder / "history.csv", index=False)
     predictions.to_parquet(folder / "predictions.parquet", index=False)
     data.manifest[[*_COLUMNS, *FACTS]].to_parquet(folder / "split.parquet", index=False)
-    if data.config.audit != "none":  # for runs that start from this one, on other images
+    if data.config.audit != "none" and not data.recompressed:  # for runs that start from this one, on other images
         trained = data.manifest[data.manifest["split"] == "train"]
         prints = fingerprints(trained, cache_dir())
         prints.to_parquet(folder / "fingerprints.parquet", index=False, compression="zstd")
