@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESIZE_METHODS', 'AUGMENTATIONS', 'MIXES', 'show_images', 'resize_image', 'read_pixels', 'ImageStore', 'build_store',
-           'batch_generator', 'augment_images', 'mix_settings', 'mix_batch', 'make_batches']
+           'batch_generator', 'spread_settings', 'dermoscopy_steps', 'augment_images', 'mix_settings', 'mix_batch',
+           'make_batches']
 
 # %% ../../nbs/data/12_images.ipynb #7c6de9a6
 import collections
@@ -519,12 +520,9 @@ def _keras_cv():
         from keras_cv import layers
     except (ImportError, ValueError) as error:  # keras-cv raises either
         raise ConfigError(
-            "augmentation 'dermoscopy' needs TensorFlow and keras-cv, which cannot be "
-            f"imported ({_reason(error)}): install both, or use 'light'."
+            "augmentation 'dermoscopy' needs keras-cv on TensorFlow, and it cannot be imported "
+            f"({_reason(error)}): `pip install 'dermnb[tensorflow]'`, or use 'light'."
         ) from error
-    if backend() != "tensorflow":
-        # TensorFlow only prepares images here: the GPU's memory is another's.
-        tf.config.set_visible_devices([], "GPU")
     return tf, layers
 
 # %% ../../nbs/data/12_images.ipynb #de1b117e
@@ -630,6 +628,158 @@ def _dermoscopy_function(size: int) -> Callable:
 
     return run
 
+# %% ../../nbs/data/12_images.ipynb #02670fb8
+_SETTINGS_OF = {  # settings that only some images have
+    "rotate": ("angles",),
+    "saturate": ("saturation",),
+    "shift_hue": ("hue",),
+    "blur": (),
+    "cut": ("centers_x", "centers_y", "rectangles_width", "rectangles_height"),
+}
+
+
+def spread_settings(
+    settings: dict[str, np.ndarray],  # of `_dermoscopy_settings`
+    count: int,  # images of the batch
+) -> dict[str, np.ndarray]:  # bool (B,) for each such step; float32 (B,) or as they were
+    "The settings of a batch in shapes that depend on its size alone."
+    spread = {name: settings[name] for name in ("brightness", "contrast", "sigma")}
+    for step, names in _SETTINGS_OF.items():
+        which = settings[step]
+        spread[step] = np.isin(np.arange(count), which)
+        for name in names:
+            spread[name] = np.zeros(count, np.float32)
+            spread[name][which] = settings[name]
+    return spread
+
+# %% ../../nbs/data/12_images.ipynb #d417f16c
+def _turned(ops, images, s):
+    # Keras' affine_transform takes eight pixels for one, as it interpolates colors too.
+    count, size = ops.shape(images)[0], images.shape[1]
+    cos, sin = (f(s["angles"])[:, None, None] for f in (ops.cos, ops.sin))
+    place = ops.arange(size, dtype="float32") - (size - 1) / 2
+    x, y = place[None, None, :], place[None, :, None]
+
+    def reflected(position):
+        position = (position + size / 2) % (2 * size)
+        return ops.minimum(position, 2 * size - position) - 0.5
+
+    x, y = reflected(cos * x - sin * y), reflected(sin * x + cos * y)
+    left, top = ops.floor(x), ops.floor(y)
+    flat = ops.reshape(images, (-1, 3))
+    first = (ops.arange(count) * size**2)[:, None, None]
+
+    def pixels(y, x):
+        y, x = (ops.cast(ops.clip(p, 0, size - 1), "int32") for p in (y, x))
+        return ops.take(flat, first + y * size + x, axis=0)
+
+    x, y = (x - left)[..., None], (y - top)[..., None]
+    above = (1 - x) * pixels(top, left) + x * pixels(top, left + 1)
+    below = (1 - x) * pixels(top + 1, left) + x * pixels(top + 1, left + 1)
+    return (1 - y) * above + y * below
+
+
+def _brightened(ops, images, s):
+    return ops.clip(images + s["brightness"], 0.0, 255.0)
+
+
+def _contrasted(ops, images, s):
+    mean = ops.mean(images, axis=(1, 2), keepdims=True)
+    return ops.clip((images - mean) * s["contrast"] + mean, 0.0, 255.0)
+
+
+def _in_hsv(ops, images, change):
+    "Images after `change` of their hue (0 to 1), saturation (0 to 1) and value."
+    hsv = ops.image.rgb_to_hsv(images / 255.0, data_format="channels_last")
+    hsv = ops.stack(change(hsv[..., 0], hsv[..., 1], hsv[..., 2]), axis=-1)
+    return 255.0 * ops.image.hsv_to_rgb(hsv, data_format="channels_last")
+
+
+def _saturated(ops, images, s):
+    factor = (s["saturation"] / (1 - s["saturation"]))[:, None, None]
+    return _in_hsv(ops, images, lambda h, c, v: (h, ops.clip(c * factor, 0.0, 1.0), v))
+
+
+def _hue_shifted(ops, images, s):
+    return _in_hsv(ops, images, lambda h, c, v: ((h + s["hue"][:, None, None]) % 1.0, c, v))
+
+
+def _blurred(ops, images, s):
+    size = images.shape[1]
+    margin = math.ceil(0.024 * size)  # two standard deviations each way
+    weights = ops.exp(-ops.square(ops.arange(-margin, margin + 1, dtype="float32") / s["sigma"][0]) / 2)
+    weights = weights / ops.sum(weights)
+    edges = [[0, 0], [margin] * 2, [margin] * 2, [0, 0]]
+    images = ops.pad(images, edges, "reflect")
+    images = sum(weights[i] * images[:, i : i + size] for i in range(2 * margin + 1))
+    return sum(weights[i] * images[:, :, i : i + size] for i in range(2 * margin + 1))
+
+
+def _cut(ops, images, s):
+    place = ops.arange(images.shape[1], dtype="float32")
+
+    def within(center, width):
+        low = (center - width / 2)[:, None]
+        return (place >= low) & (place < low + width[:, None])
+
+    rows = within(s["centers_y"], s["rectangles_height"])[:, :, None, None]
+    columns = within(s["centers_x"], s["rectangles_width"])[:, None, :, None]
+    return ops.where(rows & columns, 128.0, images)
+
+
+_STEPS = {
+    "rotate": _turned,
+    "brightness": _brightened,
+    "contrast": _contrasted,
+    "saturate": _saturated,
+    "shift_hue": _hue_shifted,
+    "blur": _blurred,
+    "cut": _cut,
+}
+
+
+def dermoscopy_steps(
+    images,  # float32 (B, S, S, 3), 0..255; a tensor, also of a function being compiled
+    spread: dict,  # of `spread_settings`, of the same batch
+    steps: Iterable[str] = tuple(_STEPS),  # which, in this order
+):  # float32 (B, S, S, 3), 0..255
+    "The policy without JPEG, in Keras' operations. Loads Keras."
+    from keras import ops
+
+    for step in steps:
+        changed = _STEPS[step](ops, images, spread)
+        if step in _SETTINGS_OF:
+            changed = ops.where(spread[step][:, None, None, None], changed, images)
+        images = changed
+    return ops.clip(images, 0.0, 255.0)
+
+# %% ../../nbs/data/12_images.ipynb #1b910e6f
+def _as_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
+    "A float32 image (S, S, 3) as it is after having been saved as JPEG."
+    saved = io.BytesIO()
+    Image.fromarray(np.rint(image).astype(np.uint8)).save(saved, "JPEG", quality=int(quality))
+    return np.asarray(Image.open(saved), np.float32)
+
+
+@functools.cache
+def _dermoscopy_in_jax() -> Callable:
+    "The policy as a function (images, settings) -> images, computed on the processor."
+    import jax
+
+    cpu = jax.devices("cpu")[0]  # the GPU has the network to compute
+    before = tuple(step for step in _STEPS if step != "cut")
+    compiled = jax.jit(dermoscopy_steps, static_argnames="steps")
+
+    def run(images, settings):
+        spread = spread_settings(settings, len(images))
+        with jax.default_device(cpu):
+            varied = np.array(compiled(images.astype(np.float32), spread, before))
+            for i, quality in zip(settings["compress"], settings["quality"], strict=True):
+                varied[i] = _as_jpeg(varied[i], quality)
+            return np.asarray(compiled(varied, spread, ("cut",)))
+
+    return run
+
 # %% ../../nbs/data/12_images.ipynb #e08193ee
 @dataclass(frozen=True)
 class _Policy:
@@ -637,7 +787,6 @@ class _Policy:
 
     name: str
     title: str  # for people
-    needs_tensorflow: bool
     apply: Callable = field(repr=False)  # (uint8 (B, S, S, 3), Generator) -> 0..255
     turns: Callable | None = field(default=None, repr=False)  # (B, Generator) -> turn, flip; if that is all
 
@@ -660,16 +809,16 @@ _first_use = threading.Lock()  # threads that meet here would each compile the p
 def _dermoscopy(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     size = images.shape[1]
     with _first_use:
-        run = _dermoscopy_function(size)
+        run = _dermoscopy_function(size) if backend() == "tensorflow" else _dermoscopy_in_jax()
     return run(_light(images, rng), _dermoscopy_settings(len(images), size, rng))
 
 
 AUGMENTATIONS = {
     policy.name: policy
     for policy in (
-        _Policy("none", "as stored", False, lambda images, rng: images, _as_stored),
-        _Policy("light", "mirrored and turned by right angles", False, _light, _turns),
-        _Policy("dermoscopy", "turned freely, colors, blur, JPEG", True, _dermoscopy),
+        _Policy("none", "as stored", lambda images, rng: images, _as_stored),
+        _Policy("light", "mirrored and turned by right angles", _light, _turns),
+        _Policy("dermoscopy", "turned freely, colors, blur, JPEG", _dermoscopy),
     )
 }
 
