@@ -6,7 +6,7 @@
 __all__ = ['SUMS', 'WEBP_METHOD', 'QUALITIES', 'write_sums', 'check_sums', 'encode_square', 'read_have', 'find_wheels',
            'pack_suite', 'run_pack', 'main', 'write_results', 'unpack_results']
 
-# %% ../../nbs/runs/14_pack.ipynb #08eea837
+# %% ../../nbs/runs/14_pack.ipynb #70b405c0
 import argparse
 import contextlib
 import functools
@@ -59,10 +59,9 @@ from dermnb.runs.folders import (
     validate_run,
 )
 from .kernels import working_on
-from .prepare import Data, prepare_data, prepared_key, write_prepared
 from .suites import PlannedRun, default_profile, load_suite, resolve_suite, search_of
 
-# %% ../../nbs/runs/14_pack.ipynb #ffb0a937
+# %% ../../nbs/runs/14_pack.ipynb #dac37ba6
 SUMS = "SHA256SUMS"
 
 
@@ -97,7 +96,7 @@ def check_sums(
     if bad:
         raise ConfigError(f"{what} is damaged ({listing(bad, 3)}): copy it again.")
 
-# %% ../../nbs/runs/14_pack.ipynb #863d1009
+# %% ../../nbs/runs/14_pack.ipynb #93b8a5bb
 WEBP_METHOD = 6  # the slowest, and the smallest
 QUALITIES = (85, 80, 75, 70, 65, 60)  # the first; then those that a budget may ask for, to the floor
 
@@ -132,7 +131,7 @@ def _write_zip(path: Path, members: Iterable[tuple[str, bytes]]) -> int:
             archive.writestr(zipfile.ZipInfo(name), content)
     return path.stat().st_size
 
-# %% ../../nbs/runs/14_pack.ipynb #1cbc60bb
+# %% ../../nbs/runs/14_pack.ipynb #ad18cb3b
 _ROOTS = (
     *("keras", "jax", "numpy", "pandas", "pyarrow", "scipy", "scikit-learn", "pillow", "h5py"),
     *("papermill", "nbclient", "nbformat", "jupyter-client", "ipykernel", "distributed"),
@@ -164,7 +163,7 @@ def read_have(
         have[_plain(found[1])] = found[3] or ""
     return have
 
-# %% ../../nbs/runs/14_pack.ipynb #47df25ce
+# %% ../../nbs/runs/14_pack.ipynb #10975fd7
 def _platforms(platform: str) -> list[str]:
     "The tags of wheels that a machine takes: of its C library and all older ones."
     found = re.fullmatch(r"manylinux_2_(\d+)_(\w+)", platform)
@@ -223,7 +222,7 @@ def _needed(
                 waiting.append(wanted.name)
     return take, absent
 
-# %% ../../nbs/runs/14_pack.ipynb #6baf2bdf
+# %% ../../nbs/runs/14_pack.ipynb #7af5eb26
 def find_wheels(
     have: Mapping[str, str],  # of `read_have`
     python: str,  # "3.12"
@@ -263,7 +262,7 @@ def _fetch_wheels(wheels: Mapping[str, str], python: str, platform: str, folder:
             files = [(i.filename, archive.read(i)) for i in archive.infolist() if not i.is_dir()]
         _write_zip(wheel, files)
 
-# %% ../../nbs/runs/14_pack.ipynb #745dd83b
+# %% ../../nbs/runs/14_pack.ipynb #b0132e52
 def _tar_xz(folder: Path, target: Path) -> int:
     "All files of a folder, sorted and without owners or dates, as one compressed stream; its bytes."
     with lzma.open(target, "wb", preset=9 | lzma.PRESET_EXTREME) as stream, tarfile.open(fileobj=stream, mode="w") as tar:
@@ -291,7 +290,7 @@ def _kept(name: str, parts: Mapping, make: Callable[[Path], None]) -> Path:
             os.replace(Path(place) / "part", target)
     return target
 
-# %% ../../nbs/runs/14_pack.ipynb #462b67ec
+# %% ../../nbs/runs/14_pack.ipynb #399dc39f
 @dataclass
 class _Pack:
     "What is known of a pack while it is made."
@@ -300,7 +299,7 @@ class _Pack:
     place: Path  # the folder that becomes the archive
     say: Callable[[str], object]
     sizes: dict[str, int] = field(default_factory=dict)  # bytes by part
-    data: dict[str, tuple[Data, str]] = field(default_factory=dict)  # key -> data, base
+    data: dict[str, tuple] = field(default_factory=dict)  # key -> data, base
     images: list[dict] = field(default_factory=list)  # for pack.json
 
     @property
@@ -311,9 +310,11 @@ class _Pack:
     def trained(self) -> list[ExperimentConfig]:
         return [config for config in self.configs if not config.members]
 
-# %% ../../nbs/runs/14_pack.ipynb #ba241b3c
+# %% ../../nbs/runs/14_pack.ipynb #3a50124e
 def _prepare_all(pack: _Pack) -> None:
-    "What `prepare_data` gives for every distinct configuration of data."
+    "What `prepare_data` gives for every distinct configuration of data. Loads Keras."
+    from dermnb.runs.prepare import prepare_data, prepared_key  # not where the runs are executed
+
     bases = {config.base for config in pack.trained if config.base}
     with tempfile.TemporaryDirectory() as place:
         for config in pack.trained:
@@ -326,7 +327,7 @@ def _prepare_all(pack: _Pack) -> None:
                 _stand_in(Path(place) / config.run, config, pack.data[key][0])
 
 
-def _stand_in(folder: Path, config: ExperimentConfig, data: Data) -> None:
+def _stand_in(folder: Path, config: ExperimentConfig, data) -> None:
     "As much of a run as `prepare_data` reads of a base."
     write_json(folder / "run.json", {"config": config.model_dump(exclude={"data_dir"})})
     data.manifest.drop(columns="path").to_parquet(folder / "split.parquet", index=False)
@@ -334,14 +335,14 @@ def _stand_in(folder: Path, config: ExperimentConfig, data: Data) -> None:
         _prints_of(data).to_parquet(folder / "fingerprints.parquet", index=False)
 
 
-def _prints_of(data: Data) -> pd.DataFrame:
+def _prints_of(data) -> pd.DataFrame:
     "Fingerprints of the original training images, as a run keeps them."
     return fingerprints(data.manifest[data.manifest["split"] == "train"], cache_dir())
 
-# %% ../../nbs/runs/14_pack.ipynb #a2f9d364
-def _squares_of(pack: _Pack) -> dict[tuple[str, int], dict[str, Data]]:
+# %% ../../nbs/runs/14_pack.ipynb #7afce4e8
+def _squares_of(pack: _Pack) -> dict[tuple[str, int], dict]:
     "The images of each resize method and size: image_id -> data that has it."
-    found: dict[tuple[str, int], dict[str, Data]] = {}
+    found: dict[tuple[str, int], dict] = {}
     for data, _ in pack.data.values():
         ids = found.setdefault((data.config.resize, data.config.image_size), {})
         for image_id in data.manifest["image_id"].astype(str):
@@ -349,7 +350,7 @@ def _squares_of(pack: _Pack) -> dict[tuple[str, int], dict[str, Data]]:
     return found
 
 
-def _pixels(ids: Mapping[str, Data], some: Iterable[str]) -> Iterable[np.ndarray]:
+def _pixels(ids: Mapping, some: Iterable[str]) -> Iterable[np.ndarray]:
     for image_id in some:
         data = ids[image_id]
         yield data.store.read(data.store.rows([image_id]))[0]
@@ -384,9 +385,11 @@ def _choose_quality(pack: _Pack, squares: Mapping, quality: int, budget: int) ->
 def _mib(size: float) -> str:
     return f"{size / 2**20:.1f} MiB"
 
-# %% ../../nbs/runs/14_pack.ipynb #bbafe07d
+# %% ../../nbs/runs/14_pack.ipynb #3bc914ab
 def _write_images(pack: _Pack, squares: Mapping, quality: int) -> None:
     "The archives of images, and what was prepared, which refers to them."
+    from dermnb.runs.prepare import write_prepared
+
     for (method, size), ids in squares.items():
         pack.say(f"encoding {plural(len(ids), 'image')} at {size} px as WebP, quality {quality}")
         name = f"images/{method}-{size}.zip"
@@ -404,8 +407,10 @@ def _write_images(pack: _Pack, squares: Mapping, quality: int) -> None:
     pack.sizes["prepared data"] = sum(file.stat().st_size for file in files)
 
 
-def _write_masks(pack: _Pack, data: Data, base: str) -> dict[str, str]:
+def _write_masks(pack: _Pack, data, base: str) -> dict[str, str]:
     "Masks of the test images, where a run is explained by them; image_id -> where."
+    from dermnb.runs.prepare import prepared_key
+
     key = prepared_key(data.config, base)
     asked = [c for c in pack.trained if c.explain and prepared_key(c.data, c.base) == key]
     rows = data.manifest.iloc[data.positions("test")]
@@ -420,7 +425,7 @@ def _write_masks(pack: _Pack, data: Data, base: str) -> dict[str, str]:
     pack.sizes["masks of test images"] = pack.sizes.get("masks of test images", 0) + size
     return {image_id: f"{name}::{member}" for image_id, member in members.items()}
 
-# %% ../../nbs/runs/14_pack.ipynb #f126e93b
+# %% ../../nbs/runs/14_pack.ipynb #554daf19
 def _write_weights(pack: _Pack, where: str) -> dict[str, str]:
     "The files of weights that networks start from; name -> SHA-256."
     files: dict[str, Path] = {}
@@ -459,7 +464,7 @@ def _write_wheels(pack: _Pack, wheels: Mapping[str, str], python: str, platform:
     shutil.copyfile(_kept("wheels", made_of, gather), pack.place / "wheels.tar.xz")
     pack.sizes["Python packages"] = (pack.place / "wheels.tar.xz").stat().st_size
 
-# %% ../../nbs/runs/14_pack.ipynb #36f0a204
+# %% ../../nbs/runs/14_pack.ipynb #72043800
 def _write_project(pack: _Pack, suite_file: Path) -> str:
     "dermnb, the experiment notebooks, the suite, and files that configs name; the suite's place."
     import dermnb
@@ -496,7 +501,7 @@ def _named_files(pack: _Pack) -> Iterable[str]:
                 raise ConfigError(f"{what} {name!r} of {config.run} lies outside this folder: name it relative to here, so that it has the same place in the pack.")
             yield name
 
-# %% ../../nbs/runs/14_pack.ipynb #49f855d0
+# %% ../../nbs/runs/14_pack.ipynb #42d0bf56
 def _check_plan(plan: list[PlannedRun], suite, profile: str, where: str) -> None:
     names = {planned.config.run for planned in plan}
     if search_of(suite, profile):
@@ -511,7 +516,7 @@ def _suite_file(suite: str | Path) -> Path:
     file = Path(suite)
     return file if file.is_file() else notebooks_dir() / "suites" / f"{suite}.yaml"
 
-# %% ../../nbs/runs/14_pack.ipynb #11040cde
+# %% ../../nbs/runs/14_pack.ipynb #9c25fc6a
 def pack_suite(
     suite: str | Path,  # a suite file, or the name of one
     out: str | Path,  # the archive to write
@@ -527,7 +532,9 @@ def pack_suite(
     quality: int = QUALITIES[0],  # of WebP
     say: Callable[[str], object] = _print,
 ) -> Path:
-    "Write a suite and all that it needs into one archive; whole, or not at all."
+    "Write a suite and all that it needs into one archive; whole, or not at all. Loads Keras."
+    from dermnb.runs.prepare import prepared_key
+
     loaded, out = load_suite(suite), Path(out)
     profile = profile or ("gpu" if "gpu" in loaded.profiles else default_profile())
     overrides = dict(overrides or {}) | ({"image_size": image_size} if image_size else {})
@@ -566,7 +573,7 @@ def pack_suite(
             "weights": weights,
             "images": pack.images,
             "data": {c.dataset: data_key(c.dataset, c.data_dir) for c in pack.trained},
-            "git_commit": provenance()["git_commit"],
+            "code": {k: v for k, v in provenance().items() if k.startswith("git")},
             "made": now(),
         }
         about["id"] = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
@@ -603,7 +610,7 @@ def _keep_prints(pack: _Pack, name: str) -> None:
             place.mkdir(parents=True, exist_ok=True)
             _prints_of(data).to_parquet(place / f"{key}.parquet", index=False, compression="zstd")
 
-# %% ../../nbs/runs/14_pack.ipynb #ba01cdd2
+# %% ../../nbs/runs/14_pack.ipynb #2166f5e6
 _RUN_SH = r"""#!/bin/sh
 # Checks the pack, installs into this folder, runs the suite, leaves results.tar.xz here.
 # PYTHON=python3.12 sh run.sh [--results FILE] [--networks] [--workers N] [--max-hours H]
@@ -660,7 +667,7 @@ cd project
 exec "$python" -c "from dermnb.runs.pack import main; main()" "$@"
 """
 
-# %% ../../nbs/runs/14_pack.ipynb #2886325c
+# %% ../../nbs/runs/14_pack.ipynb #8bd5d671
 def run_pack(
     results: str | Path = "",  # the archive to write; empty: results.tar.xz in the pack's folder
     networks: bool = False,  # bring trained networks along, which are large
@@ -715,7 +722,7 @@ def main() -> None:
             print(f"{state['run']} {state['status']}: {state['error']}", file=sys.stderr)
     sys.exit(0 if all(state["status"] == "done" for state in states) else 1)
 
-# %% ../../nbs/runs/14_pack.ipynb #283787ba
+# %% ../../nbs/runs/14_pack.ipynb #78f5c728
 _LARGE = (".keras", ".npz", ".h5")  # endings of networks and their arrays
 
 
@@ -761,7 +768,7 @@ def _copy_run(source: Path, target: Path, networks: bool) -> None:
     if left:
         write_json(target / ELSEWHERE, {"why": "the network stayed where it was trained", "files": left})
 
-# %% ../../nbs/runs/14_pack.ipynb #021b5bc9
+# %% ../../nbs/runs/14_pack.ipynb #0e5bfa0e
 def _open_results(file: Path, folder: Path) -> dict:
     "Unpack an archive of results and check it; its results.json."
     if not file.is_file():
@@ -791,7 +798,7 @@ def _score(folder: Path) -> str:
     except (ConfigError, OSError, LookupError, TypeError, ValueError):
         return "no balanced accuracy"
 
-# %% ../../nbs/runs/14_pack.ipynb #2c880b76
+# %% ../../nbs/runs/14_pack.ipynb #48cac153
 def unpack_results(
     file: str | Path,  # results.tar.xz of a pack
     reports: str | Path = "reports",  # the folder of all suites
@@ -808,7 +815,7 @@ def unpack_results(
         states = {}
         for run in found["runs"]:
             validate_run(came / "runs" / run)
-            states[run] = _compare(came / "runs" / run, suite_dir / run)
+            states[run] = _compare(came / "runs" / run, suite_dir / run, about["id"])
         others = [run for run, state in states.items() if state == "other"]
         if others and not replace:
             told = [f"{run} ({_score(suite_dir / run)} here, {_score(came / 'runs' / run)} there)" for run in others]
@@ -832,20 +839,23 @@ def unpack_results(
     return suite_dir
 
 
-def _compare(came: Path, here: Path) -> str:
+def _compare(came: Path, here: Path, pack: str) -> str:
     "new, same or other: what stands at a run's place, beside what came."
-    if not (here / "run.json").is_file():
-        return "new"
-    table = here / "predictions.parquet"
-    same = table.is_file() and file_hash(table) == file_hash(came / "predictions.parquet")
-    return "same" if same and (here / ELSEWHERE).is_file() else "other"
+    try:
+        record = read_json(here / "run.json")
+        same = file_hash(here / "predictions.parquet") == file_hash(came / "predictions.parquet")
+    except (ConfigError, ValueError, OSError):
+        return "other" if (here / "run.json").is_file() else "new"
+    if not same or record.get("pack", {}).get("id") != pack:
+        return "other"
+    # It may have come without its network before, and now with it.
+    return "new" if (here / ELSEWHERE).is_file() > (came / ELSEWHERE).is_file() else "same"
 
 
 def _complete(came: Path, about: Mapping, run: str, say) -> None:
     "Add to a run what only this machine knows: fingerprints of originals, and the code's commit."
     record = read_json(came / "run.json")
-    made = record.get("provenance", {})
-    made["git_commit"] = made.get("git_commit") or about.get("git_commit", "")
+    record["provenance"] |= about["code"]  # there, dermnb lies in no repository
     record["pack"] = {k: about[k] for k in ("id", "made", "images")}
     write_json(came / "run.json", record)
     key = about["prepared"].get(run, "")
