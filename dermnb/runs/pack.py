@@ -6,7 +6,7 @@
 __all__ = ['SUMS', 'WEBP_METHOD', 'QUALITIES', 'write_sums', 'check_sums', 'encode_square', 'read_have', 'find_wheels',
            'pack_suite', 'run_pack', 'main', 'write_results', 'unpack_results']
 
-# %% ../../nbs/runs/14_pack.ipynb #70b405c0
+# %% ../../nbs/runs/14_pack.ipynb #ec2dc7e6
 import argparse
 import contextlib
 import functools
@@ -61,7 +61,7 @@ from dermnb.runs.folders import (
 from .kernels import working_on
 from .suites import PlannedRun, default_profile, load_suite, resolve_suite, search_of
 
-# %% ../../nbs/runs/14_pack.ipynb #dac37ba6
+# %% ../../nbs/runs/14_pack.ipynb #e7d774bd
 SUMS = "SHA256SUMS"
 
 
@@ -96,7 +96,7 @@ def check_sums(
     if bad:
         raise ConfigError(f"{what} is damaged ({listing(bad, 3)}): copy it again.")
 
-# %% ../../nbs/runs/14_pack.ipynb #93b8a5bb
+# %% ../../nbs/runs/14_pack.ipynb #d484cf41
 WEBP_METHOD = 6  # the slowest, and the smallest
 QUALITIES = (85, 80, 75, 70, 65, 60)  # the first; then those that a budget may ask for, to the floor
 
@@ -131,7 +131,7 @@ def _write_zip(path: Path, members: Iterable[tuple[str, bytes]]) -> int:
             archive.writestr(zipfile.ZipInfo(name), content)
     return path.stat().st_size
 
-# %% ../../nbs/runs/14_pack.ipynb #ad18cb3b
+# %% ../../nbs/runs/14_pack.ipynb #04bb962c
 _ROOTS = (
     *("keras", "jax", "numpy", "pandas", "pyarrow", "scipy", "scikit-learn", "pillow", "h5py"),
     *("papermill", "nbclient", "nbformat", "jupyter-client", "ipykernel", "distributed"),
@@ -163,7 +163,7 @@ def read_have(
         have[_plain(found[1])] = found[3] or ""
     return have
 
-# %% ../../nbs/runs/14_pack.ipynb #10975fd7
+# %% ../../nbs/runs/14_pack.ipynb #daa05874
 def _platforms(platform: str) -> list[str]:
     "The tags of wheels that a machine takes: of its C library and all older ones."
     found = re.fullmatch(r"manylinux_2_(\d+)_(\w+)", platform)
@@ -222,7 +222,7 @@ def _needed(
                 waiting.append(wanted.name)
     return take, absent
 
-# %% ../../nbs/runs/14_pack.ipynb #7af5eb26
+# %% ../../nbs/runs/14_pack.ipynb #0e81ee19
 def find_wheels(
     have: Mapping[str, str],  # of `read_have`
     python: str,  # "3.12"
@@ -262,7 +262,7 @@ def _fetch_wheels(wheels: Mapping[str, str], python: str, platform: str, folder:
             files = [(i.filename, archive.read(i)) for i in archive.infolist() if not i.is_dir()]
         _write_zip(wheel, files)
 
-# %% ../../nbs/runs/14_pack.ipynb #b0132e52
+# %% ../../nbs/runs/14_pack.ipynb #050e96dd
 def _tar_xz(folder: Path, target: Path) -> int:
     "All files of a folder, sorted and without owners or dates, as one compressed stream; its bytes."
     with lzma.open(target, "wb", preset=9 | lzma.PRESET_EXTREME) as stream, tarfile.open(fileobj=stream, mode="w") as tar:
@@ -278,19 +278,30 @@ def _entry(path: Path, name: str):
     return entry, io.BytesIO(content)
 
 
-def _kept(name: str, parts: Mapping, make: Callable[[Path], None]) -> Path:
-    "A part that takes a minute to compress, kept in the cache by what it is made of."
+def _kept(name: str, parts: object, make: Callable[[Path], object]) -> Path:
+    "A file that takes a minute to make, kept in the cache by what it is made of."
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-    target = cache_dir() / "packs" / f"{name}-{digest}.tar.xz"
+    target = cache_dir() / "packs" / name.format(digest)
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as place:
-            make(files := Path(place) / "files")
-            _tar_xz(files, Path(place) / "part")
+            make(Path(place) / "part")
             os.replace(Path(place) / "part", target)
     return target
 
-# %% ../../nbs/runs/14_pack.ipynb #399dc39f
+
+def _kept_tar(name: str, parts: object, gather: Callable[[Path], object]) -> Path:
+    "`_kept` of the files that `gather` puts into a folder."
+
+    def make(part: Path):
+        files = part.with_name("files")
+        files.mkdir()
+        gather(files)
+        _tar_xz(files, part)
+
+    return _kept(f"{name}-{{}}.tar.xz", parts, make)
+
+# %% ../../nbs/runs/14_pack.ipynb #75c43da8
 @dataclass
 class _Pack:
     "What is known of a pack while it is made."
@@ -310,7 +321,7 @@ class _Pack:
     def trained(self) -> list[ExperimentConfig]:
         return [config for config in self.configs if not config.members]
 
-# %% ../../nbs/runs/14_pack.ipynb #3a50124e
+# %% ../../nbs/runs/14_pack.ipynb #cd4fec73
 def _prepare_all(pack: _Pack) -> None:
     "What `prepare_data` gives for every distinct configuration of data. Loads Keras."
     from dermnb.runs.prepare import prepare_data, prepared_key  # not where the runs are executed
@@ -339,7 +350,7 @@ def _prints_of(data) -> pd.DataFrame:
     "Fingerprints of the original training images, as a run keeps them."
     return fingerprints(data.manifest[data.manifest["split"] == "train"], cache_dir())
 
-# %% ../../nbs/runs/14_pack.ipynb #7afce4e8
+# %% ../../nbs/runs/14_pack.ipynb #811e47ff
 def _squares_of(pack: _Pack) -> dict[tuple[str, int], dict]:
     "The images of each resize method and size: image_id -> data that has it."
     found: dict[tuple[str, int], dict] = {}
@@ -385,7 +396,7 @@ def _choose_quality(pack: _Pack, squares: Mapping, quality: int, budget: int) ->
 def _mib(size: float) -> str:
     return f"{size / 2**20:.1f} MiB"
 
-# %% ../../nbs/runs/14_pack.ipynb #3bc914ab
+# %% ../../nbs/runs/14_pack.ipynb #093b50e9
 def _write_images(pack: _Pack, squares: Mapping, quality: int) -> None:
     "The archives of images, and what was prepared, which refers to them."
     from dermnb.runs.prepare import write_prepared
@@ -394,9 +405,16 @@ def _write_images(pack: _Pack, squares: Mapping, quality: int) -> None:
         pack.say(f"encoding {plural(len(ids), 'image')} at {size} px as WebP, quality {quality}")
         name = f"images/{method}-{size}.zip"
         members = {image_id: f"{i:x}.webp" for i, image_id in enumerate(ids)}
-        encoded = _encode_all(_pixels(ids, ids), quality)
         made = {"format": "WebP", "quality": quality, "method": WEBP_METHOD, "size": size}
-        count = _write_zip(pack.place / name, zip(members.values(), encoded, strict=True))
+        pixels = [int(data.store.checksums[data.store.index[i]]) for i, data in ids.items()]
+
+        def write(part: Path, ids=ids, members=members):
+            encoded = _encode_all(_pixels(ids, ids), quality)
+            _write_zip(part, zip(members.values(), encoded, strict=True))
+
+        (pack.place / "images").mkdir(exist_ok=True)
+        shutil.copyfile(_kept("images-{}.zip", [[*ids], pixels, made], write), pack.place / name)
+        count = (pack.place / name).stat().st_size
         pack.sizes[f"images at {size} px"] = count
         pack.images.append({"file": name, "resize": method, "images": len(ids), "bytes": count} | made)
         for data, base in pack.data.values():
@@ -425,7 +443,7 @@ def _write_masks(pack: _Pack, data, base: str) -> dict[str, str]:
     pack.sizes["masks of test images"] = pack.sizes.get("masks of test images", 0) + size
     return {image_id: f"{name}::{member}" for image_id, member in members.items()}
 
-# %% ../../nbs/runs/14_pack.ipynb #554daf19
+# %% ../../nbs/runs/14_pack.ipynb #5874eabc
 def _write_weights(pack: _Pack, where: str) -> dict[str, str]:
     "The files of weights that networks start from; name -> SHA-256."
     files: dict[str, Path] = {}
@@ -442,11 +460,10 @@ def _write_weights(pack: _Pack, where: str) -> dict[str, str]:
         return {}
 
     def gather(folder: Path):
-        folder.mkdir()
         for name, file in files.items():
             shutil.copyfile(file, folder / name)
 
-    shutil.copyfile(_kept("weights", hashes, gather), pack.place / "weights.tar.xz")
+    shutil.copyfile(_kept_tar("weights", hashes, gather), pack.place / "weights.tar.xz")
     pack.sizes["weights"] = (pack.place / "weights.tar.xz").stat().st_size
     return hashes
 
@@ -457,14 +474,13 @@ def _write_wheels(pack: _Pack, wheels: Mapping[str, str], python: str, platform:
     pack.say(f"fetching {plural(len(wheels), 'package')} for Python {python} on {platform}")
 
     def gather(folder: Path):
-        folder.mkdir()
         _fetch_wheels(wheels, python, platform, folder)
 
     made_of = {"wheels": dict(wheels), "python": python, "platform": platform}
-    shutil.copyfile(_kept("wheels", made_of, gather), pack.place / "wheels.tar.xz")
+    shutil.copyfile(_kept_tar("wheels", made_of, gather), pack.place / "wheels.tar.xz")
     pack.sizes["Python packages"] = (pack.place / "wheels.tar.xz").stat().st_size
 
-# %% ../../nbs/runs/14_pack.ipynb #72043800
+# %% ../../nbs/runs/14_pack.ipynb #8142d14f
 def _write_project(pack: _Pack, suite_file: Path) -> str:
     "dermnb, the experiment notebooks, the suite, and files that configs name; the suite's place."
     import dermnb
@@ -501,7 +517,7 @@ def _named_files(pack: _Pack) -> Iterable[str]:
                 raise ConfigError(f"{what} {name!r} of {config.run} lies outside this folder: name it relative to here, so that it has the same place in the pack.")
             yield name
 
-# %% ../../nbs/runs/14_pack.ipynb #42d0bf56
+# %% ../../nbs/runs/14_pack.ipynb #f2c52360
 def _check_plan(plan: list[PlannedRun], suite, profile: str, where: str) -> None:
     names = {planned.config.run for planned in plan}
     if search_of(suite, profile):
@@ -516,7 +532,7 @@ def _suite_file(suite: str | Path) -> Path:
     file = Path(suite)
     return file if file.is_file() else notebooks_dir() / "suites" / f"{suite}.yaml"
 
-# %% ../../nbs/runs/14_pack.ipynb #9c25fc6a
+# %% ../../nbs/runs/14_pack.ipynb #9a879ef6
 def pack_suite(
     suite: str | Path,  # a suite file, or the name of one
     out: str | Path,  # the archive to write
@@ -610,7 +626,7 @@ def _keep_prints(pack: _Pack, name: str) -> None:
             place.mkdir(parents=True, exist_ok=True)
             _prints_of(data).to_parquet(place / f"{key}.parquet", index=False, compression="zstd")
 
-# %% ../../nbs/runs/14_pack.ipynb #2166f5e6
+# %% ../../nbs/runs/14_pack.ipynb #7e6ca6d6
 _RUN_SH = r"""#!/bin/sh
 # Checks the pack, installs into this folder, runs the suite, leaves results.tar.xz here.
 # PYTHON=python3.12 sh run.sh [--results FILE] [--networks] [--workers N] [--max-hours H]
@@ -667,7 +683,7 @@ cd project
 exec "$python" -c "from dermnb.runs.pack import main; main()" "$@"
 """
 
-# %% ../../nbs/runs/14_pack.ipynb #8bd5d671
+# %% ../../nbs/runs/14_pack.ipynb #c5bc4244
 def run_pack(
     results: str | Path = "",  # the archive to write; empty: results.tar.xz in the pack's folder
     networks: bool = False,  # bring trained networks along, which are large
@@ -722,7 +738,7 @@ def main() -> None:
             print(f"{state['run']} {state['status']}: {state['error']}", file=sys.stderr)
     sys.exit(0 if all(state["status"] == "done" for state in states) else 1)
 
-# %% ../../nbs/runs/14_pack.ipynb #78f5c728
+# %% ../../nbs/runs/14_pack.ipynb #bfb79f63
 _LARGE = (".keras", ".npz", ".h5")  # endings of networks and their arrays
 
 
@@ -768,7 +784,7 @@ def _copy_run(source: Path, target: Path, networks: bool) -> None:
     if left:
         write_json(target / ELSEWHERE, {"why": "the network stayed where it was trained", "files": left})
 
-# %% ../../nbs/runs/14_pack.ipynb #0e5bfa0e
+# %% ../../nbs/runs/14_pack.ipynb #de187f37
 def _open_results(file: Path, folder: Path) -> dict:
     "Unpack an archive of results and check it; its results.json."
     if not file.is_file():
@@ -798,7 +814,7 @@ def _score(folder: Path) -> str:
     except (ConfigError, OSError, LookupError, TypeError, ValueError):
         return "no balanced accuracy"
 
-# %% ../../nbs/runs/14_pack.ipynb #48cac153
+# %% ../../nbs/runs/14_pack.ipynb #e6b5d74d
 def unpack_results(
     file: str | Path,  # results.tar.xz of a pack
     reports: str | Path = "reports",  # the folder of all suites
