@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -200,3 +201,31 @@ def test_a_budget_lowers_the_quality_to_a_floor(home, demo_dir, tmp_path):
     pack.sizes["the rest"] = 2**20 - least // 2
     with pytest.raises(ConfigError, match=r"does not fit into 1 MiB.* at the lowest quality, 60"):
         packs._choose_quality(pack, squares, 85, 1)
+
+
+def test_masks_and_metadata_come_along_and_what_was_not_prepared_is_refused(
+    home, demo_dir, tmp_path, monkeypatch
+):
+    from dermnb.data.images import read_pixels
+    from dermnb.runs.prepare import images_of, prepare_data
+
+    asked = {"explain": 4, "metadata": "concat", "shuffle_metadata": True, "balance": 5}
+    plan = resolve_suite(load_suite(home / "small.yaml"), "cpu", asked, str(demo_dir))
+    pack, config = packs._Pack(plan, tmp_path, lambda line: None), plan[0].config
+    packs._prepare_all(pack)
+    packs._write_images(pack, packs._squares_of(pack), 85)
+    here = prepare_data(config.data)
+    monkeypatch.setenv("DERMNB_PACK", str(tmp_path))
+    there = prepare_data(config.data.model_copy(update={"data_dir": ""}))
+    np.testing.assert_array_equal(there.metadata, here.metadata)
+    np.testing.assert_array_equal(there.train_positions, here.train_positions)
+    test = here.positions("test")
+    found = images_of({"config": config.model_dump(exclude={"data_dir"})})
+    for old, new in zip(here.manifest["mask"].iloc[test], found["mask"].iloc[test], strict=True):
+        masks = [read_pixels(path, 32)[..., 0] > 127 for path in (old, new)]
+        np.testing.assert_array_equal(*masks)
+    ids = here.manifest["image_id"].iloc[test]
+    squares = [x.store.read(x.store.rows(ids)).astype(float) for x in (here, there)]
+    assert 0 < np.abs(squares[0] - squares[1]).mean() < 6  # of 255: it is another file of the same image
+    with pytest.raises(ConfigError, match=r"split lesion, seed 4\) were not prepared for the pack"):
+        prepare_data(config.data.model_copy(update={"split_seed": 4}))
