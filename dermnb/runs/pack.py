@@ -6,7 +6,7 @@
 __all__ = ['SUMS', 'WEBP_METHOD', 'QUALITIES', 'write_sums', 'check_sums', 'encode_square', 'read_have', 'find_wheels',
            'pack_suite', 'run_pack', 'main', 'write_results', 'unpack_results']
 
-# %% ../../nbs/runs/14_pack.ipynb #b98fbcd0
+# %% ../../nbs/runs/14_pack.ipynb #1fd543e5
 import argparse
 import contextlib
 import functools
@@ -61,7 +61,7 @@ from dermnb.runs.folders import (
 from .kernels import working_on
 from .suites import PlannedRun, default_profile, load_suite, resolve_suite, search_of
 
-# %% ../../nbs/runs/14_pack.ipynb #6d6e7692
+# %% ../../nbs/runs/14_pack.ipynb #3da8c0c2
 SUMS = "SHA256SUMS"
 
 
@@ -96,7 +96,7 @@ def check_sums(
     if bad:
         raise ConfigError(f"{what} is damaged ({listing(bad, 3)}): copy it again.")
 
-# %% ../../nbs/runs/14_pack.ipynb #87964d0b
+# %% ../../nbs/runs/14_pack.ipynb #5fbf3fb0
 WEBP_METHOD = 6  # the slowest, and the smallest
 QUALITIES = (85, 80, 75, 70, 65, 60)  # the first; then those that a budget may ask for, to the floor
 
@@ -131,10 +131,10 @@ def _write_zip(path: Path, members: Iterable[tuple[str, bytes]]) -> int:
             archive.writestr(zipfile.ZipInfo(name), content)
     return path.stat().st_size
 
-# %% ../../nbs/runs/14_pack.ipynb #7606185a
+# %% ../../nbs/runs/14_pack.ipynb #5325521a
 _ROOTS = (
     *("keras", "jax", "numpy", "pandas", "pyarrow", "scipy", "scikit-learn", "pillow", "h5py"),
-    *("papermill", "nbclient", "nbformat", "jupyter-client", "ipykernel", "distributed"),
+    *("papermill", "nbclient", "nbformat", "jupyter-client", "ipykernel"),
     *("pydantic", "pyyaml", "psutil", "filelock", "rich", "typer", "jinja2", "matplotlib", "pooch"),
 )
 _NOT_NEEDED = ("debugpy", "jedi", "parso")  # by a notebook that nobody types into
@@ -163,7 +163,7 @@ def read_have(
         have[_plain(found[1])] = found[3] or ""
     return have
 
-# %% ../../nbs/runs/14_pack.ipynb #4d93ad6d
+# %% ../../nbs/runs/14_pack.ipynb #d332924c
 def _platforms(platform: str) -> list[str]:
     "The tags of wheels that a machine takes: of its C library and all older ones."
     found = re.fullmatch(r"manylinux_2_(\d+)_(\w+)", platform)
@@ -222,7 +222,7 @@ def _needed(
                 waiting.append(wanted.name)
     return take, absent
 
-# %% ../../nbs/runs/14_pack.ipynb #ad702282
+# %% ../../nbs/runs/14_pack.ipynb #ec3945b8
 def find_wheels(
     have: Mapping[str, str],  # of `read_have`
     python: str,  # "3.12"
@@ -262,7 +262,7 @@ def _fetch_wheels(wheels: Mapping[str, str], python: str, platform: str, folder:
             files = [(i.filename, archive.read(i)) for i in archive.infolist() if not i.is_dir()]
         _write_zip(wheel, files)
 
-# %% ../../nbs/runs/14_pack.ipynb #b29127a0
+# %% ../../nbs/runs/14_pack.ipynb #a08c1b27
 def _tar_xz(folder: Path, target: Path) -> int:
     "All files of a folder, sorted and without owners, as one compressed stream; its bytes."
     with lzma.open(target, "wb", preset=9 | lzma.PRESET_EXTREME) as stream, tarfile.open(fileobj=stream, mode="w") as tar:
@@ -302,7 +302,7 @@ def _kept_tar(name: str, parts: object, gather: Callable[[Path], object]) -> Pat
 
     return _kept(f"{name}-{{}}.tar.xz", parts, make)
 
-# %% ../../nbs/runs/14_pack.ipynb #b5f8e305
+# %% ../../nbs/runs/14_pack.ipynb #28ba18ae
 @dataclass
 class _Pack:
     "What is known of a pack while it is made."
@@ -322,7 +322,7 @@ class _Pack:
     def trained(self) -> list[ExperimentConfig]:
         return [config for config in self.configs if not config.members]
 
-# %% ../../nbs/runs/14_pack.ipynb #cbe17dbd
+# %% ../../nbs/runs/14_pack.ipynb #17611882
 def _prepare_all(pack: _Pack) -> None:
     "What `prepare_data` gives for every distinct configuration of data. Loads Keras."
     from dermnb.runs.prepare import prepare_data, prepared_key  # not where the runs are executed
@@ -351,7 +351,7 @@ def _prints_of(data) -> pd.DataFrame:
     "Fingerprints of the original training images, as a run keeps them."
     return fingerprints(data.manifest[data.manifest["split"] == "train"], cache_dir())
 
-# %% ../../nbs/runs/14_pack.ipynb #1f395fe1
+# %% ../../nbs/runs/14_pack.ipynb #aaa95246
 def _squares_of(pack: _Pack) -> dict[tuple[str, int], dict]:
     "The images of each resize method and size: image_id -> data that has it."
     found: dict[tuple[str, int], dict] = {}
@@ -397,7 +397,7 @@ def _choose_quality(pack: _Pack, squares: Mapping, quality: int, budget: int) ->
 def _mib(size: float) -> str:
     return f"{size / 2**20:.1f} MiB"
 
-# %% ../../nbs/runs/14_pack.ipynb #a46bbaef
+# %% ../../nbs/runs/14_pack.ipynb #cadd6cdb
 def _write_images(pack: _Pack, squares: Mapping, quality: int) -> None:
     "The archives of images, and what was prepared, which refers to them."
     from dermnb.runs.prepare import write_prepared
@@ -444,7 +444,7 @@ def _write_masks(pack: _Pack, data, base: str) -> dict[str, str]:
     pack.sizes["masks of test images"] = pack.sizes.get("masks of test images", 0) + size
     return {image_id: f"{name}::{member}" for image_id, member in members.items()}
 
-# %% ../../nbs/runs/14_pack.ipynb #a634448c
+# %% ../../nbs/runs/14_pack.ipynb #743083ca
 def _write_weights(pack: _Pack, where: str) -> dict[str, str]:
     "The files of weights that networks start from; name -> SHA-256."
     files: dict[str, Path] = {}
@@ -481,7 +481,7 @@ def _write_wheels(pack: _Pack, wheels: Mapping[str, str], python: str, platform:
     shutil.copyfile(_kept_tar("wheels", made_of, gather), pack.place / "wheels.tar.xz")
     pack.sizes["Python packages"] = (pack.place / "wheels.tar.xz").stat().st_size
 
-# %% ../../nbs/runs/14_pack.ipynb #a82e075c
+# %% ../../nbs/runs/14_pack.ipynb #91ebe3ed
 def _write_project(pack: _Pack, suite_file: Path) -> str:
     "dermnb, the experiment notebooks, the suite, and files that configs name; the suite's place."
     import dermnb
@@ -518,7 +518,7 @@ def _named_files(pack: _Pack) -> Iterable[str]:
                 raise ConfigError(f"{what} {name!r} of {config.run} lies outside this folder: name it relative to here, so that it has the same place in the pack.")
             yield name
 
-# %% ../../nbs/runs/14_pack.ipynb #c10f062c
+# %% ../../nbs/runs/14_pack.ipynb #91eb862e
 _RUN_SH = r"""#!/bin/sh
 # Checks the pack, installs into this folder, runs the suite, leaves results.tar.xz here.
 # PYTHON=python3.12 sh run.sh [--results FILE] [--networks] [--workers N] [--max-hours H]
@@ -575,7 +575,7 @@ cd project
 exec "$python" -c "from dermnb.runs.pack import main; main()" "$@"
 """
 
-# %% ../../nbs/runs/14_pack.ipynb #70ea3831
+# %% ../../nbs/runs/14_pack.ipynb #be42c443
 def _check_plan(plan: list[PlannedRun], suite, profile: str, where: str) -> None:
     names = {planned.config.run for planned in plan}
     if search_of(suite, profile):
@@ -590,7 +590,7 @@ def _suite_file(suite: str | Path) -> Path:
     file = Path(suite)
     return file if file.is_file() else notebooks_dir() / "suites" / f"{suite}.yaml"
 
-# %% ../../nbs/runs/14_pack.ipynb #12d6bba0
+# %% ../../nbs/runs/14_pack.ipynb #6380ef7a
 def pack_suite(
     suite: str | Path,  # a suite file, or the name of one
     out: str | Path,  # the archive to write
@@ -684,7 +684,7 @@ def _keep_prints(pack: _Pack, name: str) -> None:
             place.mkdir(parents=True, exist_ok=True)
             _prints_of(data).to_parquet(place / f"{key}.parquet", index=False, compression="zstd")
 
-# %% ../../nbs/runs/14_pack.ipynb #c8fd9fa4
+# %% ../../nbs/runs/14_pack.ipynb #3dddbf1a
 def run_pack(
     results: str | Path = "",  # the archive to write; empty: results.tar.xz in the pack's folder
     networks: bool = False,  # bring trained networks along, which are large
@@ -739,7 +739,7 @@ def main() -> None:
             print(f"{state['run']} {state['status']}: {state['error']}", file=sys.stderr)
     sys.exit(0 if all(state["status"] == "done" for state in states) else 1)
 
-# %% ../../nbs/runs/14_pack.ipynb #707b975d
+# %% ../../nbs/runs/14_pack.ipynb #2befe519
 _LARGE = (".keras", ".npz", ".h5")  # endings of networks and their arrays
 
 
@@ -785,7 +785,7 @@ def _copy_run(source: Path, target: Path, networks: bool) -> None:
     if left:
         write_json(target / ELSEWHERE, {"why": "the network stayed where it was trained", "files": left})
 
-# %% ../../nbs/runs/14_pack.ipynb #592861e7
+# %% ../../nbs/runs/14_pack.ipynb #3769b233
 def _open_results(file: Path, folder: Path) -> dict:
     "Unpack an archive of results and check it; its results.json."
     if not file.is_file():
@@ -815,7 +815,7 @@ def _score(folder: Path) -> str:
     except (ConfigError, OSError, LookupError, TypeError, ValueError):
         return "no balanced accuracy"
 
-# %% ../../nbs/runs/14_pack.ipynb #15231420
+# %% ../../nbs/runs/14_pack.ipynb #b02257c7
 def unpack_results(
     file: str | Path,  # results.tar.xz of a pack
     reports: str | Path = "reports",  # the folder of all suites
