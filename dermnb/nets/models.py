@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FUSIONS', 'build_head', 'MetadataEncoder', 'fit_metadata', 'metablock', 'build_classifier', 'set_batch_norm_momentum',
-           'softmax', 'probabilities', 'Classifier', 'save_classifier', 'load_classifier']
+           'softmax', 'probabilities', 'Classifier', 'save_classifier', 'read_network', 'load_classifier']
 
 # %% ../../nbs/nets/03_models.ipynb #75db04a4
 import math
@@ -352,6 +352,14 @@ def save_classifier(
     return folder
 
 # %% ../../nbs/nets/03_models.ipynb #b09baca7
+def read_network(
+    file: str | Path,  # model.keras
+) -> keras.Model:
+    "A saved network, without what trained it; runs no code from the file."
+    with _weights_of_numpy(0):  # drawn first, and then read
+        return keras.saving.load_model(file, compile=False)
+
+
 def load_classifier(
     folder: str | Path,  # that `save_classifier` wrote
     model: keras.Model | None = None,  # that it wrote, where at hand: else it is loaded
@@ -365,7 +373,7 @@ def load_classifier(
             )
     labels = read_json(folder / "labels.json")
     if model is None:
-        model = keras.saving.load_model(folder / "model.keras", compile=False)
+        model = read_network(folder / "model.keras")
     return Classifier(
         model=model,
         classes=tuple(labels["classes"]),

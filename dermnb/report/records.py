@@ -108,6 +108,7 @@ PROVENANCE = {
     "cores": "Cores",
     "memory_gb": "Memory (GB)",
     "gpus": "Graphics processors",
+    "accelerator": "Graphics processor used",
     "seed": "Seed",
     "peak_memory_mb": "Peak memory (MB)",
     "started": "Started (UTC)",

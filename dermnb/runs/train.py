@@ -46,7 +46,7 @@ from ..nets.device import convolve_by_products, share_devices
 from ..nets.finetune import backbone_layers, fit_stages, make_schedule
 from ..nets.gradcam import cam_network
 from ..nets.losses import make_loss
-from ..nets.models import build_classifier, save_classifier
+from ..nets.models import build_classifier, read_network, save_classifier
 from ..nets.novelty import Novelty, known_images
 from ..nets.weights import find_weights, weights_origin
 from .bundle import write_bundle
@@ -122,7 +122,7 @@ def _copy_trunk(
             f"the base {base.name!r} is a {have}, and its backbone does not fit a "
             f"{backbone if layers else 'network without one'}: use the same backbone."
         )
-    trained = keras.saving.load_model(base / "model" / "model.keras", compile=False)
+    trained = read_network(base / "model" / "model.keras")
     for layer in layers:
         layer.set_weights(trained.get_layer(layer.name).get_weights())
     return len(layers)
