@@ -101,7 +101,8 @@ def read_pixels(
 
 # %% ../../nbs/data/12_images.ipynb #a21527da
 _VERSION = "v3"  # of decoding and resizing: a change of either starts a new store
-_COMMIT = 64  # images written between two commits
+_COMMIT = 256  # images written between two commits, at most
+_AHEAD = 2**25  # bytes of pixels that are decoded while others are written
 _HEADER = 128  # bytes before the first row of images.npy
 _LINE = 74  # bytes a line of rows.txt: a SHA-256 and a CRC-32 in hex, and a newline
 _ROW = re.compile(rb"[0-9a-f]{64} [0-9a-f]{8}\n")
@@ -208,13 +209,12 @@ class _Rows:
                 if f.tell() != length:  # Windows cuts no file that another run has mapped
                     f.truncate(length)
 
-    def append(self, images: list[np.ndarray], digests: list[str]) -> None:
+    def append(self, images: list[np.ndarray], digests: list[str], checksums: list[int]) -> None:
         with open(self.images, "r+b") as f:
             f.seek(_HEADER + self.count * self.row_bytes)
-            f.write(np.stack(images).tobytes())
+            f.writelines(images)  # not copied together first
             f.flush()
             os.fsync(f.fileno())
-            checksums = [zlib.crc32(image) for image in images]
             lines = [f"{d} {c:08x}\n" for d, c in zip(digests, checksums, strict=True)]
             with open(self.journal, "ab") as journal:
                 journal.write("".join(lines).encode("ascii"))
@@ -356,27 +356,29 @@ def _build(digests: dict, missing: dict, rows: _Rows, method: str, workers: int)
         if shutil.disk_usage(rows.folder).free < need:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         before, broken = rows.count, {}
-        images, names, stamps = [], [], {}
+        images, names, sums, stamps = [], [], [], {}
 
         def commit():
             if images:
-                rows.append(images, names)
+                rows.append(images, names, sums)
             _remember(folder / "digests.tsv", stamps)
-            images.clear(), names.clear(), stamps.clear()
+            images.clear(), names.clear(), sums.clear(), stamps.clear()
 
         def read(path):
             try:
                 data = read_image_bytes(path)
                 digest = hashlib.sha256(data).hexdigest()
                 if digest in rows.row_of:
-                    return digest, None
+                    return digest, None, 0
                 picture = open_picture(data, file_name(path))
-                return digest, resize_image(picture, rows.size, method)
+                image = resize_image(picture, rows.size, method)
+                return digest, image, zlib.crc32(image)
             except Exception as error:  # one image must not end the build
-                return None, error
+                return None, error, 0
 
-        results = _in_threads(read, missing, workers)
-        for done, (path, (digest, result)) in enumerate(results, start=1):
+        batch = max(1, min(_COMMIT, _AHEAD // rows.row_bytes))  # images between two commits
+        results = _in_threads(read, list(missing), workers, batch)
+        for done, (path, (digest, result, checksum)) in enumerate(results, start=1):
             if digest is None:
                 broken[path] = result
             else:
@@ -385,31 +387,36 @@ def _build(digests: dict, missing: dict, rows: _Rows, method: str, workers: int)
                 if digest not in rows.row_of and digest not in names:
                     images.append(result)
                     names.append(digest)
-            if len(images) >= _COMMIT or len(stamps) >= 8 * _COMMIT:
+                    sums.append(checksum)
+            if len(images) >= batch or len(stamps) >= 8 * _COMMIT:
                 commit()
             progress("decoding images", done, len(missing))
         commit()
     return before, broken
 
 # %% ../../nbs/data/12_images.ipynb #87b4c18d
-def _in_threads(function: Callable, items: Iterable, workers: int):
-    "Pairs (item, function(item)) in order, a few items ahead of the reader."
+def _in_threads(function: Callable, items: list, workers: int, ahead: int):
+    "Pairs (item, function(item)) in order, about `ahead` items before the reader."
     if not workers:
         cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
         workers = len(cores(0))
+    # A thread takes several small images at once: to hand one over costs as much as hashing it.
+    size = max(1, min(16, ahead // (2 * workers), len(items) // (4 * workers)))
     waiting = collections.deque()
+
+    def several(part):
+        return [(item, function(item)) for item in part]
+
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         try:
-            for item in items:
-                waiting.append((item, pool.submit(function, item)))
-                if len(waiting) > 4 * workers:
-                    item, future = waiting.popleft()
-                    yield item, future.result()
+            for start in range(0, len(items), size):
+                waiting.append(pool.submit(several, items[start : start + size]))
+                if len(waiting) * size > max(ahead, 4 * workers):
+                    yield from waiting.popleft().result()
             while waiting:
-                item, future = waiting.popleft()
-                yield item, future.result()
+                yield from waiting.popleft().result()
         finally:
-            for _, future in waiting:
+            for future in waiting:
                 future.cancel()
 
 # %% ../../nbs/data/12_images.ipynb #ff1b2972
