@@ -344,8 +344,8 @@ def _state_of(file: str, now: int) -> bytes | None:
 def _remembered(file: Path) -> tuple[pa.Array, pa.Array]:
     "Digests (32 bytes) and stamps, the newest first; torn lines are skipped."
     try:
-        text = np.fromfile(file, np.uint8)
-    except FileNotFoundError:
+        text = np.memmap(file, np.uint8, "r")
+    except (FileNotFoundError, ValueError):  # there is none, or it is empty
         text = np.empty(0, np.uint8)
     ends = np.flatnonzero(text == 10) + 1
     starts = np.append(0, ends[:-1]) if len(ends) else ends
