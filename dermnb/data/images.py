@@ -117,7 +117,7 @@ class RowIndex(Mapping):
         image_ids: Iterable[str],
         rows: Iterable[int],  # of each id
     ):
-        self.ids, self.numbers = _texts(image_ids), np.asarray(rows, np.int64)
+        self.ids, self.numbers = _texts(image_ids), np.fromiter(rows, np.int64)
 
     def find(self, image_ids: Iterable[str]) -> np.ndarray:
         "The row of each id (int64); -1 for one that is not there."
