@@ -1,5 +1,6 @@
 """The image store under faults, odd image files, and batches that repeat."""
 
+import hashlib
 import io
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +116,41 @@ def test_rows_without_digest_or_pixels_do_not_count(tmp_path):
     again = images.build_store(manifest, 16, "crop", tmp_path / "stores")
     assert again.decoded == 3
     check_pixels(again, manifest)
+
+
+def test_large_manifests_are_opened_from_arrays(tmp_path):
+    # Fabricated: a store of 30,000 images of an archive that is never opened.
+    count, archive = 30_000, tmp_path / "all.zip"
+    archive.write_bytes(b"PK")
+    os.utime(archive, (1e9, 1e9))
+    digests = [hashlib.sha256(b"%d" % i).hexdigest() for i in range(count)]
+    names = [f"ISIC_{i:07}" for i in range(count)]
+    paths = [f"{archive}::{name}.jpg" for name in names]
+    folder = tmp_path / "stores" / "crop-8px-v3"
+    folder.mkdir(parents=True)
+    order = np.random.default_rng(0).permutation(count)  # rows in another order than images
+    checksum = zlib.crc32(bytes(192))
+    lines = [f"{digests[i]} {checksum:08x}\n" for i in order]
+    (folder / "rows.txt").write_text("".join(lines))
+    with open(folder / "images.npy", "wb") as f:
+        f.truncate(128 + 192 * count)
+    known = [f"{'0' * 64}\t2\t{10**18}\t{paths[7]}"]  # an old line: the last one counts
+    known += [f"{d}\t2\t{10**18}\t{p}" for d, p in zip(digests, paths, strict=True)]
+    (tmp_path / "stores" / "digests.tsv").write_text("torn\n\n" + "\n".join(known) + "\n" + "f" * 80)
+    manifest = pd.DataFrame({"image_id": names, "path": paths})
+
+    store = images.build_store(manifest, 8, "crop", tmp_path / "stores")
+    assert store.decoded == 0 and len(store) == count
+    np.testing.assert_array_equal(store.rows(np.array(names)[order]), np.arange(count))
+    assert not store.read(store.rows(names[:9])).any()
+    kept = store.index.ids, store.index.numbers, store.checksums, store.checked
+    assert sum(array.nbytes for array in kept) < 40 * count
+    assert sorted(images.stored_paths(8, "crop", tmp_path / "stores")) == paths
+
+    lines[0] = lines[0].replace(" ", "_")  # no such line: its image is to be decoded anew
+    (folder / "rows.txt").write_text("".join(lines))
+    with pytest.raises(ConfigError, match=rf"{names[order[0]]}.*cannot be read"):
+        images.build_store(manifest, 8, "crop", tmp_path / "stores")
 
 
 def test_two_builders_at_once(tmp_path):

@@ -13,10 +13,10 @@ import os
 import re
 import threading
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..core import ConfigError
 
@@ -157,7 +157,9 @@ def to_rgb(
 ) -> Image.Image:
     "The image upright and in mode RGB, 8 bits a channel; ValueError for an unknown range."
     deep = _is_deep(image)
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it would be copied
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits, or 16 kept in 32
         gray = _brightness(np.asarray(image), stated)
         return Image.fromarray(gray).convert("RGB")
@@ -167,6 +169,8 @@ def to_rgb(
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         rgb = Image.alpha_composite(white, image).convert("RGB")
+    elif image.mode == "RGB":
+        rgb = image  # not copied either
     else:
         rgb = image.convert("RGB")
     if deep:  # Pillow has kept the upper 8 bits
@@ -267,6 +271,7 @@ class Picture:
     size: tuple[int, int]  # width and height as stored, pixels
     notes: tuple[str, ...] = ()  # what is converted, in plain words
     stated: int = 0  # bits in use of 16-bit gray, as the file says
+    opened: list = field(default_factory=list, repr=False)  # a JPEG, till it is decoded
 
     def rgb(
         self,
@@ -278,7 +283,10 @@ class Picture:
             if isinstance(image, bytes):
                 if kind_of(image) == "DICOM":
                     return _dicom_rgb(image)
-                image = _open(image)
+                try:
+                    image = self.opened.pop()
+                except IndexError:
+                    image = _open(image)
                 if shortest:
                     image.draft("RGB", (shortest, shortest))  # others than JPEG ignore it
             return to_rgb(image, self.stated)
@@ -316,7 +324,8 @@ def _looked_at(image: Image.Image, name: str, source, data: bytes) -> Picture:
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         notes.append("Its transparent parts were laid on white.")
     notes += _wrong_suffix(name, image.format)
-    return Picture(name, source, image.size, tuple(notes), _stated_bits(image, data))
+    opened = [image] if data and image.format == "JPEG" else []
+    return Picture(name, source, image.size, tuple(notes), _stated_bits(image, data), opened)
 
 
 _GRAY = "It is gray, and the networks learned from images in color."

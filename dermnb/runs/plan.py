@@ -37,7 +37,7 @@ from dermnb.core import (
 )
 from ..data.datasets import DATASETS
 from ..data.files import IMAGE_ENDINGS
-from ..data.images import _VERSION, _remembered, _Rows, check_framework
+from ..data.images import check_framework, stored_paths
 from ..data.taxonomies import load_taxonomy
 from ..nets.backbones import BACKBONES
 from ..nets.weights import find_weights
@@ -386,11 +386,8 @@ _MB = 2**20
 @cache
 def _to_decode(dataset: str, folder: Path, method: str, size: int) -> float:
     "MiB of decoded images of a dataset that are still to come."
-    rows = _Rows(cache_dir() / f"{method}-{size}px-{_VERSION}", size)
-    known = _remembered(cache_dir() / "digests.tsv") if rows.count else {}
     below = f"{folder}{os.sep}"
-    paths = (stamp.split("\t", 2)[-1] for stamp, d in known.items() if d in rows.row_of)
-    stored = len({path for path in paths if path.startswith(below)})
+    stored = len({p for p in stored_paths(size, method, cache_dir()) if p.startswith(below)})
     return max(0, _images_in(dataset, folder) - stored) * size**2 * 3 / _MB
 
 
