@@ -679,7 +679,7 @@ def _engine_graph(model):
 
 # %% ../../nbs/serve/06_export.ipynb #45731e06
 _TIMED = (1, 16)  # images at a time that are measured
-_TIMES = 5
+_TIMES = 8
 
 
 def make_engines(

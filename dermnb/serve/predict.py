@@ -110,7 +110,7 @@ def _failed(answer: Answer, error: Exception) -> Answer:
 # %% ../../nbs/serve/02_predict.ipynb #b2a31acc
 ENGINES = ("keras", "onnx", "openvino")
 _PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino"}
-_BEHIND = 1.25  # times as long as Keras: not taken
+_BEHIND = 1.5  # times as long as Keras: not taken
 
 
 def engine_file(
