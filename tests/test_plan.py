@@ -446,7 +446,7 @@ def test_what_auto_will_be_is_said_once_it_is_known(suite, monkeypatch, tmp_path
     assert not (tmp_path / "cache").exists()
     config = make_config({**auto, "dataset": "csv", "taxonomy": "isic8"})
     seconds = {"float32": {32: 0.002}, "mixed_bfloat16": {32: 0.001}}
-    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", str(os.cpu_count()))
+    monkeypatch.delenv("TF_NUM_INTRAOP_THREADS", raising=False)
     choose.measured_choice(config, 28, lambda *options: seconds)
     said = suite(given).notes
     assert any(n.startswith("cnn: precision mixed_bfloat16 and batch_size 32 (ms") for n in said)

@@ -56,7 +56,8 @@ def rate_factor(
     return k if optimizer == "sgd" else math.sqrt(k)
 
 # %% ../../nbs/nets/09_choose.ipynb #87d725ea
-_ROUNDS = 3  # timed steps of each option
+_ROUNDS, _MOST_ROUNDS = 3, 20  # timed steps of each option: at least, and at most
+_LONG = 6.0  # seconds, after which there are no more rounds than have to be
 _BEHIND = 1.5  # times as long as the fastest: not asked again
 
 
@@ -114,8 +115,12 @@ def measure_steps(
     "Seconds an image in training."
     live = {precision: _fitting(model, sizes) for precision, model in models.items()}
     found = {precision: dict.fromkeys(sizes, math.inf) for precision in models}
-    for turn in range(_ROUNDS + 1):
-        progress("measuring training steps", turn, _ROUNDS + 1)
+    for turn in range(_MOST_ROUNDS + 1):
+        if turn == 1:
+            start = time.perf_counter()
+        if turn > _ROUNDS and time.perf_counter() - start > _LONG:
+            break
+        progress("measuring training steps", turn)
         for precision, model in models.items():
             if not (now_tried := live[precision]):
                 continue
@@ -198,7 +203,8 @@ def measured_of(
     workers: int = 0,  # runs at a time; 0: as this process was started
 ) -> dict:
     "What a measurement belongs to. Loads no framework."
-    facts, cores = provenance(), os.cpu_count() or 1
+    facts = provenance()
+    cores = facts["hardware"]["cores"]
     threads = max(1, cores // workers) if workers else os.environ.get("TF_NUM_INTRAOP_THREADS") or cores
     hardware = {k: facts["hardware"][k] for k in ("cpu", "cores", "gpus")}
     packages = {p: facts["packages"].get(p) for p in ("keras", "tensorflow", "jax")}
