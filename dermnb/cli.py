@@ -484,6 +484,9 @@ def predict(
     min_confidence: Annotated[
         float, typer.Option(min=-1, max=1, help="Abstain below; -1: as the bundle says.")
     ] = -1,
+    engine: Annotated[
+        str, typer.Option(help="What computes it: auto, keras, onnx or openvino.")
+    ] = "auto",
 ):
     "Predict images with a finished run or ensemble: for research, no diagnosis."
     from dermnb.runs.bundle import bundle_folder
@@ -494,9 +497,12 @@ def predict(
     paths = find_images(images, _say)
     maps = _check_outputs(paths, out, form, cam, target, method)
     rows = read_metadata(metadata, paths, _say) if metadata else None
-    bundle_folder(model)
-    _load_keras()
-    predictor = Predictor(model, None if min_confidence < 0 else min_confidence, layer)
+    folder = bundle_folder(model)
+    with_keras = _ready(folder, engine) or cam
+    if with_keras and "keras" not in sys.modules:
+        _load_keras()
+    least = None if min_confidence < 0 else min_confidence
+    predictor = Predictor(folder, least, layer, engine)
     bundle, refused = predictor.bundle, []
     _check_metadata(bundle, metadata)
     options = {"cam": bool(cam), "target": target or None, "method": method}
@@ -538,6 +544,26 @@ def _check_metadata(bundle, metadata: str) -> None:
         raise ConfigError(f"{bundle.name} takes no metadata: leave out --metadata.")
     if bundle.wants_metadata and not metadata:
         _say("age, sex and site, which this network uses too, count as unknown: see --metadata.")
+
+# %% ../nbs/99_cli.ipynb #1edebdf1
+def _ready(folder, engine: str) -> bool:
+    "Make a bundle ready for an engine, if that is named, and say what will answer; whether that needs Keras."
+    from dermnb.runs.bundle import load_bundle
+    from dermnb.serve.predict import engines_of, installed_engines, is_ready
+
+    bundle = load_bundle(folder, lazily=True)
+    if engine in installed_engines() and not is_ready(bundle, engine):
+        _say(f"{bundle.name} is made ready for {engine}, once.")
+        _load_keras()
+        from dermnb.serve.export import make_engines
+
+        for name, record in make_engines(bundle).items():
+            times = ", ".join(f"{e} {1e3 * s['1']:.3g}" for e, s in record["seconds"].items())
+            _say(f"{name}: {times} ms an image.")
+    engines = {*engines_of(bundle, engine).values()}
+    if engines != {"keras"}:
+        _say(f"computed by {' and '.join(sorted(engines))}.")
+    return "keras" in engines or any(x.classifier.meta.get("metadata") for _, _, x in bundle.networks)
 
 # %% ../nbs/99_cli.ipynb #cecc3e49
 def _printed(

@@ -35,7 +35,14 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 # %% ../nbs/00_core.ipynb #78420979
 class ConfigError(ValueError):
@@ -219,9 +226,9 @@ class TrainingConfig(_Part):
     decay: Literal["constant", "cosine", "plateau"] = "constant"
     early_stopping: int = Field(0, ge=0)  # epochs without a better val_loss; 0: never
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    batch_size: int = Field(32, ge=2)
+    batch_size: Annotated[int, Field(ge=2)] | Literal["auto"] = 32  # auto: the fastest here
     train_batch_norm: bool = False  # in frozen-backbone schedules
-    precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
+    precision: Literal["float32", "mixed_bfloat16", "mixed_float16", "auto"] = "float32"
     deterministic: bool = True
 
     searched: list[str] = []  # of a trial: the parameters that its search varies
@@ -253,6 +260,29 @@ class EvaluationConfig(_Part):
 # The fields stand in the order of the bases from the last to the first.
 class ExperimentConfig(EvaluationConfig, TrainingConfig, NetworkConfig, DataConfig, _Named):
     "Everything that decides the outcome of one run: all four parts, and the run's names."
+
+    _chosen: dict[str, dict] = PrivateAttr(default_factory=dict)
+
+    @property
+    def chosen(self) -> dict[str, dict]:
+        "What stands here in the place of `auto`: field -> asked, value, and more."
+        return self._chosen
+
+    @property
+    def asked(self) -> "ExperimentConfig":
+        "As it was before `with_chosen`, with its `auto`."
+        return self.with_chosen({}, {name: c["asked"] for name, c in self._chosen.items()})
+
+    def with_chosen(
+        self,
+        chosen: dict[str, dict],  # field -> at least asked and value
+        values: dict | None = None,  # of fields; None: those that were chosen
+    ) -> "ExperimentConfig":
+        "The same config with values that were measured here."
+        values = {n: c["value"] for n, c in chosen.items()} if values is None else values
+        config = self.model_copy(update=values)
+        config._chosen = dict(chosen)
+        return config
 
     @property
     def data(self) -> DataConfig:

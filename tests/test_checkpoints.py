@@ -5,9 +5,11 @@ import pandas as pd
 import pytest
 
 from dermnb.core import make_config
+from dermnb.nets import choose
 from dermnb.nets.checkpoints import Checkpoint, Stopped
+from dermnb.runs import train
 from dermnb.runs.prepare import prepare_data
-from dermnb.runs.train import build_model, predict_splits, train_model
+from dermnb.runs.train import build_model, predict_splits, settle, train_model
 
 SMALL = {"image_size": 32, "bootstrap": 100, "batch_size": 16, "split_seed": 1}
 # What a recipe must carry over a stop, and epochs after which it is stopped.
@@ -117,6 +119,51 @@ def test_measuring_otherwise_changes_no_training(demo_dir, tmp_path, monkeypatch
     train_model(config, data, build_model(config, data))
     other = config.model_copy(update={"bootstrap": 500, "explain": 9, "run": "b"})
     assert train_model(other, data, build_model(other, data)).attrs["resumed"] == [1]
+
+
+def test_what_was_auto_stays_as_the_training_began(demo_dir, tmp_path, monkeypatch, capsys):
+    "Measured, remembered, resumed or written out: the same training, bit for bit."
+    asked = {"epochs": 2, "batch_size": "auto", "precision": "auto", "data_dir": str(demo_dir)}
+    config = make_config({**SMALL, **asked})
+    data = prepare_data(config.data)
+    measured = train.measure_steps
+
+    def rigged(winner):  # real steps, so that what they leave behind would show
+        def steps(*given):
+            found = measured(*given)
+            assert all(0 < s < 1 for row in found.values() for s in row.values())
+            return {p: {n: 1 + ((p, n) != winner) for n in row} for p, row in found.items()}
+
+        return steps
+
+    monkeypatch.setattr(choose, "_LEAST_STEPS", 1)
+    monkeypatch.setenv("DERMNB_CACHE", str(tmp_path))
+    monkeypatch.setenv("DERMNB_CHECKPOINT", str(tmp_path))
+    monkeypatch.setenv("DERMNB_STOP_AT", "1")
+    monkeypatch.setattr(train, "measure_steps", rigged(("mixed_bfloat16", 64)))
+    settled = settle(config, data)
+    assert (settled.precision, settled.batch_size) == ("mixed_bfloat16", 64)
+    assert settled.learning_rate == pytest.approx(1e-3 * 2**0.5, rel=1e-3)
+    assert settle(config, data).chosen == settled.chosen  # remembered
+    with pytest.raises(Stopped):
+        train_model(settled, data, build_model(settled, data))
+    for file in (tmp_path / "steps").glob("*.json"):
+        file.unlink()
+    monkeypatch.setattr(train, "measure_steps", rigged(("float32", 32)))
+    again = settle(config, data)
+    assert again.chosen == settled.chosen and again.asked == config
+    assert "as the training began: precision mixed_bfloat16" in capsys.readouterr().out
+    network = build_model(again, data)
+    assert train_model(again, data, network).attrs["resumed"] == [1]
+    monkeypatch.delenv("DERMNB_CHECKPOINT")
+    assert settle(config, data).batch_size == 32  # a new training is measured
+    values = {name: c["value"] for name, c in settled.chosen.items()}
+    plain = make_config({**SMALL, **asked, **values})
+    undisturbed = build_model(plain, data)
+    monkeypatch.setenv("DERMNB_STOP_AT", "0")
+    train_model(plain, data, undisturbed)
+    for ours, theirs in zip(network.variables, undisturbed.variables, strict=True):
+        assert np.array_equal(np.asarray(ours), np.asarray(theirs)), ours.path
 
 
 @pytest.mark.parametrize("damage", ["cut", "noise", "empty", "one byte"])

@@ -18,6 +18,7 @@ from filelock import FileLock
 from dermnb.core import ConfigError, make_config, read_json, write_json
 from dermnb.data import images
 from dermnb.data.synthetic import draw_lesion
+from dermnb.nets import choose
 from dermnb.runs import folders, plan, runner
 from dermnb.runs.folders import (
     RUN_FILES,
@@ -434,6 +435,31 @@ def test_the_table_fits_and_is_plain_where_it_is_no_terminal(suite):
     out = io.StringIO()
     print_plan(suite(), out)
     assert "Nothing is to be done." in out.getvalue()
+
+
+def test_what_auto_will_be_is_said_once_it_is_known(suite, monkeypatch, tmp_path):
+    monkeypatch.setenv("DERMNB_CACHE", str(tmp_path / "cache"))
+    auto = {"batch_size": "auto", "precision": "auto"}
+    given = {"cnn": auto, "tuned": auto}
+    assert [n for n in suite(given).notes if "auto" in n] == [
+        "cnn and tuned: what is auto of precision and batch size is measured when they begin."
+    ]
+    assert not (tmp_path / "cache").exists()
+    config = make_config({**auto, "dataset": "csv", "taxonomy": "isic8"})
+    seconds = {"float32": {32: 0.002}, "mixed_bfloat16": {32: 0.001}}
+    monkeypatch.delenv("TF_NUM_INTRAOP_THREADS", raising=False)
+    choose.measured_choice(config, 28, lambda *options: seconds)
+    said = suite(given).notes
+    assert any(n.startswith("cnn: precision mixed_bfloat16 and batch_size 32 (ms") for n in said)
+    assert any(n.startswith("tuned: what is auto") for n in said)  # it sees metadata too
+
+
+def test_a_finished_run_that_was_asked_for_auto_is_done(suite, data):
+    asked = make_done(suite.folder / "cnn", batch_size="auto", data_dir=str(data))
+    record = read_json(suite.folder / "cnn" / "run.json")
+    chosen = {"batch_size": {"asked": "auto", "value": 64}}
+    assert record["config"] == asked.with_chosen(chosen).asked.model_dump(exclude={"data_dir"})
+    assert not why_stale(suite.folder / "cnn", asked)
 
 
 FRESH = """

@@ -27,8 +27,9 @@ from dermnb.data.images import resize_image
 from dermnb.data.decoding import shown
 from dermnb.serve.answers import cam_paths, isic_table, save_cam, write_answers
 from dermnb.serve.examples import EXAMPLE_CLASSES, example_bundle, example_ensemble, example_images
+from dermnb.serve.export import make_engines
 from dermnb.serve.inputs import find_images, read_image, read_metadata, short_names
-from dermnb.serve.predict import Predictor
+from dermnb.serve.predict import Engine, Predictor, engine_file, installed_engines
 
 CLASSES = list(EXAMPLE_CLASSES)
 
@@ -68,6 +69,98 @@ def test_answers_are_the_runs_predictions_after_its_temperature(runs, images):
     for answer, p in zip(answers, expected, strict=True):
         assert answer.predicted == CLASSES[p.argmax()] == answer.classes_90[0]
         assert answer.abstains == bool(answer.reasons)
+
+
+WITHOUT_KERAS = """
+import json, sys
+from dermnb.serve.predict import Predictor
+predictor = Predictor(sys.argv[1], engine="onnx")
+answer = predictor(sys.argv[2:])[0].to_dict()
+loaded = [name for name in ("keras", "tensorflow", "jax") if name in sys.modules]
+print(json.dumps({"answer": answer, "loaded": loaded}))
+"""
+
+
+@pytest.fixture(scope="module")
+def ready(runs, tmp_path_factory):
+    "An ensemble whose networks, one of which takes metadata, are ready for engines but Keras."
+    pytest.importorskip("onnxruntime")
+    folder = tmp_path_factory.mktemp("ready")
+    patient = example_bundle(folder, "patient", fusion="concat")
+    both, _ = example_ensemble(folder, [runs[0], patient], [0.3, 0.7])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("DERMNB_CACHE", str(folder / "cache"))
+        record = make_engines(load_bundle(both))
+        assert make_engines(load_bundle(both)) == record  # nothing is made twice
+        yield both, runs[0][0], folder / "cache"
+
+
+def test_engines_answer_as_keras_does(ready, images):
+    both, _, _ = ready
+    people = pd.DataFrame({"age": [50.0] * len(images), "sex": "female", "site": None})
+    expected = Predictor(both, engine="keras")(images, metadata=people)
+    for engine in installed_engines():
+        predictor = Predictor(both, engine=engine)
+        answers = predictor(images, metadata=people)
+        assert set(predictor.engines.values()) == {engine}
+        assert np.abs(table_of(answers) - table_of(expected)).max() < 1e-4
+        novelty = [[a.novelty for a in some] for some in (answers, expected)]
+        assert np.allclose(*novelty, rtol=1e-3)
+        one = predictor(images[:1], cam=True, metadata=people[:1])[0]  # by Keras
+        theirs = Predictor(both, engine="keras")(images[:1], cam=True, metadata=people[:1])[0]
+        assert np.allclose(one.cam, theirs.cam, atol=FLOAT32)
+
+
+def test_an_engine_needs_no_keras(ready, images, tmp_path):
+    _, run, cache = ready
+    Image.fromarray(images[0]).save(tmp_path / "a.png")
+    command = [sys.executable, "-c", WITHOUT_KERAS, str(run), str(tmp_path / "a.png")]
+    env = os.environ | {"DERMNB_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    expected = Predictor(run, engine="keras")(images[:1])[0]
+    assert found["loaded"] == []
+    for name, p in expected.probabilities.items():
+        assert found["answer"]["probabilities"][name] == pytest.approx(p, abs=1e-4)
+
+
+def test_an_engine_is_of_one_network_and_of_no_other(ready, tmp_path):
+    _, run, _ = ready
+    other, _ = example_bundle(tmp_path, seed=7)
+    with pytest.raises(ConfigError, match="study/tiny was not yet made ready for engine 'onnx'"):
+        Predictor(other, engine="onnx")
+    with pytest.raises(ConfigError, match="unknown engine 'onx': did you mean 'onnx'"):
+        Predictor(run, engine="onx")
+    assert set(Predictor(other).engines.values()) == {"keras"}
+    record = engine_file(run / "model").with_suffix(".json")
+    whole = record.read_text()
+    fast = read_json(record)["seconds"] | {"keras": {"1": 9.0, "16": 9.0}}
+    write_json(record, read_json(record) | {"seconds": fast})
+    assert "keras" not in Predictor(run).engines.values()  # auto takes what is faster
+    assert set(Predictor(load_bundle(run)).engines.values()) == {"keras"}  # its weights may change
+    record.write_text(whole[:50])
+    assert set(Predictor(run).engines.values()) == {"keras"}
+    record.write_text(whole)
+    labels = read_json(run / "model" / "labels.json")
+    copy = shutil.copytree(run, tmp_path / "copy")
+    write_json(copy / "model" / "labels.json", labels | {"classes": labels["classes"][:2]})
+    with pytest.raises(ConfigError, match="labels.json does not fit the network beside it"):
+        Predictor(copy, engine="onnx")
+
+
+def test_what_answers_otherwise_is_not_made(runs, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setenv("DERMNB_CACHE", str(tmp_path))
+    answers = Engine.predict
+
+    def off(engine, inputs):
+        p, features = answers(engine, inputs)
+        return p + 2e-4, features
+
+    monkeypatch.setattr(Engine, "predict", off)
+    with pytest.raises(ConfigError, match="answers otherwise than in Keras"):
+        make_engines(load_bundle(runs[0][0]))
+    assert [p.suffix for p in (tmp_path / "engines").iterdir()] in ([], [".lock"])
 
 
 @pytest.mark.parametrize("combine", ["mean", "rank"])
@@ -254,11 +347,9 @@ def test_the_form_of_isic_s_challenges(runs, images, tmp_path):
 
 
 def test_a_map_of_nothing_is_said(runs, images, monkeypatch):
-    from dermnb.serve import predict
-
     predictor = Predictor(runs[0][0])
     zero = np.zeros((1, 448, 448), "float32")
-    monkeypatch.setattr(predict, "_maps", lambda *_: zero)
+    monkeypatch.setattr(Predictor, "_maps", lambda *_: zero)
     answer = predictor(images[:1], cam=True, target="NV")[0]
     assert "zero everywhere" in answer.notes[-1] and "Melanocytic nevus" in answer.notes[-1]
     assert not predictor(images[:1])[0].notes

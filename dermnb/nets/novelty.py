@@ -159,14 +159,14 @@ def save_novelty(folder: str | Path, novelty: Novelty | None) -> None:
 
 def read_novelty(
     path: str | Path,
-    width: int,  # how many pooled features the network has
+    width: int | None,  # how many pooled features the network has; None: not known yet
 ) -> Novelty:
     "What `save_novelty` wrote; a `ConfigError` if it is of another network, or broken."
     found = read_arrays(path)
     try:
         known = Novelty(**found)
         numbers = {k: float(getattr(known, k)) for k in ("threshold", "limit")}
-        sound = known.features.ndim == 2 and known.features.shape[1] == width and len(known.features)
+        sound = known.features.ndim == 2 and width in (None, known.features.shape[1]) and len(known.features)
         sound = sound and all(np.isfinite(v) and v > 0 for v in numbers.values())
         if known.center is not None:
             sound = sound and known.center.shape == (_APPEARANCE,) == known.whiten.shape[:1]

@@ -132,7 +132,9 @@ def settings_of(run: RunResult) -> dict[str, str]:
     config = run.get("config", default={})
     empty = {"taxonomy": "the dataset's own"}
     kept = {k: v for k, v in config.items() if k not in ("suite", "run", "data_dir")}
-    return {k: empty[k] if k in empty and v == "" else _setting(v) for k, v in kept.items()}
+    shown = {k: empty[k] if k in empty and v == "" else _setting(v) for k, v in kept.items()}
+    chosen = run.get("chosen", default={})  # in the place of auto
+    return shown | {k: f"{_setting(c['asked'])}: {_setting(c['value'])}" for k, c in chosen.items()}
 
 # %% ../../nbs/report/13_records.ipynb #4bdb3ed8
 def provenance_of(run: RunResult) -> dict[str, str]:

@@ -40,6 +40,7 @@ from ..data.files import IMAGE_ENDINGS
 from ..data.images import check_framework, stored_paths
 from ..data.taxonomies import load_taxonomy
 from ..nets.backbones import BACKBONES
+from ..nets.choose import BATCH_SIZES, PRECISIONS, choice_sentence, known_choice
 from ..nets.weights import find_weights
 from dermnb.runs.folders import (
     changed_since,
@@ -126,6 +127,7 @@ class _Row:
     epochs: int = 0  # trained already, as a checkpoint has it
     seconds: float | None = 0.0
     basis: str = ""  # where the time is from
+    chosen: dict | None = None  # in the place of auto; empty: not yet; None: nothing is auto
     disk_mb: float = 0.0
 
     @property
@@ -211,6 +213,7 @@ def _machine(provenance: dict) -> tuple:
 def _past(record: dict) -> _Past:
     config, timing = make_config({}).model_dump() | record["config"], record["timing"]
     epoch_s = timing.get("epoch_s") or timing["train_s"] / config["epochs"]
+    config |= {field: c["value"] for field, c in record.get("chosen", {}).items()}
     return _Past(
         config,
         _machine(record["provenance"]),
@@ -304,9 +307,17 @@ def _images(config: ExperimentConfig, past: Sequence[_Past]) -> tuple[int, int]:
     return n, train
 
 
+def _settled(row: _Row) -> ExperimentConfig:
+    "The config of a run with what it will take for auto, or else plain training."
+    plain = {"precision": PRECISIONS[0], "batch_size": BATCH_SIZES[0]}
+    values = {k: v for k, v in plain.items() if getattr(row.config, k) == "auto"}
+    chosen = {k: c["value"] for k, c in (row.chosen or {}).items()}
+    return row.config.model_copy(update=values | chosen) if row.chosen is not None else row.config
+
+
 def _time_of(row: _Row, past: list[_Past], ensembles: list[float]) -> tuple[float | None, str]:
     "Seconds that a run will take about, and what that is from."
-    config = row.config
+    config = _settled(row)
     if config.members:
         return _START + (statistics.median(ensembles) if ensembles else _ENSEMBLE), ""
     n, train = _images(config, past)
@@ -529,7 +540,7 @@ def plan_suite(
     waiting = {run: row.planned for run, row in rows.items() if row.waits}
     order = [rows[p.config.run] for p in execution_order(waiting)]
     workers = min(workers or len(_this_machine()[2]) or 1, len(order)) if order else 1
-    _estimate(order, reports, {p.config.run: p.config for p in plan})
+    _estimate(order, reports, {p.config.run: p.config for p in plan}, workers)
     cache_mb, runs_mb = _disk(order, workers)
     problems, notes = _about_weights(order)
     no_data, made = _about_data(order)
@@ -542,14 +553,16 @@ def plan_suite(
         _until_the_end(order, workers),
         cache_mb + runs_mb,
         problems,
-        notes + made + _about_times(order, workers),
+        notes + made + _about_choices(order) + _about_times(order, workers),
     )
 
 # %% ../../nbs/runs/09_plan.ipynb #0c3a7aad
-def _estimate(order: list[_Row], reports: Path, configs: dict) -> None:
+def _estimate(order: list[_Row], reports: Path, configs: dict, workers: int) -> None:
     "Fill in what each run will take of time and disk."
     past, ensembles = _earlier_runs(reports) if order else ([], [])
     for row in order:
+        if "auto" in (row.config.precision, row.config.batch_size) and not row.config.members:
+            row.chosen = known_choice(row.config, _images(row.config, past)[1], workers)
         row.seconds, row.basis = _time_of(row, past, ensembles)
         row.disk_mb = _network_mb(row.config, configs)
 
@@ -565,6 +578,17 @@ def _table(rows: list[_Row]) -> pd.DataFrame:
         "disk_mb": [round(r.disk_mb, 1) for r in rows],
     }
     return pd.DataFrame(columns)
+
+
+def _about_choices(order: list[_Row]) -> list[str]:
+    "What runs will take where they say auto."
+    by: dict[str, list[str]] = {}
+    for row in order:
+        if row.chosen is not None:
+            said = choice_sentence(row.chosen) if row.chosen else ""
+            by.setdefault(said, []).append(row.config.run)
+    open_until = "what is auto of precision and batch size is measured when they begin"
+    return [f"{listing(runs, 4)}: {said or open_until}." for said, runs in by.items()]
 
 
 def _about_times(order: list[_Row], workers: int) -> list[str]:

@@ -242,7 +242,7 @@ def page(
     if files:
         chosen = _overview(bundle, files, results)
         _detail(predictor, lock, chosen, results[chosen.key])
-    _about(bundle)
+    _about(bundle, {*predictor.engines.values()})
 
 # %% ../../nbs/serve/07_app.ipynb #565de57a
 # Also of images that are not read: a browser would only say that they are not allowed.
@@ -605,11 +605,12 @@ def _downloads(
             )
 
 # %% ../../nbs/serve/07_app.ipynb #ea239aef
-def _about(bundle) -> None:
+def _about(bundle, engines) -> None:
     import streamlit as st
 
     with st.expander("About this network"):
-        st.caption(f"{_plain(bundle.name)}, written by dermnb {_plain(bundle.version)}")
+        by = f"computed by {' and '.join(sorted(engines))}"
+        st.caption(f"{_plain(bundle.name)}, written by dermnb {_plain(bundle.version)}; {by}")
         st.markdown(_card(bundle.card) or "It has no model card.", anchors=False)
 
 
