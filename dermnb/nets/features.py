@@ -6,7 +6,7 @@
 __all__ = ['VIEW_SEED', 'find_cut', 'ScaledConvolution', 'upper_part', 'lower_part', 'describe_cut', 'tensor_keys', 'Stored',
            'FeatureStore', 'FeatureBatches', 'StageCost', 'choose_stages', 'Reuse', 'why_not', 'plan_features']
 
-# %% ../../nbs/nets/06_features.ipynb #fcb8d6b3
+# %% ../../nbs/nets/06_features.ipynb #67ac75d3
 import contextlib
 import copy
 import hashlib
@@ -28,7 +28,7 @@ import pandas as pd
 from ..core import cache_dir, duration, only_one, plural, progress, read_json, write_json
 from .cost import count_flops
 
-# %% ../../nbs/nets/06_features.ipynb #fd9bccf0
+# %% ../../nbs/nets/06_features.ipynb #4faef4d9
 def _stays(operation) -> bool:
     "Whether an operation, as it is set now, makes the same of the same input in every step."
     if not isinstance(operation, keras.layers.Layer):
@@ -74,10 +74,11 @@ def find_cut(
             else:
                 crossing.update({id(t): t for t in node.input_tensors if id(t) in same})
     cut = list(crossing.values())
-    below = [node.operation for node in _below(cut)]
-    if any(_node(t).is_input for t in cut) or not any(getattr(x, "weights", ()) for x in below):
+    if any(_node(t).is_input for t in cut):
         return []
-    return cut
+    learned = [x for x in (node.operation for node in _below(cut)) if getattr(x, "weights", ())]
+    # To scale pixels is not worth keeping.
+    return cut if any(not isinstance(x, keras.layers.Normalization) for x in learned) else []
 
 
 def _inputs(model: keras.Model) -> tuple[list, list]:
@@ -85,7 +86,7 @@ def _inputs(model: keras.Model) -> tuple[list, list]:
     images = [x for x in model.inputs if len(x.shape) == 4]
     return images, [x for x in model.inputs if len(x.shape) != 4]
 
-# %% ../../nbs/nets/06_features.ipynb #99eb9c99
+# %% ../../nbs/nets/06_features.ipynb #4a0d2260
 _CONVOLUTIONS = keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.SeparableConv2D
 
 
@@ -224,7 +225,7 @@ def describe_cut(
     "Layers and shapes."
     return ", ".join(f"{t._keras_history.operation.name} {tuple(t.shape[1:])}" for t in cut)
 
-# %% ../../nbs/nets/06_features.ipynb #5d5e8025
+# %% ../../nbs/nets/06_features.ipynb #f9960917
 _NO_MATTER = {"trainable", "rate", "momentum", "seed", "name"}
 
 
@@ -268,7 +269,7 @@ def tensor_keys(
     about = f"{keras.backend.backend()} {keras.__version__}".encode()
     return [hashlib.blake2b(about + key(t), digest_size=16).hexdigest() for t in tensors]
 
-# %% ../../nbs/nets/06_features.ipynb #bf66e5ed
+# %% ../../nbs/nets/06_features.ipynb #3f3e9cef
 def _array_type(name: str) -> np.dtype:
     if name == "bfloat16":
         import ml_dtypes  # comes with TensorFlow and with JAX
@@ -302,7 +303,7 @@ class Stored:
             out[part == i] = self.parts[i][row[part == i]]
         return out
 
-# %% ../../nbs/nets/06_features.ipynb #9e5392b1
+# %% ../../nbs/nets/06_features.ipynb #e8badead
 class FeatureStore:
     "What frozen layers made of images, by tensor and image."
 
@@ -408,7 +409,7 @@ def _used(folder: Path) -> float:
         return folder.stat().st_mtime
     return 0.0
 
-# %% ../../nbs/nets/06_features.ipynb #687f85d8
+# %% ../../nbs/nets/06_features.ipynb #d6bb7c99
 VIEW_SEED = 0  # of the augmentation of kept views, whatever the seed of the run is
 
 
@@ -483,7 +484,7 @@ class _Images:
                 images = given["image"] if isinstance(given, dict) else given
                 yield which[wanted[which]], images[wanted[which]]
 
-# %% ../../nbs/nets/06_features.ipynb #7ac65e8f
+# %% ../../nbs/nets/06_features.ipynb #8b8dfe47
 class FeatureBatches(keras.utils.PyDataset):
     "Batches of what an upper part takes, and of labels, in the order of the batches they stand for."
 
@@ -557,7 +558,7 @@ def _from_memory(batches: FeatureBatches):
     found = tf.data.Dataset.from_generator(order, output_signature=numbers).map(take)
     return found.apply(tf.data.experimental.assert_cardinality(len(batches))).prefetch(2)
 
-# %% ../../nbs/nets/06_features.ipynb #224b9623
+# %% ../../nbs/nets/06_features.ipynb #61e83e48
 _BLOCK = 64  # images of a pass: more do not fit into a processor's cache
 _BYTES_A_SECOND = 2e9  # written, and read in each epoch
 
@@ -591,7 +592,7 @@ def choose_stages(
             best, least = [s in kept for s in stages], took
     return best, least, plain
 
-# %% ../../nbs/nets/06_features.ipynb #cf8e943e
+# %% ../../nbs/nets/06_features.ipynb #91abd706
 class Reuse:
     "What a training keeps of its frozen layers, and the networks and batches that take it from there."
 
@@ -748,7 +749,7 @@ def _answers(network: keras.Model, pieces: Iterable) -> Iterator[tuple[np.ndarra
     if left := sum(len(w) for w, _ in held):
         yield answer(left)
 
-# %% ../../nbs/nets/06_features.ipynb #e64db320
+# %% ../../nbs/nets/06_features.ipynb #186ab49f
 def why_not(
     train,  # batches of images, as `make_batches` makes them
     views: int,  # of the configuration
@@ -794,6 +795,12 @@ def plan_features(
             f"{store.folder} may hold (DERMNB_FEATURES_MB = {store.budget_mb:g}, half of the free disk)"
         )
         return None
+    plan.record = {
+        "views": images.views,
+        "stages": plan.keeps,
+        "rows": len(images.ids),
+        "megabytes": round(plan.megabytes(), 1),
+    }
     rows, many = plural(len(images.ids), "row"), plural(images.views, "view")
     print(
         f"frozen layers are computed once for {rows} ({many} of a training image) and kept for {sum(plan.keeps)} of "

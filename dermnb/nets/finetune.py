@@ -354,7 +354,6 @@ class _Remaining:
 
     def __init__(self, stages: Sequence[Stage], steps: int):
         self.planned, self.steps = [stage.epochs for stage in stages], steps
-        self.first_step: tuple[int, float] | None = None  # of an epoch: its number, and when it was over
 
     def begin(self) -> None:
         "The next stage begins."
@@ -375,9 +374,9 @@ class _Remaining:
         # first epoch the one for validation; what follows says more.
         if self.done:
             each = float(np.mean(self.done[1:] or self.done))
-        elif self.first_step and batches > self.first_step[0] + 1:
-            since = time.perf_counter() - self.first_step[1]
-            each = since / (batches - 1 - self.first_step[0]) * self.steps
+        elif batches > 1:
+            since = time.perf_counter() - self.first_step_over
+            each = since / (batches - 1) * self.steps
         else:
             return None
         return round(each * (self.epochs() - batches / self.steps))
@@ -419,13 +418,13 @@ class _Watch(keras.callbacks.Callback):
         return self.restored
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.began, self.left.first_step = time.perf_counter(), None
+        self.began = time.perf_counter()
         if hasattr(self.train, "set_epoch"):  # its own count runs on between two calls of fit
             self.train.set_epoch(len(self.rows))
 
     def on_train_batch_end(self, batch, logs=None):
-        if self.left.first_step is None:
-            self.left.first_step = batch, time.perf_counter()
+        if batch == 0:
+            self.left.first_step_over = time.perf_counter()
         now = time.monotonic()
         if now - self.checked < 0.5:
             return  # reading the loss waits for the device: not at every batch
@@ -595,8 +594,6 @@ def fit_stages(
             make_optimizer(config.optimizer, stage_rate(stage, len(train))),
             loss,
             metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
-            # Each of these short steps alone would take as long as what `fit` does around it.
-            steps_per_execution=min(8, len(train)) if upper else 1,
             # On CPU, XLA makes TensorFlow's training several times slower.
             jit_compile=False if keras.backend.backend() == "tensorflow" else "auto",
         )
