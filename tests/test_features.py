@@ -12,7 +12,7 @@ from dermnb.data.images import make_batches
 from dermnb.nets import features
 from dermnb.nets.backbones import BACKBONES
 from dermnb.nets.features import FeatureStore, find_cut, lower_part, plan_features, upper_part
-from dermnb.nets.finetune import set_trainable
+from dermnb.nets.finetune import Stage, set_trainable
 from dermnb.nets.models import build_classifier, set_batch_norm_momentum
 from dermnb.runs.prepare import prepare_data
 from dermnb.runs.train import build_model, train_model
@@ -108,6 +108,21 @@ def test_a_training_on_features_ends_as_one_on_images(train, monkeypatch, change
     numbers = ["loss", "accuracy", "val_loss", "val_accuracy"]
     assert np.allclose(history[numbers], expected[numbers], rtol=100 * FLOAT32)
     assert history["trainable_parameters"].tolist() == expected["trainable_parameters"].tolist()
+
+
+def test_layers_that_an_earlier_stage_trains_are_not_kept_below_a_later_cut(train, monkeypatch):
+    backwards = (
+        Stage("top", 1, "layers:3", 0.1),
+        Stage("head", 1, "head", 0.1),
+    )
+    monkeypatch.setattr("dermnb.runs.train.make_schedule", lambda config: backwards)
+    kept, _, record = train()
+    assert record["stages"] == [True, True]
+    monkeypatch.setenv("DERMNB_FEATURES_MB", "0")
+    shutil.rmtree(cache_dir() / "features")
+    plain, *_ = train()
+    for a, b in zip(kept.weights, plain.weights, strict=True):
+        assert np.allclose(a, b, rtol=100 * FLOAT32, atol=100 * FLOAT32), a.path
 
 
 def test_runs_with_one_trunk_share_what_is_kept(train):

@@ -6,7 +6,7 @@
 __all__ = ['VIEW_SEED', 'find_cut', 'ScaledConvolution', 'upper_part', 'lower_part', 'describe_cut', 'tensor_keys', 'Stored',
            'FeatureStore', 'FeatureBatches', 'StageCost', 'choose_stages', 'Reuse', 'why_not', 'plan_features']
 
-# %% ../../nbs/nets/06_features.ipynb #67ac75d3
+# %% ../../nbs/nets/06_features.ipynb #b89b60b3
 import contextlib
 import copy
 import hashlib
@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ import pandas as pd
 from ..core import cache_dir, duration, only_one, plural, progress, read_json, write_json
 from .cost import count_flops
 
-# %% ../../nbs/nets/06_features.ipynb #4faef4d9
+# %% ../../nbs/nets/06_features.ipynb #cc235376
 def _stays(operation) -> bool:
     "Whether an operation, as it is set now, makes the same of the same input in every step."
     if not isinstance(operation, keras.layers.Layer):
@@ -61,6 +61,7 @@ def _below(tensors: Iterable) -> list:
 
 def find_cut(
     model: keras.Model,  # flat, as `build_classifier` makes it; set to what trains
+    changed: Collection[str] = (),  # names of layers that an earlier stage trains
 ) -> list:  # keras tensors, bottom to top; empty: there is nothing to keep
     "The tensors that cross from what stays the same to what trains."
     images, _ = _inputs(model)
@@ -69,7 +70,8 @@ def find_cut(
         for node in model._nodes_by_depth[depth]:
             if node.is_input:
                 continue
-            if all(id(t) in same for t in node.input_tensors) and _stays(node.operation):
+            stays = _stays(node.operation) and node.operation.name not in changed
+            if stays and all(id(t) in same for t in node.input_tensors):
                 same.update(id(t) for t in node.output_tensors)
             else:
                 crossing.update({id(t): t for t in node.input_tensors if id(t) in same})
@@ -86,7 +88,7 @@ def _inputs(model: keras.Model) -> tuple[list, list]:
     images = [x for x in model.inputs if len(x.shape) == 4]
     return images, [x for x in model.inputs if len(x.shape) != 4]
 
-# %% ../../nbs/nets/06_features.ipynb #4a0d2260
+# %% ../../nbs/nets/06_features.ipynb #afedd11d
 _CONVOLUTIONS = keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.SeparableConv2D
 
 
@@ -225,7 +227,7 @@ def describe_cut(
     "Layers and shapes."
     return ", ".join(f"{t._keras_history.operation.name} {tuple(t.shape[1:])}" for t in cut)
 
-# %% ../../nbs/nets/06_features.ipynb #f9960917
+# %% ../../nbs/nets/06_features.ipynb #6c1b647c
 _NO_MATTER = {"trainable", "rate", "momentum", "seed", "name"}
 
 
@@ -269,7 +271,7 @@ def tensor_keys(
     about = f"{keras.backend.backend()} {keras.__version__}".encode()
     return [hashlib.blake2b(about + key(t), digest_size=16).hexdigest() for t in tensors]
 
-# %% ../../nbs/nets/06_features.ipynb #3f3e9cef
+# %% ../../nbs/nets/06_features.ipynb #59dacf5c
 def _array_type(name: str) -> np.dtype:
     if name == "bfloat16":
         import ml_dtypes  # comes with TensorFlow and with JAX
@@ -303,7 +305,7 @@ class Stored:
             out[part == i] = self.parts[i][row[part == i]]
         return out
 
-# %% ../../nbs/nets/06_features.ipynb #e8badead
+# %% ../../nbs/nets/06_features.ipynb #0212110a
 class FeatureStore:
     "What frozen layers made of images, by tensor and image."
 
@@ -409,7 +411,7 @@ def _used(folder: Path) -> float:
         return folder.stat().st_mtime
     return 0.0
 
-# %% ../../nbs/nets/06_features.ipynb #d6bb7c99
+# %% ../../nbs/nets/06_features.ipynb #7f1ad114
 VIEW_SEED = 0  # of the augmentation of kept views, whatever the seed of the run is
 
 
@@ -484,7 +486,7 @@ class _Images:
                 images = given["image"] if isinstance(given, dict) else given
                 yield which[wanted[which]], images[wanted[which]]
 
-# %% ../../nbs/nets/06_features.ipynb #8b8dfe47
+# %% ../../nbs/nets/06_features.ipynb #f36cf905
 class FeatureBatches(keras.utils.PyDataset):
     "Batches of what an upper part takes, and of labels, in the order of the batches they stand for."
 
@@ -558,7 +560,7 @@ def _from_memory(batches: FeatureBatches):
     found = tf.data.Dataset.from_generator(order, output_signature=numbers).map(take)
     return found.apply(tf.data.experimental.assert_cardinality(len(batches))).prefetch(2)
 
-# %% ../../nbs/nets/06_features.ipynb #61e83e48
+# %% ../../nbs/nets/06_features.ipynb #1186cfd7
 _BLOCK = 64  # images of a pass: more do not fit into a processor's cache
 _BYTES_A_SECOND = 2e9  # written, and read in each epoch
 
@@ -592,7 +594,7 @@ def choose_stages(
             best, least = [s in kept for s in stages], took
     return best, least, plain
 
-# %% ../../nbs/nets/06_features.ipynb #91abd706
+# %% ../../nbs/nets/06_features.ipynb #d092c33b
 class Reuse:
     "What a training keeps of its frozen layers, and the networks and batches that take it from there."
 
@@ -647,7 +649,11 @@ class Reuse:
         cut, images = self.cuts[number], self.images
         found = [self.store.find(self.names[id(t)], images.ids) for t in cut]
         if not all(there.all() for _, there in found):  # dropped since, by another run
-            self.make([number])
+            try:
+                self.make([number])
+            except OSError as error:
+                print(f"frozen layers are computed in each epoch of this stage: {error}", flush=True)
+                return None
             found = [self.store.find(self.names[id(t)], images.ids) for t in cut]
         features = [stored for stored, _ in found]
         kinds = [t.dtype for t in cut]
@@ -749,7 +755,7 @@ def _answers(network: keras.Model, pieces: Iterable) -> Iterator[tuple[np.ndarra
     if left := sum(len(w) for w, _ in held):
         yield answer(left)
 
-# %% ../../nbs/nets/06_features.ipynb #186ab49f
+# %% ../../nbs/nets/06_features.ipynb #188552df
 def why_not(
     train,  # batches of images, as `make_batches` makes them
     views: int,  # of the configuration
@@ -779,20 +785,35 @@ def plan_features(
     if not any(cuts) or not any(keeps or [True]):
         return None
     if reason := why_not(train, views):
-        print(f"frozen layers are computed in each epoch: {reason}", flush=True)
+        _say_why_not(reason)
         return None
-    store, images = store or FeatureStore(cache_dir() / "features"), _Images(train, val, views)
+    try:
+        return _planned(model, epochs, cuts, train, val, views, keeps, store or FeatureStore(cache_dir() / "features"))
+    except OSError as error:  # such as a cache that cannot be written to
+        _say_why_not(str(error))
+        return None
+
+
+def _say_why_not(reason: str) -> None:
+    print(f"frozen layers are computed in each epoch: {reason}", flush=True)
+
+
+def _planned(model, epochs, cuts, train, val, views, keeps, store: FeatureStore) -> Reuse | None:
+    images = _Images(train, val, views)
     plan = Reuse(model, cuts, images, store)
-    costs, n = plan.costs(epochs), len(train.rows) + len(val.rows)
-    chosen, so, plain = choose_stages(costs, plan.image_seconds(), n, len(images.ids), len(images.ids))
-    plan.keeps = list(chosen if keeps is None else keeps)
+    plan.keeps, saves = list(keeps or ()), ""
+    if keeps is None:
+        n = len(train.rows) + len(val.rows)
+        rows = len(images.ids)
+        plan.keeps, so, plain = choose_stages(plan.costs(epochs), plan.image_seconds(), n, rows, rows)
+        saves = f", {duration(so)} instead of {duration(plain)}"
     if not any(plan.keeps):
-        print(f"frozen layers are computed in each epoch: keeping them would take {duration(so)}, not {duration(plain)}")
+        _say_why_not(f"keeping them would take {duration(so)}, not {duration(plain)}")
         return None
     if not plan.fits():
-        print(
-            f"frozen layers are computed in each epoch: to keep them takes {plan.megabytes():,.0f} MiB, more than "
-            f"{store.folder} may hold (DERMNB_FEATURES_MB = {store.budget_mb:g}, half of the free disk)"
+        _say_why_not(
+            f"to keep them takes {plan.megabytes():,.0f} MiB, more than {store.folder} may hold "
+            f"(DERMNB_FEATURES_MB = {store.budget_mb:g}, half of the free disk)"
         )
         return None
     plan.record = {
@@ -804,7 +825,7 @@ def plan_features(
     rows, many = plural(len(images.ids), "row"), plural(images.views, "view")
     print(
         f"frozen layers are computed once for {rows} ({many} of a training image) and kept for {sum(plan.keeps)} of "
-        f"{plural(len(cuts), 'stage')}: {plan.megabytes():,.0f} MiB, {duration(so)} instead of {duration(plain)}",
+        f"{plural(len(cuts), 'stage')}: {plan.megabytes():,.0f} MiB{saves}",
         flush=True,
     )
     plan.make(i for i, k in enumerate(plan.keeps) if k)

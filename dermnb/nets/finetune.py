@@ -627,11 +627,12 @@ def _features(model, spec, stages, train, val, config, keeper):
     "What is kept of the frozen layers of the stages that are to come."
     if not hasattr(train, "options"):  # batches of one's own, which have no digests
         return None
-    cuts = []
+    cuts, changed = [], set()
     for number, stage in enumerate(stages):
-        set_trainable(model, spec, stage.train, stage.train_batch_norm)
+        trains = set_trainable(model, spec, stage.train, stage.train_batch_norm)
         with _frozen_dropout_off(model, spec, stage.train):
-            cuts.append(find_cut(model) if number >= keeper.first else [])
+            cuts.append(find_cut(model, changed) if number >= keeper.first else [])
+        changed |= set(trains)
     epochs = [stage.epochs for stage in stages]
     reuse = plan_features(model, epochs, cuts, train, val, config.views, keeper.kept)
     keeper.keeps = reuse.keeps if reuse else [False] * len(stages)
