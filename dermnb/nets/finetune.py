@@ -10,7 +10,7 @@ __all__ = ['DECAYS', 'LAYER_COUNTS', 'HISTORY', 'parse_train', 'Stage', 'make_sc
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import keras
@@ -32,7 +32,7 @@ from dermnb.nets.checkpoints import (
     network_arrays,
     put_arrays,
 )
-from .features import FeatureBatches, find_cut, plan_features
+from .features import FeatureBatches, find_cut, fused_graphs, plan_features
 
 # %% ../../nbs/nets/07_finetune.ipynb #69f9bed7
 DECAYS = ("constant", "cosine", "plateau")
@@ -603,7 +603,8 @@ def fit_stages(
         if keeper.begin(number, trained):
             begin = len(watch.rows) - len(watch.left.done)
             keeper.others = _stage_callbacks(stage, begin)
-            with _frozen_dropout_off(model, spec, stage.train):
+            small = upper is not None and len(trained.layers) <= 100  # its graph is soon optimized
+            with _frozen_dropout_off(model, spec, stage.train), fused_graphs() if small else nullcontext():
                 trained.fit(
                     _fed(train_now),
                     validation_data=_fed(val_now),
