@@ -209,6 +209,7 @@ class TrainingConfig(_Part):
 
     seed: int = Field(0, ge=0)  # initial weights, order of batches, augmentation
     augment: Literal["none", "light", "dermoscopy"] = "light"
+    views: int = Field(0, ge=0, le=1000)  # augmented views kept of an image; 0: new ones each epoch
     mix: Literal["none", "mixup", "cutmix"] = "none"
 
     loss: Literal["cross_entropy", "focal"] = "cross_entropy"

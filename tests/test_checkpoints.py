@@ -33,6 +33,11 @@ RECIPES = {
         | {"optimizer": "adamw", "metadata": "concat", "augment": "dermoscopy"},
         [1, 2],
     ),
+    "features kept of the frozen layers, two views, metadata": (
+        {"schedule": "gradual", "unfreeze": "layers:3", "head_epochs": 2, "epochs": 4}
+        | {"views": 2, "metadata": "concat", "early_stopping": 3},
+        [1, 2, 3],
+    ),
 }
 
 
@@ -75,10 +80,12 @@ def test_stopped_and_gone_on(name, demo_dir, weights, tmp_path, monkeypatch):
     recipe, stops = RECIPES[name]
     if recipe.get("schedule"):
         recipe = recipe | {"weights": weights}
+    monkeypatch.setattr("dermnb.nets.features._BYTES_A_SECOND", 1e15)  # so that they are kept
     config = make_config({**SMALL, **recipe, "data_dir": str(demo_dir)})
     data = prepare_data(config.data)
     undisturbed = build_model(config, data)
     history = train_model(config, data, undisturbed)
+    assert bool(history.attrs["features"]) == bool(config.views)
     network, again = stopped_after(stops, config, data, tmp_path, monkeypatch)
     assert again.attrs["resumed"] == stops and history.attrs["resumed"] == []
     assert again.attrs["restored_epoch"] == history.attrs["restored_epoch"]

@@ -193,6 +193,7 @@ class _Past:
     images: int
     train: int  # images in an epoch
     image_epoch_s: float  # seconds an image and epoch
+    features: dict  # what was kept of frozen layers: rows, megabytes, seconds; empty: nothing
     seconds: dict[str, float]  # of the other steps
     flops: float
 
@@ -210,6 +211,17 @@ def _machine(provenance: dict) -> tuple:
     return hardware["cpu"], hardware["cores"], tuple(filter(None, gpus)) if used else ()
 
 
+def _keeps(config: ExperimentConfig) -> bool:
+    "Whether a run may keep what frozen layers make of its images; as `nets.features.why_not` has it."
+    freezes = config.schedule in ("head", "head_then_top", "gradual")
+    repeats = config.mix == "none" and (config.augment == "none" or config.views > 0)
+    return freezes and repeats and config.metadata != "only" and not config.members
+
+
+def _views(config: ExperimentConfig) -> int:
+    return 1 if config.augment == "none" else config.views
+
+
 def _past(record: dict) -> _Past:
     config, timing = make_config({}).model_dump() | record["config"], record["timing"]
     epoch_s = timing.get("epoch_s") or timing["train_s"] / config["epochs"]
@@ -220,6 +232,7 @@ def _past(record: dict) -> _Past:
         record["dataset"]["images"],
         record["split"]["train"]["images"],
         epoch_s / record["split"]["train"]["images"],
+        record.get("features") or {},
         {k: timing.get(k, 0.0) for k in ("data_s", "build_s", "predict_s", "save_s", "evaluate_s")},
         record["model"].get("flops") or 0,
     )
@@ -334,10 +347,19 @@ def _time_of(row: _Row, past: list[_Past], ensembles: list[float]) -> tuple[floa
     seconds = _START + s["build_s"] + s["save_s"] + s["evaluate_s"]
     seconds += (s["data_s"] + s["predict_s"] * pixels) * n / p.images
     seconds += p.image_epoch_s * pixels * image_epochs
+    if p.features and _keeps(config):  # frozen layers, once
+        seconds += _once(p, config, pixels)["seconds"]
     basis = "" if here else f"as on {_name(p.machine)}"
     if any(_unlike(config, p)[1:4]):
         basis = f"{basis}, rough".removeprefix(", ")
     return seconds, basis
+
+
+def _once(p: _Past, config: ExperimentConfig, pixels: float) -> dict[str, float]:
+    "Seconds and MiB of the rows that a run keeps, as those of an earlier one took them."
+    views = _views(config) / max(1, p.features.get("views", 1))
+    each = {k: p.features.get(k) or 0.0 for k in ("seconds", "megabytes")}
+    return {k: v * pixels * views for k, v in each.items()}
 
 
 def _same_network(config: ExperimentConfig, past: _Past) -> bool:
@@ -351,7 +373,7 @@ def _unlike(config: ExperimentConfig, past: _Past) -> tuple:
     other = past.config
     return (
         bool(past.machine[2]) != bool(_this_machine()[2]),
-        _freezing(config.model_dump()) != _freezing(other),
+        (_freezing(config.model_dump()), _keeps(config)) != (_freezing(other), bool(past.features)),
         abs(math.log(config.image_size / other["image_size"])),
         config.augment != other["augment"] or config.precision != other["precision"],
         abs(math.log(config.batch_size / other["batch_size"])),
@@ -368,6 +390,9 @@ def _guess(config: ExperimentConfig, n: int, image_epochs: int) -> tuple[float |
     flops = _FLOPS * spec.parameters * (config.image_size / spec.native_size) ** 2
     # A step goes forward and twice as far back, but not through frozen layers.
     passes = {"scratch": 3, "all": 3, "head": 1}.get(config.schedule, 2)
+    if _keeps(config):  # frozen layers run once a view, and what is above them is a small part
+        passes = 0.05 if config.schedule == "head" else 0.4
+        n += image_epochs / max(1, config.epochs) * _views(config) / 0.3
     answers = passes * image_epochs + n * 0.3  # validation and test images are only answered
     seconds = _START + _ENSEMBLE + flops * answers / (_SHARE * _matrix_speed())
     return seconds, f"rough, by a matrix product here ({_matrix_speed() / 1e9:.0f} GFLOP/s)"
@@ -540,8 +565,10 @@ def plan_suite(
     waiting = {run: row.planned for run, row in rows.items() if row.waits}
     order = [rows[p.config.run] for p in execution_order(waiting)]
     workers = min(workers or len(_this_machine()[2]) or 1, len(order)) if order else 1
-    _estimate(order, reports, {p.config.run: p.config for p in plan}, workers)
+    past = _estimate(order, reports, {p.config.run: p.config for p in plan}, workers)
     cache_mb, runs_mb = _disk(order, workers)
+    kept_mb, kept = _about_features(order, past)
+    cache_mb += kept_mb
     problems, notes = _about_weights(order)
     no_data, made = _about_data(order)
     problems += no_data + (_about_framework(order) if order else [])
@@ -553,18 +580,51 @@ def plan_suite(
         _until_the_end(order, workers),
         cache_mb + runs_mb,
         problems,
-        notes + made + _about_choices(order) + _about_times(order, workers),
+        notes + made + kept + _about_choices(order) + _about_times(order, workers),
     )
 
 # %% ../../nbs/runs/09_plan.ipynb #0c3a7aad
-def _estimate(order: list[_Row], reports: Path, configs: dict, workers: int) -> None:
-    "Fill in what each run will take of time and disk."
+def _estimate(order: list[_Row], reports: Path, configs: dict, workers: int) -> list[_Past]:
+    "Fill in what each run will take of time and disk; what earlier runs tell."
     past, ensembles = _earlier_runs(reports) if order else ([], [])
     for row in order:
         if "auto" in (row.config.precision, row.config.batch_size) and not row.config.members:
             row.chosen = known_choice(row.config, _images(row.config, past)[1], workers)
         row.seconds, row.basis = _time_of(row, past, ensembles)
         row.disk_mb = _network_mb(row.config, configs)
+    return past
+
+
+def _about_features(order: list[_Row], past: list[_Past]) -> tuple[float, list[str]]:
+    "MiB of the cache for what frozen layers make of images, as far as it is known, and what is said of it."
+    notes, by, megabytes, known = [], {}, {}, True
+    for row in order:
+        if _keeps(row.config):
+            by.setdefault(_views(row.config), []).append(row.config)
+        elif row.config.schedule in ("head", "head_then_top", "gradual") and row.config.mix == "none" and not row.config.members:
+            by.setdefault(0, []).append(row.config)
+    for views, configs in by.items():
+        names = listing([c.run for c in configs], 4)
+        if not views:
+            notes.append(
+                f"Frozen layers of {names} are computed in each epoch, as their augmentation makes new images: "
+                "views: V keeps V of each."
+            )
+            continue
+        for c in configs:
+            like = [p for p in past if p.features and _same_network(c, p) and p.config["precision"] == c.precision]
+            known = known and bool(like)
+            if like:
+                p = min(like, key=lambda p: _unlike(c, p))
+                shared = (c.backbone, c.weights, c.base, c.image_size, c.precision, views)
+                size = _once(p, c, (c.image_size / p.config["image_size"]) ** 2)["megabytes"]
+                megabytes[shared] = max(size, megabytes.get(shared, 0.0))
+        notes.append(f"Frozen layers of {names} are computed once for {plural(views, 'view')} of an image, and kept.")
+    total = sum(megabytes.values())
+    if any(by.keys()):
+        how = f"about {total:,.0f} MB{'' if known else ' and more'}" if total else "as much as they need"
+        notes.append(f"What is kept takes {how} of the cache, at most DERMNB_FEATURES_MB; the oldest is dropped.")
+    return total, notes
 
 
 def _table(rows: list[_Row]) -> pd.DataFrame:

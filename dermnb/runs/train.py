@@ -446,6 +446,7 @@ def save_run(
         "model": _model_record(config, model, file),
         "stages": [asdict(stage) for stage in make_schedule(config)],
         "resumed": history.attrs.get("resumed", []),  # after which epochs
+        "features": history.attrs.get("features"),  # what was kept of frozen layers
         "ended": history.attrs.get("ended"),  # where its search ended it early, and why
         "timing": {name: round(s, 2) for name, s in clock.seconds.items()}
         | {"epoch_s": round(float(history["seconds"].mean()), 2)},
