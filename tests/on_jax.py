@@ -15,6 +15,7 @@ import pytest
 
 from dermnb.core import backend, read_arrays, read_json
 from dermnb.data import images
+from dermnb.nets import device
 from dermnb.nets.gradcam import cam_network
 from dermnb.nets.models import build_classifier, load_classifier, probabilities
 from dermnb.runs.folders import validate_run
@@ -94,3 +95,71 @@ def test_a_suite_from_its_file_to_answers(tmp_path):
     said = dermnb("predict", *photographs, "--model", str(folder), "--json")
     answers = [json.loads(line) for line in said.splitlines()]
     assert [len(answer["probabilities"]) for answer in answers] == [8, 8, 8]
+
+
+TRAIN_ON_DEVICE = """
+import sys
+import keras
+import numpy as np
+from dermnb.core import make_config
+from dermnb.data.images import ImageStore, make_batches
+from dermnb.nets.backbones import BACKBONES
+from dermnb.nets.device import share_devices
+from dermnb.nets.finetune import Stage, fit_stages
+from dermnb.nets.models import build_classifier
+
+print("devices", share_devices())
+rng = np.random.default_rng(0)
+labels = rng.integers(0, 3, 90)
+pixels = (rng.integers(0, 90, (90, 32, 32, 3)) + 60 * labels[:, None, None, None]).astype("uint8")
+store = ImageStore(pixels, {}, 32, "crop", "", 0, 0.0, {}, np.zeros(90, np.uint32), np.ones(90, bool))
+network = build_classifier("cnn", 3, 32, head=[4], dropout=0.0, seed=0)
+train = make_batches(store, np.arange(64), labels[:64], 3, 16, True, "light", "mixup", seed=3)
+val = make_batches(store, np.arange(64, 90), labels[64:], 3, 16)
+stage = Stage("all", 2, train_batch_norm=True, warmup_epochs=0.5, decay="cosine")
+loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+history = fit_stages(network, BACKBONES["cnn"], (stage,), train, val, loss, make_config({}))
+columns = ["loss", "accuracy", "val_loss", "val_accuracy"]
+np.savez(sys.argv[1], *network.get_weights(), history=history[columns])
+"""
+
+
+def test_an_epoch_on_the_device_is_the_plain_one_also_divided_between_two(tmp_path):
+    "26 validation images in batches of 16: those that fill the last one do not count."
+    found = {}
+    for name, env in (
+        ("plain", {"DERMNB_ON_DEVICE": "0"}),
+        ("one", {"DERMNB_ON_DEVICE": "1"}),
+        ("two", {"DERMNB_ON_DEVICE": "1", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}),
+    ):
+        file = tmp_path / f"{name}.npz"
+        command = [sys.executable, "-c", TRAIN_ON_DEVICE, str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | env)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert f"devices {2 if name == 'two' else 1}\n" in done.stdout
+        assert ("images (0.00 GB) lie on" in done.stdout) == (name != "plain")
+        found[name] = np.load(file)
+    for name in ("one", "two"):
+        for key in found["plain"].files:
+            np.testing.assert_allclose(found[name][key], found["plain"][key], rtol=2e-4, atol=2e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_convolutions_as_products_are_convolutions(stride, padding):
+    from jax import lax
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 9, 8, 4)).astype("float32")
+    for k in (1, 3, 5):
+        for function, shape, groups in (
+            (device.depthwise_products, (k, k, 4, 1), 4),
+            (device.patch_products, (k, k, 4, 6), 1),
+        ):
+            w = rng.normal(size=shape).astype("float32")
+            plain = lax.conv_general_dilated(
+                *(x, w.reshape(k, k, 4 // groups, -1), (stride, stride), padding.upper()),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                feature_group_count=groups,
+            )
+            np.testing.assert_allclose(function(x, w, stride, padding), plain, rtol=1e-4, atol=1e-5)
