@@ -447,9 +447,9 @@ def backend() -> str:
         )
     if name not in FRAMEWORKS:
         raise unknown_name("KERAS_BACKEND", name, FRAMEWORKS)
-    if not is_installed(name):
+    if not hasattr(loaded, "backend") and not is_installed(name):
         raise ConfigError(f"KERAS_BACKEND is {name}, which is not installed: `pip install 'dermnb[{name}]'`.")
-    os.environ["KERAS_BACKEND"] = name
+    os.environ["KERAS_BACKEND"] = os.environ.get("KERAS_BACKEND") or name
     if name == "jax":  # it keeps what took a second and more to compile
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir().resolve() / "xla"))
     return name
