@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'DataDir', 'Model', 'main', 'data_list', 'data_check', 'data_fetch', 'run', 'status', 'report',
-           'audit', 'explain', 'predict', 'export_model', 'serve_app']
+           'audit', 'pack', 'unpack', 'explain', 'predict', 'export_model', 'serve_app']
 
 # %% ../nbs/99_cli.ipynb #0b697a91
 import atexit
@@ -69,7 +69,7 @@ def _load_keras():
             os.dup2(ours, 2)
             reader.wait(5)
 
-    import keras  # noqa: F401
+    from dermnb.core import keras  # noqa: F401
 
 # %% ../nbs/99_cli.ipynb #c78c504d
 def main():
@@ -374,6 +374,66 @@ def _audit_runs(runs: list, data_dir: str, method: str) -> int:
     for suite in [folder for folder, is_suite in suites.items() if is_suite]:
         print(build_report(suite))
     return leaks
+
+# %% ../nbs/99_cli.ipynb #51fa8a24
+@app.command()
+def pack(
+    suite: Annotated[str, typer.Argument(help="A suite file, or a name in nbs/suites.")],
+    out: Annotated[str, typer.Option(help="The archive to write.")],
+    data_dir: DataDir = "",
+    image_size: Annotated[
+        int, typer.Option(min=0, help="Pixels, of all runs; by default as each has it.")
+    ] = 0,
+    profile: Annotated[str, typer.Option(help="Of the suite; by default gpu.")] = "",
+    parameter: Annotated[
+        list[str], typer.Option("-p", metavar="KEY=VALUE", help="Override a parameter.")
+    ] = (),
+    have: Annotated[
+        str, typer.Option(help="Packages that are there: NAME or NAME==VERSION a line.")
+    ] = "",
+    python: Annotated[str, typer.Option(help="Python there.")] = "3.12",
+    platform: Annotated[str, typer.Option(help="Platform there.")] = "manylinux_2_28_x86_64",
+    budget: Annotated[
+        int, typer.Option(min=0, help="MiB; the quality of images is lowered until all fits.")
+    ] = 0,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="Of images, as WebP.")] = 85,
+    seeds: Annotated[int, typer.Option(min=0, help="Repeat every run with so many seeds.")] = 0,
+    folds: Annotated[int, typer.Option(min=0, help="Run every one of so many folds.")] = 0,
+):
+    "Put a suite and all that it needs into one archive, for a machine without internet."
+    from dermnb.runs.pack import pack_suite
+    from dermnb.runs.suites import parse_overrides
+
+    _load_keras()
+    repeats = {k: n for k, n in (("seeds", seeds), ("folds", folds)) if n}
+    pack_suite(
+        suite,
+        out,
+        data_dir,
+        image_size,
+        profile,
+        parse_overrides(parameter),
+        repeats,
+        have,
+        python,
+        platform,
+        budget,
+        quality,
+    )
+
+# %% ../nbs/99_cli.ipynb #0a5c33dd
+@app.command()
+def unpack(
+    results: Annotated[str, typer.Argument(help="results.tar.xz, which run.sh of a pack left.")],
+    reports: Annotated[str, typer.Option(help="Folder of the reports.")] = "reports",
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Take the places of other results that are there.")
+    ] = False,
+):
+    "Put the results of a pack where they would be if they had been made here; then `dermnb report`."
+    from dermnb.runs.pack import unpack_results
+
+    print(unpack_results(results, reports, replace, _say))
 
 # %% ../nbs/99_cli.ipynb #054da8b7
 @app.command()

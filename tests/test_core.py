@@ -1,5 +1,7 @@
 """The parts of a config, and what a machine says of itself."""
 
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ from dermnb.core import (
     make_config,
     peak_memory_mb,
 )
+from dermnb.runs import plan, suites
 
 PARTS = {
     "data": DataConfig,
@@ -52,3 +55,41 @@ def test_peak_memory_on_each_system(monkeypatch):
     memory = SimpleNamespace(rss=5 * 2**20, peak_wset=7 * 2**20)
     monkeypatch.setattr(psutil.Process, "memory_info", lambda self: memory)
     assert peak_memory_mb() == 7
+
+
+def test_the_framework_is_chosen_before_keras_is_imported():
+    "Also by a module of which nothing else is imported, and for the processes started by it."
+    code = (
+        "import os, sys; from dermnb.nets import losses; "
+        "print(os.environ['KERAS_BACKEND'], losses.keras.config.backend(), 'tensorflow' in sys.modules)"
+    )
+    for asked in ("", "jax"):
+        env = os.environ | {"KERAS_BACKEND": asked}
+        said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        if asked and "jax, which is not installed" in said.stderr:
+            continue  # as its requirements are only those of TensorFlow
+        chosen = asked or core.backend()
+        assert said.stdout.split() == [chosen, chosen, str(chosen == "tensorflow")], said.stderr
+
+
+def test_a_gpu_counts_if_the_framework_sees_it(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'NVIDIA H100'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    asked = []
+    monkeypatch.setattr(core, "_ASK", dict.fromkeys(core.FRAMEWORKS, "print('noise'); print('H100')"))
+    command = core._command
+    monkeypatch.setattr(core, "_command", lambda *args, **more: asked.append(args) or command(*args, **more))
+    core.accelerator.cache_clear()
+    try:
+        assert core.accelerator() == "H100" and suites.default_profile() == "gpu"
+        assert len(asked) == 1  # and remembered
+        core.accelerator.cache_clear()
+        monkeypatch.setattr(core, "_ASK", dict.fromkeys(core.FRAMEWORKS, "print('')"))
+        assert core.accelerator() == "" and suites.default_profile() == "cpu"
+        record = core.provenance()
+        assert record["hardware"]["gpus"] == ["NVIDIA H100"] and record["accelerator"] == ""
+        assert plan._machine(record)[2] == ()
+    finally:
+        core.accelerator.cache_clear()

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from scipy import ndimage
 from tolerances import FLOAT32
 
 from dermnb.data import images
@@ -334,6 +335,49 @@ def test_dermoscopy_under_mixed_precision_and_determinism():
     assert kind == "float32"
     # Whether TensorFlow optimizes its graphs, as other tests here decide, changes last bits.
     assert float(total) == pytest.approx(y.astype("float64").sum(), rel=FLOAT32)
+
+
+def test_dermoscopy_on_jax_is_that_of_keras_cv():
+    "Each step by value; JPEG, which TensorFlow opens with a rougher transform, by distribution."
+    import tensorflow as tf
+
+    rng = np.random.default_rng(3)
+    smooth = ndimage.gaussian_filter(rng.normal(0, 60, (256, 48, 48, 3)), (0, 4, 4, 1)) * 8 + 150
+    pixels = np.clip(smooth + rng.normal(0, 4, smooth.shape), 0, 255).astype(np.uint8)
+    pixels[0], pixels[1], pixels[2, :, :, 1:] = 0, 255, 0  # gray, and of one color
+    drawn = images._dermoscopy_settings(256, 48, np.random.default_rng(4))
+    neutral = {"brightness": np.zeros_like(drawn["brightness"]), "contrast": np.ones_like(drawn["contrast"])}
+    none = {step: drawn[step][:0] for step in images._SHARES}
+
+    def both(settings):
+        spread = images.spread_settings(settings, 256)
+        twin = np.array(images.dermoscopy_steps(pixels.astype("float32"), spread))
+        return twin, images._dermoscopy_function(48)(pixels, settings)
+
+    empty = {n: drawn[n][:0] for names in images._SETTINGS_OF.values() for n in names}
+    still = drawn | none | empty | neutral | {"quality": drawn["quality"][:0]}
+    for step in images._STEPS:
+        names = images._SETTINGS_OF.get(step, ()) or (step,)
+        twin, theirs = both(still | {n: drawn[n] for n in {step, *names}})
+        changed = np.abs(theirs - pixels).reshape(256, -1).max(axis=1) > 0.5
+        assert 50 < changed.sum(), step
+        # Eight bits of a byte and six roundings of float32; angles are computed by each.
+        assert np.abs(twin - theirs).max() < 0.02, step
+
+    for quality in (40, 75, 95):
+        saved = tf.image.encode_jpeg(pixels[5], quality=quality)
+        exact = tf.image.decode_jpeg(saved, dct_method="INTEGER_ACCURATE").numpy()
+        np.testing.assert_array_equal(images._as_jpeg(pixels[5].astype("float32"), quality), exact)
+    compress = {n: drawn[n] for n in ("compress", "quality")}
+    _, theirs = both(still | compress)
+    which = drawn["compress"]
+    ours = np.stack([images._as_jpeg(pixels[i], q) for i, q in zip(which, drawn["quality"], strict=True)])
+    apart = ours - theirs[which]
+    assert np.abs(apart.mean()) < 1.5 and apart.std() < 3
+    bins = np.linspace(0, 256, 33)
+    shares = [np.histogram(x, bins)[0] / x.size for x in (ours, theirs[which])]
+    assert np.abs(shares[0] - shares[1]).sum() / 2 < 0.05
+    assert np.abs(ours.std() - theirs[which].std()) < 1
 
 
 def test_fit_takes_batches(store):

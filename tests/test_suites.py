@@ -280,6 +280,28 @@ def test_each_worker_has_a_gpu_and_its_share_of_the_cores(tmp_path, monkeypatch)
     assert runner._gpus() == ["3"]
 
 
+def test_without_dask_and_nbconvert_runs_are_executed_and_pages_left_for_later(tmp_path, monkeypatch):
+    find = runner.importlib.util.find_spec
+    absent = ("distributed", "nbconvert")
+    monkeypatch.setattr(runner.importlib.util, "find_spec", lambda n: None if n in absent else find(n))
+    ran, said = [], []
+
+    def execute(config, *args):
+        ran.append(config.run)
+        if config.run == "cnn":
+            raise MemoryError("no more")
+        return {"run": config.run, "status": "done", "error": "", "seconds": 0}
+
+    monkeypatch.setattr(runner, "execute_run", execute)
+    folder, states = runner.run_suite(
+        "demo", profile="cpu", reports=tmp_path, workers=2, say=said.append, build=lambda folder: 1 / 0
+    )
+    assert sorted(ran) == sorted(s["run"] for s in states) and len(ran) == 4
+    errors = {s["run"]: s["error"] for s in states if s["status"] != "done"}
+    assert errors == {"cnn": "MemoryError: no more"}
+    assert any("nbconvert is not installed" in line and str(folder) in line for line in said)
+
+
 @pytest.mark.parametrize("given", ["data", ""])
 def test_workers_in_other_folders_are_told_where_the_data_lie(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

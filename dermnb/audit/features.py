@@ -62,7 +62,7 @@ def weights_digest() -> str:
 
 
 def _feature_network():
-    import keras
+    from dermnb.core import keras
 
     inputs = keras.Input((_VIEW, _VIEW, 3))
     trunk = load_backbone(NETWORK, inputs, "imagenet")

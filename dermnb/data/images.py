@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESIZE_METHODS', 'AUGMENTATIONS', 'MIXES', 'show_images', 'resize_image', 'read_pixels', 'ImageStore', 'build_store',
-           'batch_generator', 'augment_images', 'mix_batch', 'make_batches']
+           'batch_generator', 'spread_settings', 'dermoscopy_steps', 'augment_images', 'mix_settings', 'mix_batch',
+           'make_batches']
 
 # %% ../../nbs/data/12_images.ipynb #7c6de9a6
 import collections
@@ -29,7 +30,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..core import ConfigError, only_one, progress, unknown_name
+from ..core import ConfigError, backend, only_one, progress, unknown_name
 from .decoding import Picture, file_name, open_picture
 from .files import on_disk, read_image_bytes
 
@@ -519,14 +520,9 @@ def _keras_cv():
         from keras_cv import layers
     except (ImportError, ValueError) as error:  # keras-cv raises either
         raise ConfigError(
-            "augmentation 'dermoscopy' needs TensorFlow and keras-cv, which cannot be "
-            f"imported ({_reason(error)}): install both, or use 'light'."
+            "augmentation 'dermoscopy' needs keras-cv on TensorFlow, and it cannot be imported "
+            f"({_reason(error)}): `pip install 'dermnb[tensorflow]'`, or use 'light'."
         ) from error
-    import keras
-
-    if keras.backend.backend() != "tensorflow":
-        # TensorFlow only prepares images here: the GPU's memory is another's.
-        tf.config.set_visible_devices([], "GPU")
     return tf, layers
 
 # %% ../../nbs/data/12_images.ipynb #de1b117e
@@ -632,6 +628,158 @@ def _dermoscopy_function(size: int) -> Callable:
 
     return run
 
+# %% ../../nbs/data/12_images.ipynb #02670fb8
+_SETTINGS_OF = {  # settings that only some images have
+    "rotate": ("angles",),
+    "saturate": ("saturation",),
+    "shift_hue": ("hue",),
+    "blur": (),
+    "cut": ("centers_x", "centers_y", "rectangles_width", "rectangles_height"),
+}
+
+
+def spread_settings(
+    settings: dict[str, np.ndarray],  # of `_dermoscopy_settings`
+    count: int,  # images of the batch
+) -> dict[str, np.ndarray]:  # bool (B,) for each such step; float32 (B,) or as they were
+    "The settings of a batch in shapes that depend on its size alone."
+    spread = {name: settings[name] for name in ("brightness", "contrast", "sigma")}
+    for step, names in _SETTINGS_OF.items():
+        which = settings[step]
+        spread[step] = np.isin(np.arange(count), which)
+        for name in names:
+            spread[name] = np.zeros(count, np.float32)
+            spread[name][which] = settings[name]
+    return spread
+
+# %% ../../nbs/data/12_images.ipynb #d417f16c
+def _turned(ops, images, s):
+    # Keras' affine_transform takes eight pixels for one, as it interpolates colors too.
+    count, size = ops.shape(images)[0], images.shape[1]
+    cos, sin = (f(s["angles"])[:, None, None] for f in (ops.cos, ops.sin))
+    place = ops.arange(size, dtype="float32") - (size - 1) / 2
+    x, y = place[None, None, :], place[None, :, None]
+
+    def reflected(position):
+        position = (position + size / 2) % (2 * size)
+        return ops.minimum(position, 2 * size - position) - 0.5
+
+    x, y = reflected(cos * x - sin * y), reflected(sin * x + cos * y)
+    left, top = ops.floor(x), ops.floor(y)
+    flat = ops.reshape(images, (-1, 3))
+    first = (ops.arange(count) * size**2)[:, None, None]
+
+    def pixels(y, x):
+        y, x = (ops.cast(ops.clip(p, 0, size - 1), "int32") for p in (y, x))
+        return ops.take(flat, first + y * size + x, axis=0)
+
+    x, y = (x - left)[..., None], (y - top)[..., None]
+    above = (1 - x) * pixels(top, left) + x * pixels(top, left + 1)
+    below = (1 - x) * pixels(top + 1, left) + x * pixels(top + 1, left + 1)
+    return (1 - y) * above + y * below
+
+
+def _brightened(ops, images, s):
+    return ops.clip(images + s["brightness"], 0.0, 255.0)
+
+
+def _contrasted(ops, images, s):
+    mean = ops.mean(images, axis=(1, 2), keepdims=True)
+    return ops.clip((images - mean) * s["contrast"] + mean, 0.0, 255.0)
+
+
+def _in_hsv(ops, images, change):
+    "Images after `change` of their hue (0 to 1), saturation (0 to 1) and value."
+    hsv = ops.image.rgb_to_hsv(images / 255.0, data_format="channels_last")
+    hsv = ops.stack(change(hsv[..., 0], hsv[..., 1], hsv[..., 2]), axis=-1)
+    return 255.0 * ops.image.hsv_to_rgb(hsv, data_format="channels_last")
+
+
+def _saturated(ops, images, s):
+    factor = (s["saturation"] / (1 - s["saturation"]))[:, None, None]
+    return _in_hsv(ops, images, lambda h, c, v: (h, ops.clip(c * factor, 0.0, 1.0), v))
+
+
+def _hue_shifted(ops, images, s):
+    return _in_hsv(ops, images, lambda h, c, v: ((h + s["hue"][:, None, None]) % 1.0, c, v))
+
+
+def _blurred(ops, images, s):
+    size = images.shape[1]
+    margin = math.ceil(0.024 * size)  # two standard deviations each way
+    weights = ops.exp(-ops.square(ops.arange(-margin, margin + 1, dtype="float32") / s["sigma"][0]) / 2)
+    weights = weights / ops.sum(weights)
+    edges = [[0, 0], [margin] * 2, [margin] * 2, [0, 0]]
+    images = ops.pad(images, edges, "reflect")
+    images = sum(weights[i] * images[:, i : i + size] for i in range(2 * margin + 1))
+    return sum(weights[i] * images[:, :, i : i + size] for i in range(2 * margin + 1))
+
+
+def _cut(ops, images, s):
+    place = ops.arange(images.shape[1], dtype="float32")
+
+    def within(center, width):
+        low = (center - width / 2)[:, None]
+        return (place >= low) & (place < low + width[:, None])
+
+    rows = within(s["centers_y"], s["rectangles_height"])[:, :, None, None]
+    columns = within(s["centers_x"], s["rectangles_width"])[:, None, :, None]
+    return ops.where(rows & columns, 128.0, images)
+
+
+_STEPS = {
+    "rotate": _turned,
+    "brightness": _brightened,
+    "contrast": _contrasted,
+    "saturate": _saturated,
+    "shift_hue": _hue_shifted,
+    "blur": _blurred,
+    "cut": _cut,
+}
+
+
+def dermoscopy_steps(
+    images,  # float32 (B, S, S, 3), 0..255; a tensor, also of a function being compiled
+    spread: dict,  # of `spread_settings`, of the same batch
+    steps: Iterable[str] = tuple(_STEPS),  # which, in this order
+):  # float32 (B, S, S, 3), 0..255
+    "The policy without JPEG, in Keras' operations. Loads Keras."
+    from keras import ops
+
+    for step in steps:
+        changed = _STEPS[step](ops, images, spread)
+        if step in _SETTINGS_OF:
+            changed = ops.where(spread[step][:, None, None, None], changed, images)
+        images = changed
+    return ops.clip(images, 0.0, 255.0)
+
+# %% ../../nbs/data/12_images.ipynb #1b910e6f
+def _as_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
+    "A float32 image (S, S, 3) as it is after having been saved as JPEG."
+    saved = io.BytesIO()
+    Image.fromarray(np.rint(image).astype(np.uint8)).save(saved, "JPEG", quality=int(quality))
+    return np.asarray(Image.open(saved), np.float32)
+
+
+@functools.cache
+def _dermoscopy_in_jax() -> Callable:
+    "The policy as a function (images, settings) -> images, computed on the processor."
+    import jax
+
+    cpu = jax.devices("cpu")[0]  # the GPU has the network to compute
+    before = tuple(step for step in _STEPS if step != "cut")
+    compiled = jax.jit(dermoscopy_steps, static_argnames="steps")
+
+    def run(images, settings):
+        spread = spread_settings(settings, len(images))
+        with jax.default_device(cpu):
+            varied = np.array(compiled(images.astype(np.float32), spread, before))
+            for i, quality in zip(settings["compress"], settings["quality"], strict=True):
+                varied[i] = _as_jpeg(varied[i], quality)
+            return np.asarray(compiled(varied, spread, ("cut",)))
+
+    return run
+
 # %% ../../nbs/data/12_images.ipynb #e08193ee
 @dataclass(frozen=True)
 class _Policy:
@@ -639,13 +787,20 @@ class _Policy:
 
     name: str
     title: str  # for people
-    needs_tensorflow: bool
     apply: Callable = field(repr=False)  # (uint8 (B, S, S, 3), Generator) -> 0..255
+    turns: Callable | None = field(default=None, repr=False)  # (B, Generator) -> turn, flip; if that is all
 
 # %% ../../nbs/data/12_images.ipynb #e8a68a17
+def _turns(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    return rng.integers(0, 4, count), rng.random(count) < 0.5
+
+
 def _light(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    turns = rng.integers(0, 4, len(images))
-    return _flip_and_turn(images, turns, rng.random(len(images)) < 0.5)
+    return _flip_and_turn(images, *_turns(len(images), rng))
+
+
+def _as_stored(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros(count, int), np.zeros(count, bool)
 
 
 _first_use = threading.Lock()  # threads that meet here would each compile the policy
@@ -654,16 +809,16 @@ _first_use = threading.Lock()  # threads that meet here would each compile the p
 def _dermoscopy(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     size = images.shape[1]
     with _first_use:
-        run = _dermoscopy_function(size)
+        run = _dermoscopy_function(size) if backend() == "tensorflow" else _dermoscopy_in_jax()
     return run(_light(images, rng), _dermoscopy_settings(len(images), size, rng))
 
 
 AUGMENTATIONS = {
     policy.name: policy
     for policy in (
-        _Policy("none", "as stored", False, lambda images, rng: images),
-        _Policy("light", "mirrored and turned by right angles", False, _light),
-        _Policy("dermoscopy", "turned freely, colors, blur, JPEG", True, _dermoscopy),
+        _Policy("none", "as stored", lambda images, rng: images, _as_stored),
+        _Policy("light", "mirrored and turned by right angles", _light, _turns),
+        _Policy("dermoscopy", "turned freely, colors, blur, JPEG", _dermoscopy),
     )
 }
 
@@ -682,42 +837,63 @@ def augment_images(
 MIXES = ("none", "mixup", "cutmix")
 
 # %% ../../nbs/data/12_images.ipynb #f7b22c36
+def mix_settings(
+    count: int,  # images of the batch
+    size: int,  # pixels, width and height
+    mix: str,  # one of MIXES
+    rng: np.random.Generator,
+) -> dict[str, np.ndarray]:  # partner (B,), share (B,) of the own image; low, high (2, B) of cutmix
+    "With which other image of the batch each is blended, and how; empty for none."
+    if mix not in MIXES:
+        raise unknown_name("mix", mix, MIXES)
+    if mix == "none":
+        return {}
+    partner = rng.permutation(count)
+    if mix == "mixup":
+        return {"partner": partner, "share": rng.beta(0.2, 0.2, count).astype(np.float32)}
+    side = size * np.sqrt(1 - rng.beta(1.0, 1.0, count))
+    center = rng.uniform(0, size, (2, count))  # of the rectangle, x and y
+    low = np.clip(np.round(center - side / 2), 0, size).astype(int)
+    high = np.clip(np.round(center + side / 2), 0, size).astype(int)
+    share = (1 - np.prod(high - low, axis=0) / size**2).astype(np.float32)
+    return {"partner": partner, "share": share, "low": low, "high": high}
+
+
+def _mix_labels(labels: np.ndarray, settings: dict) -> np.ndarray:
+    if not settings:
+        return labels
+    share = settings["share"][:, None]
+    return (share * labels + (1 - share) * labels[settings["partner"]]).astype(np.float32)
+
+
+def _mix_images(images: np.ndarray, settings: dict) -> np.ndarray:
+    if not settings:
+        return images
+    partner = settings["partner"]
+    if "low" not in settings:
+        weight = settings["share"][:, None, None, None]
+        return weight * images + (1 - weight) * images[partner]
+    mixed, low, high = images.copy(), settings["low"], settings["high"]
+    for i, j in enumerate(partner):
+        where = slice(low[1][i], high[1][i]), slice(low[0][i], high[0][i])
+        mixed[i][where] = images[j][where]
+    return mixed
+
+
 def mix_batch(
     images: np.ndarray,  # float32 (B, S, S, 3)
     labels: np.ndarray,  # float32 (B, K), rows sum to one
     mix: str,  # one of MIXES
-    rng: np.random.Generator,  # such as batch_generator gives
+    rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:  # new images and labels, float32
     "Blend each image and its label with another of the batch."
-    if mix not in MIXES:
-        raise unknown_name("mix", mix, MIXES)
-    if mix == "none":
-        return images, labels
-    count, size = images.shape[:2]
-    partner = rng.permutation(count)
-    if mix == "mixup":
-        share = rng.beta(0.2, 0.2, count).astype(np.float32)
-        weight = share[:, None, None, None]
-        mixed = weight * images + (1 - weight) * images[partner]
-    else:
-        side = size * np.sqrt(1 - rng.beta(1.0, 1.0, count))
-        low, high = [], []  # of the rectangle, for x and for y
-        for center in rng.uniform(0, size, (2, count)):
-            low.append(np.clip(np.round(center - side / 2), 0, size).astype(int))
-            high.append(np.clip(np.round(center + side / 2), 0, size).astype(int))
-        mixed = images.copy()
-        for i, j in enumerate(partner):
-            where = slice(low[1][i], high[1][i]), slice(low[0][i], high[0][i])
-            mixed[i][where] = images[j][where]
-        area = (high[0] - low[0]) * (high[1] - low[1])
-        share = (1 - area / size**2).astype(np.float32)
-    share = share[:, None]
-    return mixed, (share * labels + (1 - share) * labels[partner]).astype(np.float32)
+    settings = mix_settings(*images.shape[:2], mix, rng)
+    return _mix_images(images, settings), _mix_labels(labels, settings)
 
 # %% ../../nbs/data/12_images.ipynb #d9b19e73
 @functools.cache
 def _batches_class() -> type:
-    import keras
+    from dermnb.core import keras
 
     class Batches(keras.utils.PyDataset):
         "Batches (images float32 0..255 (B, S, S, 3), labels float32 (B, K))."
@@ -760,13 +936,27 @@ def _batches_class() -> type:
             last = index == len(self) - 1
             return order[index * size : None if last else (index + 1) * size]
 
+        def _one_hot(self, chosen: np.ndarray) -> np.ndarray:
+            labels = np.zeros((len(chosen), self.options["num_classes"]), np.float32)
+            labels[np.arange(len(chosen)), self.labels[chosen]] = 1
+            return labels
+
+        def drawn(self, index: int) -> dict[str, np.ndarray]:
+            """What a batch is made of, for who has the images: chosen (B,) of `rows`, labels
+            (B, K), turn and flip (B,), the settings of the mix. None has more than batch_size."""
+            epoch, order = self._now
+            size = self.options["batch_size"]
+            chosen = order[index * size : (index + 1) * size]
+            labels, rng = self._one_hot(chosen), batch_generator(self.options["seed"], epoch, index)
+            turn, flip = AUGMENTATIONS[self.options["augment"]].turns(len(chosen), rng)
+            mix = mix_settings(len(chosen), self.store.size, self.options["mix"], rng)
+            labels = _mix_labels(labels, mix)
+            return {"chosen": chosen, "labels": labels, "turn": turn, "flip": flip} | mix
+
         def __getitem__(self, index: int):
             epoch, order = self._now
-            chosen = self._positions(index, order)
-            options = self.options
-            rng = batch_generator(options["seed"], epoch, index)
-            labels = np.zeros((len(chosen), options["num_classes"]), np.float32)
-            labels[np.arange(len(chosen)), self.labels[chosen]] = 1
+            chosen, options = self._positions(index, order), self.options
+            labels, rng = self._one_hot(chosen), batch_generator(options["seed"], epoch, index)
             if self.store is None:
                 return {"metadata": self.metadata[chosen]}, labels
             images = self.store.read(self.rows[chosen])

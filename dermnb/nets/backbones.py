@@ -339,7 +339,7 @@ def build_backbone(
     Its weights are random ones. Raises `ConfigError` when the image is too small for the
     network.
     """
-    import keras
+    from dermnb.core import keras
 
     spec = get_backbone(backbone)
     size = min(inputs.shape[1:3])
@@ -363,7 +363,7 @@ def build_backbone(
 # %% ../../nbs/nets/01_backbones.ipynb #430fbe85
 def _rescaled_efficientnet(trunk, inputs):
     "The same network with the rescaling layer that Keras adds for ImageNet weights."
-    import keras
+    from dermnb.core import keras
 
     def call(layer, *args, **kwargs):
         x = layer(*args, **kwargs)

@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 
-import keras
+from ..core import keras
 from keras import layers
 
 # %% ../../nbs/nets/04_cost.ipynb #27ec32dd

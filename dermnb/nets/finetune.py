@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import keras
 import numpy as np
 import pandas as pd
 
@@ -21,7 +20,9 @@ from dermnb.core import (
     ConfigError,
     ExperimentConfig,
     TrainingConfig,
+    backend,
     duration,
+    keras,
     progress,
     unknown_name,
 )
@@ -32,6 +33,7 @@ from dermnb.nets.checkpoints import (
     network_arrays,
     put_arrays,
 )
+from .device import NOT_ASKED, OnDevice, why_not
 
 # %% ../../nbs/nets/06_finetune.ipynb #69f9bed7
 DECAYS = ("constant", "cosine", "plateau")
@@ -470,6 +472,7 @@ class _Keeper(keras.callbacks.Callback):
         super().__init__()
         self.checkpoint, self.watch, self.stop_at = checkpoint, watch, stop_at
         self.which: set[int] = set()
+        self.due = 0.0  # of the next checkpoint
         self.start, self.resumed, self.before = time.perf_counter(), [], 0.0
         self.found = checkpoint.load() if checkpoint else None
         self.first = self.found[0]["stage"] if self.found else 0
@@ -500,9 +503,13 @@ class _Keeper(keras.callbacks.Callback):
             vars(callback).update(counted)  # they have forgotten it as they began
 
     def on_epoch_end(self, epoch, logs=None):
-        if self.checkpoint:
-            self.checkpoint.save(self._state(), self._arrays())
         late = time.time() + self.watch.rows[-1]["seconds"] > self.stop_at > 0
+        last = self.watch.epochs_left() == 0 or self.model.stop_training
+        if self.checkpoint and (late or last or time.perf_counter() >= self.due):
+            began = time.perf_counter()
+            self.checkpoint.save(self._state(), self._arrays())
+            took = time.perf_counter() - began
+            self.due = began + took * (1 if took < 0.5 else 20)
         if late and self.watch.epochs_left():
             n = len(self.watch.rows)
             raise Stopped(f"stopped after epoch {n} of {n + self.watch.epochs_left()}: the time is up")
@@ -577,20 +584,28 @@ def fit_stages(
     """
     if not stages or not len(train) or not len(val):
         raise ConfigError("training needs a stage, training images and validation images.")
+    on_device, steps = None, len(train)
+    if not (reason := why_not(train)):
+        on_device = OnDevice(train, val)
+        train, val, steps = on_device.train, on_device.val, on_device.train.steps
+    elif reason != NOT_ASKED:
+        print(f"images do not lie on the accelerator: {reason}", flush=True)
     watch = _Watch(stages, train, on_epoch)
     keeper = _Keeper(checkpoint, watch, stop_at)
     for number, stage in enumerate(stages):
         set_trainable(model, spec, stage.train, stage.train_batch_norm)
-        optimizer = make_optimizer(config.optimizer, stage_rate(stage, len(train)))
+        optimizer = make_optimizer(config.optimizer, stage_rate(stage, steps))
         model.compile(
             optimizer,
             loss,
-            metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
+            weighted_metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
             # On CPU, XLA makes TensorFlow's training several times slower.
-            jit_compile=False if keras.backend.backend() == "tensorflow" else "auto",
+            jit_compile=False if backend() == "tensorflow" else "auto",
         )
         # Variables made within the first step would have TensorFlow trace the step twice.
         model.optimizer.build(model.trainable_variables)
+        if on_device:
+            on_device.attach(model)
         watch.begin(stage, model)
         if keeper.begin(number, model):
             begin = len(watch.rows) - len(watch.left.done)

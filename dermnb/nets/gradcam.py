@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-import keras
 import numpy as np
 from PIL import Image
 
-from ..core import CAM_METHODS, ConfigError, unknown_name
+from ..core import CAM_METHODS, ConfigError, backend, keras, unknown_name
 from .backbones import get_backbone
 from .models import softmax
 
@@ -211,8 +210,6 @@ class CamNetwork:
         the network is none of `build_classifier`. It follows when the model's weights
         change.
         """
-        if keras.backend.backend() not in _BACKENDS:
-            raise unknown_name("Keras backend", keras.backend.backend(), _BACKENDS)
         names = {x.name for x in model.layers}
         if "logits" not in names:
             raise ConfigError(
@@ -242,7 +239,7 @@ class CamNetwork:
         # One function for answers and maps: to trace a deep network takes far longer than to
         # ask it, and the maps are made on the way to the answer.
         whole = keras.Model(self.inputs, outputs)
-        self._see, self._slope = _BACKENDS[keras.backend.backend()](whole, upper)
+        self._see, self._slope = _BACKENDS[backend()](whole, upper)
 
     def predict(
         self,

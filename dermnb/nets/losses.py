@@ -9,11 +9,10 @@ __all__ = ['CLASS_WEIGHTS', 'LOSSES', 'dense_labels', 'log_probabilities', 'weig
 # %% ../../nbs/nets/00_losses.ipynb #b09344eb
 from collections.abc import Sequence
 
-import keras
 import numpy as np
-from keras import ops
 
-from ..core import ConfigError, TrainingConfig, unknown_name
+from ..core import ConfigError, TrainingConfig, keras, unknown_name
+from keras import ops
 
 # %% ../../nbs/nets/00_losses.ipynb #e0883a96
 def dense_labels(

@@ -12,15 +12,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import keras
 import numpy as np
 import pandas as pd
-from keras import layers
 
-from ..core import ConfigError, progress, read_json, unknown_name, write_json
+from ..core import ConfigError, keras, progress, read_json, unknown_name, write_json
 from ..data.values import column_values
 from .backbones import BackboneSpec, get_backbone
 from .weights import load_backbone
+from keras import layers
 
 # %% ../../nbs/nets/03_models.ipynb #f6dd34a6
 def build_head(

@@ -20,6 +20,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from .. import __version__
+from ..core import ConfigError
 from .blocks import EN_DASH, MINUS, Cell, script_json
 from .figures import SWAP, figure_template
 from ..runs.kernels import shorten
@@ -147,6 +148,8 @@ def _load_readers() -> None:
     try:
         import nbformat  # noqa: F401
         from nbconvert import HTMLExporter  # noqa: F401
+    except ImportError:
+        raise ConfigError("nbconvert is not installed, and pages need it: `pip install nbconvert`.") from None
     finally:
         if absent:
             del sys.modules["rfc3987_syntax"]

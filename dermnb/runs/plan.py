@@ -202,14 +202,21 @@ def _freezing(config: dict) -> tuple:
     return tuple(config[n] for n in (names if config["schedule"] != "scratch" else names[:1]))
 
 
+def _machine(provenance: dict) -> tuple:
+    "Processor, cores and the GPUs that the framework sees."
+    hardware = provenance["hardware"]
+    gpus = hardware.get("gpus") or [provenance.get("accelerator")]
+    used = provenance.get("accelerator", True)  # which older records do not have
+    return hardware["cpu"], hardware["cores"], tuple(filter(None, gpus)) if used else ()
+
+
 def _past(record: dict) -> _Past:
     config, timing = make_config({}).model_dump() | record["config"], record["timing"]
     epoch_s = timing.get("epoch_s") or timing["train_s"] / config["epochs"]
-    hardware = record["provenance"]["hardware"]
     config |= {field: c["value"] for field, c in record.get("chosen", {}).items()}
     return _Past(
         config,
-        (hardware["cpu"], hardware["cores"], tuple(hardware.get("gpus") or ())),
+        _machine(record["provenance"]),
         record["dataset"]["images"],
         record["split"]["train"]["images"],
         epoch_s / record["split"]["train"]["images"],
@@ -235,8 +242,7 @@ def _earlier_runs(reports: Path) -> tuple[list[_Past], list[float]]:
 
 @cache
 def _this_machine() -> tuple:
-    hardware = provenance()["hardware"]
-    return hardware["cpu"], hardware["cores"], tuple(hardware["gpus"])
+    return _machine(provenance())
 
 
 @cache

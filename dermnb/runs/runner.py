@@ -8,6 +8,7 @@ __all__ = ['MEMORY', 'gather_weights', 'Interrupted', 'run_suite']
 # %% ../../nbs/runs/13_runner.ipynb #f9d77b3b
 import contextlib
 import functools
+import importlib.util
 import logging
 import os
 import shutil
@@ -17,10 +18,20 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import ConfigError, ExperimentConfig, cache_dir, now, plural, read_json, write_json
+from dermnb.core import (
+    ConfigError,
+    ExperimentConfig,
+    backend,
+    cache_dir,
+    now,
+    plural,
+    read_json,
+    write_json,
+)
 from ..data.datasets import dataset_folder, dataset_spec
 from ..nets.backbones import BACKBONES
 from ..nets.weights import fetch_weights, find_weights, weights_origin
@@ -86,6 +97,7 @@ def run_suite(
     build=None,  # makes the pages of a suite's folder and returns the first; None: no pages
     max_hours: float = 0.0,  # stop at the end of an epoch before so many hours; 0: never
     trackers: Sequence[str] = (),  # where else to record finished runs; see `runs.trackers`
+    leave=None,  # called with the suite's folder whenever a run has ended
 ) -> tuple[Path, list[dict]]:
     """Execute a suite and build its report: the page (or the folder) and the status of every run.
 
@@ -100,10 +112,14 @@ def run_suite(
     notebooks_dir()  # or there is no need to begin
     look_again()
     check_trackers(trackers)
+    if build and importlib.util.find_spec("nbconvert") is None:
+        tell(f"nbconvert is not installed: pages are built where it is, by `dermnb report {folder}`")
+        build = None
     states, todo = _done_and_todo(plan, folder, force, tell)
     if todo and scheduler:
         _client_of(scheduler).close()  # before anything is written: whether it is there
     elif todo:  # else it is the workers that need them
+        backend()
         gather_weights([planned.config for planned in todo.values()], where, tell)
     if force:
         (folder / JOURNAL).unlink(missing_ok=True)  # or its decisions would be taken over
@@ -125,6 +141,8 @@ def run_suite(
         for state in ending:
             record.add(state | {"when": now()})
             trackers = track_runs(folder, record.done(), trackers, watch.say)
+            if leave:
+                leave(folder)
             due = took < 2 or time.monotonic() - since > 10 * took
             if build and state["status"] == "done" and due and len(states) < len(plan):
                 since = time.monotonic()
@@ -317,9 +335,6 @@ def _gpus() -> list[str]:
 @contextlib.contextmanager
 def _cluster(runs: _Runs, command: str):
     "A client of the workers, with the settings of each; kernels end with it if it is interrupted."
-    import distributed.gc
-    from distributed import Client
-
     for name in ("distributed", "distributed.client"):  # what is lost is said here
         logging.getLogger(name).setLevel(logging.CRITICAL)
     cluster, gpus = None, _gpus()
@@ -329,13 +344,14 @@ def _cluster(runs: _Runs, command: str):
         client = _client_of(runs.scheduler)
         slots = []
     else:
-        cluster = _local_cluster(workers)
-        client = Client(cluster)
-        # An interruption that came within it would be lost.
-        distributed.gc.disable_gc_diagnosis(force=True)
-        threads = {"TF_NUM_INTRAOP_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+        client, cluster = _local_client(workers)
+        cores = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
+        threads = str(max(1, cores // workers))
+        shared = {"TF_NUM_INTRAOP_THREADS": threads, "NPROC": threads}  # XLA's is NPROC
+        if gpus and workers > len(gpus):  # or the first of two on a GPU would take it all
+            shared["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 * len(gpus) / workers:.2f}"
         cards = [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {} for i in range(workers)]
-        slots = [threads | card for card in cards]
+        slots = [shared | card for card in cards]
     try:
         yield client, slots
     finally:
@@ -380,18 +396,41 @@ def _client_of(scheduler: str):
         ) from None
 
 
-def _local_cluster(workers: int):
+def _local_client(workers: int) -> tuple:
+    "A client of workers in this process, and what is to be closed after it."
+    if importlib.util.find_spec("distributed") is None:
+        return _Threads(workers), None
     import dask
-    from distributed import LocalCluster
+    import distributed.gc
+    from distributed import Client, LocalCluster
 
     with dask.config.set(_CALM), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of a machine without a network
-        return LocalCluster(
+        cluster = LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
             processes=False,  # a run computes in its kernel, a process of its own
             dashboard_address="127.0.0.1:0",  # any port: other suites may run
         )
+    client = Client(cluster)
+    # An interruption that came within it would be lost.
+    distributed.gc.disable_gc_diagnosis(force=True)
+    return client, cluster
+
+
+class _Threads:
+    "What a client of dask is needed for on one machine, where dask is not installed."
+
+    dashboard_link = ""
+
+    def __init__(self, workers: int):
+        self.pool = ThreadPoolExecutor(workers)
+
+    def submit(self, function, *args, **of_dask):
+        return self.pool.submit(function, *args)
+
+    def close(self, timeout: float) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
 
 # %% ../../nbs/runs/13_runner.ipynb #cfa13558
 def _execute_all(runs: _Runs, watch: Watch) -> Iterator[dict]:
@@ -441,6 +480,8 @@ def _room(client, slots: list, flying: dict) -> int:
 def _submit(client, planned: PlannedRun, runs: _Runs, command: str, slot: dict):
     env = {"TF_CPP_MIN_LOG_LEVEL": "2", "DERMNB_COMMAND": command, **MEMORY, **slot}
     env |= {"DERMNB_CACHE": str(cache_dir().resolve()), "DERMNB_STOP_AT": str(runs.stop_at)}
+    if os.environ.get("KERAS_BACKEND"):
+        env["KERAS_BACKEND"] = os.environ["KERAS_BACKEND"]  # also on other machines
     for name in ("DERMNB_WEIGHTS", "DERMNB_DATA_DIR"):
         if os.environ.get(name):
             env[name] = str(Path(os.environ[name]).resolve())
@@ -464,21 +505,20 @@ def _submit(client, planned: PlannedRun, runs: _Runs, command: str, slot: dict):
 
 
 def _state_of(future, planned: PlannedRun, runs: _Runs) -> dict:
-    if future.status == "finished":
+    ended = getattr(future, "status", "") or ("error" if future.exception() else "finished")
+    if ended == "finished":
         return future.result()
     run, status, error = planned.config.run, "failed", ""
-    if future.status == "error":
+    if ended == "error":
         error = one_sentence(future.exception())
-    elif future.status in ("cancelled", "lost"):
+    elif ended in ("cancelled", "lost"):
         status = "stopped"
         error = f"The scheduler {runs.scheduler} is gone: start one, and give the command again."
     return {"run": run, "status": status, "error": error, "seconds": 0}
 
 
 def _tell_dashboard(client, say) -> None:
-    from importlib.util import find_spec
-
-    if find_spec("bokeh") and client.dashboard_link:
+    if importlib.util.find_spec("bokeh") and client.dashboard_link:
         say(f"dashboard: {client.dashboard_link}")
 
 # %% ../../nbs/runs/13_runner.ipynb #ac5cca1e

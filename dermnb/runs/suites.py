@@ -8,7 +8,6 @@ __all__ = ['ANSWERS', 'SuiteFile', 'search_of', 'suites_dir', 'load_suite', 'par
 
 # %% ../../nbs/runs/08_suites.ipynb #9b24f132
 import contextlib
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -20,6 +19,7 @@ from dermnb.core import (
     ENSEMBLE_FIELDS,
     ConfigError,
     ExperimentConfig,
+    accelerator,
     make_config,
     unknown_name,
 )
@@ -203,8 +203,8 @@ class PlannedRun:
 
 
 def default_profile() -> str:
-    "`gpu` where one answers, else `cpu`."
-    return "gpu" if shutil.which("nvidia-smi") else "cpu"
+    "`gpu` where the framework sees one, else `cpu`."
+    return "gpu" if accelerator() else "cpu"
 
 # %% ../../nbs/runs/08_suites.ipynb #9af9b52f
 def _configs(

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-import keras
 import numpy as np
 import pandas as pd
 
@@ -25,8 +24,10 @@ from dermnb.core import (
     SPLITS,
     ConfigError,
     ExperimentConfig,
+    backend,
     cache_dir,
     keep_graphs,
+    keras,
     now,
     peak_memory_mb,
     progress,
@@ -43,6 +44,7 @@ from ..nets.backbones import BACKBONES
 from ..nets.checkpoints import Checkpoint
 from ..nets.choose import choice_sentence, measure_steps, measured_choice
 from ..nets.cost import count_flops
+from ..nets.device import share_devices
 from dermnb.nets.finetune import (
     backbone_layers,
     fit_stages,
@@ -95,6 +97,7 @@ def build_model(
     keep_graphs()
     set_seed(config.seed, config.deterministic)
     keras.config.set_dtype_policy(config.precision)
+    share_devices()
     model = build_classifier(
         config.backbone,
         len(data.classes),
@@ -169,7 +172,7 @@ def _measure(config: ExperimentConfig, data: Data, base, precisions, sizes) -> d
     for precision in precisions:
         model = build_model(config.model_copy(update={"precision": precision}), data, base)
         set_trainable(model, spec, stage.train, stage.train_batch_norm)
-        jit = False if keras.backend.backend() == "tensorflow" else "auto"  # as `fit_stages`
+        jit = False if backend() == "tensorflow" else "auto"  # as `fit_stages`
         loss = make_loss(config.training, data.class_counts())
         model.compile(make_optimizer(config.optimizer, stage.learning_rate), loss, jit_compile=jit)
         models[precision] = model
@@ -198,7 +201,7 @@ def _checkpoint(config: ExperimentConfig, data: Data, model: keras.Model) -> Che
     key = training_key(config.asked, base) | {
         "images": table_hash(images) + table_hash(images.iloc[data.train_positions]),
         "network": weights.hexdigest(),
-        "packages": " ".join(f"{p} {packages.get(p)}" for p in ("keras", "tensorflow", "jax")),
+        "packages": " ".join(f"{p} {packages.get(p)}" for p in ("keras", backend())),
     }
     if config.chosen:
         key["chosen"] = json.dumps(config.chosen)
@@ -309,6 +312,7 @@ def _dataset_record(data: Data) -> dict:
         "positive": _own_positive(data),  # what config names comes first
         "found": [list(entry) for entry in dataset.account.found],
         "not_used": [list(entry) for entry in dataset.account.not_used],
+        **({"recompressed": data.recompressed} if data.recompressed else {}),
     }
 
 
@@ -365,7 +369,7 @@ def _save_tables(folder: Path, data: Data, history: pd.DataFrame, predictions) -
     history.to_csv(folder / "history.csv", index=False)
     predictions.to_parquet(folder / "predictions.parquet", index=False)
     data.manifest[[*_COLUMNS, *FACTS]].to_parquet(folder / "split.parquet", index=False)
-    if data.config.audit != "none":  # for runs that start from this one, on other images
+    if data.config.audit != "none" and not data.recompressed:  # for runs that start from this one, on other images
         trained = data.manifest[data.manifest["split"] == "train"]
         prints = fingerprints(trained, cache_dir())
         prints.to_parquet(folder / "fingerprints.parquet", index=False, compression="zstd")
@@ -439,11 +443,7 @@ def save_run(
         | {"epoch_s": round(float(history["seconds"].mean()), 2)},
         "peak_memory_mb": peak_memory_mb(),
         "provenance": provenance()
-        | {
-            "backend": keras.backend.backend(),
-            "started": clock.started,
-            "finished": now(),
-        },
+        | {"started": clock.started, "finished": now()},
     }
     write_bundle(folder / "model", record, metrics, predictions, novelty)
     write_json(folder / "run.json", record)

@@ -17,13 +17,13 @@ import pandas as pd
 from PIL import Image, ImageDraw
 
 from ..core import ConfigError, progress, read_json, write_json
-from ..data.datasets import load_dataset
 from ..data.images import read_pixels
 from ..metrics.scores import TableScores, estimate, lesion_numbers, resample_groups
 from ..nets.novelty import Novelty, known_images
 from ..runs.bundle import is_complete, load_bundle, take_members, write_bundle
 from ..runs.ensemble import load_members
 from ..runs.folders import find_run
+from ..runs.prepare import images_of
 from ..runs.results import VIEWS
 from .predict import Predictor
 from dermnb.serve.saliency import (
@@ -38,16 +38,7 @@ from dermnb.serve.saliency import (
 # %% ../../nbs/serve/05_explain.ipynb #07d5f7d3
 def _manifest(record: Mapping, data_dir: str) -> pd.DataFrame:
     "Where a run's images, and their masks, are; indexed by image id."
-    config = record["config"]
-    dataset = load_dataset(
-        config["dataset"],
-        data_dir or os.environ.get("DERMNB_DATA_DIR", ""),
-        config.get("taxonomy", ""),
-        "exclude",
-    )
-    manifest = dataset.manifest.assign(
-        image_id=dataset.manifest["image_id"].astype(str)
-    )
+    manifest = images_of(record, data_dir).astype({"image_id": str})
     return manifest.set_index("image_id", drop=False)
 
 # %% ../../nbs/serve/05_explain.ipynb #cd03b3e1

@@ -24,6 +24,7 @@ from PIL import Image
 
 from dermnb.core import (
     ConfigError,
+    backend,
     now,
     only_one,
     progress,
@@ -100,7 +101,7 @@ def _describe(kind: tuple, name: str) -> dict:
 # %% ../../nbs/serve/06_export.ipynb #16ae368c
 def _joint_graph(networks: Sequence, temperature: float, names: Mapping[tuple, str]):
     "A `tf.Module` whose `serve` gives the calibrated probabilities of all networks."
-    import keras
+    from dermnb.core import keras
     import tensorflow as tf
 
     specs, parts = {}, []
@@ -529,11 +530,9 @@ def _check_packages(form: str) -> None:
                 f"export form {form!r} needs the package {package}, which is not "
                 "installed: pip install 'dermnb[export]'."
             ) from None
-    import keras
-
-    if keras.backend.backend() != "tensorflow":
+    if backend() != "tensorflow":
         raise ConfigError(
-            f"Keras runs on {keras.backend.backend()} here, and exporting needs "
+            f"Keras runs on {backend()} here, and exporting needs "
             "TensorFlow: set KERAS_BACKEND=tensorflow, which loads any "
             "backend's networks."
         )
@@ -659,7 +658,7 @@ def export_bundle(
 # %% ../../nbs/serve/06_export.ipynb #6c9b0e9f
 def _engine_graph(model):
     "A `tf.Module` whose `serve` gives the logits and features of one network."
-    import keras
+    from dermnb.core import keras
     import tensorflow as tf
 
     sees = any(x.name == "image" for x in model.inputs)

@@ -27,7 +27,7 @@ def reinitialized_weights(
 
     The same network, so that what was traced of it need not be traced again.
     """
-    import keras
+    from dermnb.core import keras
 
     if part not in ("head", "all"):
         raise unknown_name("part", part, ("head", "all"))
