@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SPLITS', 'CAM_METHODS', 'ENSEMBLE_FIELDS', 'FRAMEWORKS', 'GREETINGS', 'ConfigError', 'the_error', 'unknown_name',
            'listing', 'plural', 'DataConfig', 'NetworkConfig', 'TrainingConfig', 'EvaluationConfig', 'ExperimentConfig',
-           'make_config', 'write_json', 'read_json', 'read_arrays', 'project_root', 'cache_dir', 'backend',
-           'accelerator', 'set_seed', 'keep_graphs', 'provenance', 'peak_memory_mb', 'table_hash', 'now', 'duration',
-           'progress', 'only_one', 'greeting_filter']
+           'make_config', 'write_json', 'read_json', 'read_arrays', 'project_root', 'cache_dir', 'is_installed',
+           'backend', 'accelerator', 'set_seed', 'keep_graphs', 'provenance', 'peak_memory_mb', 'table_hash', 'now',
+           'duration', 'progress', 'only_one', 'greeting_filter']
 
 # %% ../nbs/00_core.ipynb #a1ac7e06
 import contextlib
@@ -422,7 +422,8 @@ def cache_dir() -> Path:
 FRAMEWORKS = ("tensorflow", "jax")  # that Keras computes with, the preferred one first
 
 
-def _is_installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
+    "Whether a package can be imported; it is not."
     with contextlib.suppress(ValueError):  # it is hidden: `sys.modules` has None for it
         return importlib.util.find_spec(package) is not None
     return False
@@ -437,7 +438,7 @@ def backend() -> str:
     if hasattr(loaded, "backend"):  # it is too late to choose
         name = loaded.backend.backend()
     else:
-        name = os.environ.get("KERAS_BACKEND") or next(filter(_is_installed, FRAMEWORKS), "")
+        name = os.environ.get("KERAS_BACKEND") or next(filter(is_installed, FRAMEWORKS), "")
     if not name:
         raise ConfigError(
             "no deep-learning framework is installed: `pip install 'dermnb[tensorflow]'`, or "
@@ -445,7 +446,7 @@ def backend() -> str:
         )
     if name not in FRAMEWORKS:
         raise unknown_name("KERAS_BACKEND", name, FRAMEWORKS)
-    if not _is_installed(name):
+    if not is_installed(name):
         raise ConfigError(f"KERAS_BACKEND is {name}, which is not installed: `pip install 'dermnb[{name}]'`.")
     os.environ["KERAS_BACKEND"] = name
     if name == "jax":  # it keeps what took a second and more to compile
@@ -482,7 +483,7 @@ def _command(*args: str, cwd: Path | None = None, seconds: float = 10) -> str:
 def accelerator() -> str:
     "The name of the GPU that the framework sees; empty: there is none."
     driver = any(Path("/dev").glob("nvidia[0-9]*")) or shutil.which("nvidia-smi")
-    if not driver or not any(map(_is_installed, FRAMEWORKS)):
+    if not driver or not any(map(is_installed, FRAMEWORKS)):
         return ""
     said = _command(sys.executable, "-c", _ASK[backend()], seconds=120)
     return said.splitlines()[-1] if said else ""
@@ -551,7 +552,7 @@ def provenance() -> dict:
         ),
         "python": platform.python_version(),
         "packages": packages,
-        "backend": backend() if any(map(_is_installed, FRAMEWORKS)) else "",
+        "backend": backend() if any(map(is_installed, FRAMEWORKS)) else "",
         "accelerator": accelerator(),
         "hardware": {
             "cpu": _first_line("/proc/cpuinfo", "model name") or platform.processor(),

@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from dermnb.core import backend
+
+backend()  # tests import Keras as they like
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -16,9 +16,10 @@ from fabricate import make_run, predictions_hash
 from filelock import FileLock
 
 from dermnb.core import ConfigError, make_config, read_json, write_json
+from dermnb.data import images
 from dermnb.data.synthetic import draw_lesion
 from dermnb.nets import choose
-from dermnb.runs import folders, plan
+from dermnb.runs import folders, plan, runner
 from dermnb.runs.folders import (
     RUN_FILES,
     changed_since,
@@ -35,7 +36,7 @@ from dermnb.runs.folders import (
     why_stale,
 )
 from dermnb.runs.plan import plan_suite, print_plan
-from dermnb.runs.suites import SuiteFile, resolve_suite
+from dermnb.runs.suites import SuiteFile, load_suite, resolve_suite
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -599,3 +600,14 @@ def test_a_disk_that_fails_between_the_renames_costs_no_results(tmp_path, monkey
     validate_run(folder)
     validate_run(part)
     assert not list(folder.parent.glob(".previous-*"))
+
+
+def test_what_the_framework_lacks_is_a_problem_of_the_plan(tmp_path, monkeypatch):
+    planned = resolve_suite(load_suite("demo"), "cpu", {"augment": "dermoscopy"})
+    monkeypatch.setitem(sys.modules, "keras_cv", None)  # hidden, as if it were not installed
+    found = plan_suite(planned, tmp_path).problems
+    assert len(found) == 1 and "needs keras-cv" in found[0] and "use 'light'" in found[0]
+    with pytest.raises(ConfigError, match="needs keras-cv"):  # also before a kernel is started
+        runner.run_suite("demo", profile="cpu", overrides={"augment": "dermoscopy"}, reports=tmp_path)
+    monkeypatch.setattr(images, "backend", lambda: "jax")
+    assert plan_suite(planned, tmp_path).problems == []

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESIZE_METHODS', 'AUGMENTATIONS', 'MIXES', 'show_images', 'resize_image', 'read_pixels', 'ImageStore', 'build_store',
-           'batch_generator', 'spread_settings', 'dermoscopy_steps', 'augment_images', 'mix_settings', 'mix_batch',
-           'make_batches']
+           'batch_generator', 'spread_settings', 'dermoscopy_steps', 'augment_images', 'check_framework',
+           'mix_settings', 'mix_batch', 'make_batches']
 
 # %% ../../nbs/data/12_images.ipynb #7c6de9a6
 import collections
@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..core import ConfigError, backend, only_one, progress, unknown_name
+from ..core import ConfigError, backend, is_installed, only_one, progress, unknown_name
 from .decoding import Picture, file_name, open_picture
 from .files import on_disk, read_image_bytes
 
@@ -519,11 +519,15 @@ def _keras_cv():
         import tensorflow as tf
         from keras_cv import layers
     except (ImportError, ValueError) as error:  # keras-cv raises either
-        raise ConfigError(
-            "augmentation 'dermoscopy' needs keras-cv on TensorFlow, and it cannot be imported "
-            f"({_reason(error)}): `pip install 'dermnb[tensorflow]'`, or use 'light'."
-        ) from error
+        raise _no_keras_cv(f"it cannot be imported ({_reason(error)})") from error
     return tf, layers
+
+
+def _no_keras_cv(why: str) -> ConfigError:
+    return ConfigError(
+        f"augmentation 'dermoscopy' needs keras-cv on TensorFlow, and {why}: "
+        "`pip install 'dermnb[tensorflow]'`, or use 'light'."
+    )
 
 # %% ../../nbs/data/12_images.ipynb #de1b117e
 def _blur_together(tf, layer, width: int) -> Callable:
@@ -833,6 +837,15 @@ def augment_images(
         raise unknown_name("augmentation", policy, AUGMENTATIONS)
     return AUGMENTATIONS[policy].apply(images, rng).astype(np.float32)
 
+# %% ../../nbs/data/12_images.ipynb #03d08e6a
+def check_framework(
+    configs: Iterable,  # of runs that are to train here: their `augment`
+) -> None:
+    "ConfigError if there is no framework, or it lacks what an augmentation needs; loads none."
+    used = {config.augment for config in configs}
+    if backend() == "tensorflow" and "dermoscopy" in used and not is_installed("keras_cv"):
+        raise _no_keras_cv("it is not installed")
+
 # %% ../../nbs/data/12_images.ipynb #d483750b
 MIXES = ("none", "mixup", "cutmix")
 
@@ -903,11 +916,13 @@ def _batches_class() -> type:
             self.store, self.rows, self.labels = store, rows, labels
             self.metadata = metadata
             self.options = options
+            # Each size of a batch is compiled anew, for minutes with a deep network.
+            self.fills = options["shuffle"] and backend() == "jax" and len(rows) > options["batch_size"]
             self.set_epoch(0)
 
         def __len__(self) -> int:
             count, size = len(self.rows), self.options["batch_size"]
-            if self.options["shuffle"] and count % size == 1:
+            if self.options["shuffle"] and count % size == 1 and not self.fills:
                 return count // size
             return math.ceil(count / size)
 
@@ -916,6 +931,8 @@ def _batches_class() -> type:
             order = np.arange(len(self.rows))
             if self.options["shuffle"]:
                 order = _generator(1, self.options["seed"], epoch).permutation(order)
+            if self.fills:
+                order = np.concatenate([order, order[: -len(order) % self.options["batch_size"]]])
             self._now = epoch, order  # one assignment: threads see both or neither
 
         @property

@@ -91,6 +91,27 @@ def _in_tensorflow(whole, upper) -> tuple[Callable, ...]:
     return see, compiled(partial(slope, upper), given, tf.TensorSpec((None,), tf.int32))
 
 # %% ../../nbs/nets/07_gradcam.ipynb #06f2439d
+def _in_known_sizes(function: Callable) -> Callable:
+    """Fills batches up to sizes that there have been, as JAX compiles for each size anew.
+
+    What is cut off again is copies of the first image, which change nothing for the others.
+    """
+    known: set[int] = set()
+
+    def call(*given):
+        n = len(keras.tree.flatten(given)[0])
+        power = 2 ** max(n - 1, 0).bit_length() if n <= 32 else n
+        size = min((k for k in known if n <= k <= 4 * n), default=power) if n else 0
+        known.add(size)
+        if size == n:
+            return function(*given)
+        rows = np.minimum(np.arange(size), n) % n
+        found = function(*keras.tree.map_structure(lambda x: np.asarray(x)[rows], given))
+        return keras.tree.map_structure(lambda x: np.asarray(x)[:n], found)
+
+    return call
+
+
 def _in_jax(whole, upper) -> tuple[Callable, ...]:
     import jax
     import jax.numpy as jnp
@@ -113,12 +134,10 @@ def _in_jax(whole, upper) -> tuple[Callable, ...]:
 
         return jax.grad(score)(given[0])
 
-    def see(inputs):
-        return forward(state(whole), inputs)
-
+    see = _in_known_sizes(lambda inputs: forward(state(whole), inputs))
     if upper is None:
         return see, None
-    return see, lambda given, target: slope(state(upper), given, target)
+    return see, _in_known_sizes(lambda given, target: slope(state(upper), given, target))
 
 
 _BACKENDS = {"tensorflow": _in_tensorflow, "jax": _in_jax}

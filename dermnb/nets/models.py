@@ -8,9 +8,11 @@ __all__ = ['FUSIONS', 'build_head', 'MetadataEncoder', 'fit_metadata', 'metabloc
 
 # %% ../../nbs/nets/03_models.ipynb #75db04a4
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -138,6 +140,32 @@ def _dense_metadata(metadata, width: int):
     x = layers.Dense(width, name="metadata_dense")(metadata)
     return layers.ReLU(name="metadata_relu")(x)
 
+# %% ../../nbs/nets/03_models.ipynb #137ee663
+@contextmanager
+def _weights_of_numpy(seed: int) -> Iterator[None]:
+    "Have Keras' initializers draw from NumPy meanwhile."
+    from keras.src.initializers import random_initializers  # the one place they draw from
+
+    rng = np.random.default_rng(seed)
+
+    def normal(shape, mean=0.0, stddev=1.0, dtype=None, seed=None):
+        drawn = rng.standard_normal(shape, np.float32)
+        return (mean + stddev * drawn).astype(dtype or "float32")
+
+    def truncated_normal(shape, mean=0.0, stddev=1.0, dtype=None, seed=None):
+        drawn = rng.standard_normal(shape, np.float32)
+        while (far := np.abs(drawn) > 2).any():
+            drawn[far] = rng.standard_normal(far.sum(), np.float32)
+        return (mean + stddev * drawn).astype(dtype or "float32")
+
+    def uniform(shape, minval=0.0, maxval=1.0, dtype=None, seed=None):
+        drawn = rng.random(shape, np.float32)
+        return (minval + (maxval - minval) * drawn).astype(dtype or "float32")
+
+    ours = {"normal": normal, "truncated_normal": truncated_normal, "uniform": uniform}
+    with patch.multiple(random_initializers.random, **ours):
+        yield
+
 # %% ../../nbs/nets/03_models.ipynb #2192b9ab
 def _struct(inputs: dict):
     "One image tensor by itself, or all by name: what a network is called with."
@@ -162,7 +190,7 @@ def build_classifier(
     With a `fusion` it takes a dict with `metadata`, float `(batch, metadata_columns)`,
     beside `image`; with `only`, nothing else.
     Sets the global random seed of Python, NumPy and Keras to `seed`: the same arguments
-    give the same initial weights. Raises `ConfigError` as `load_backbone` and
+    give the same initial weights, on any framework. Raises `ConfigError` as `load_backbone` and
     `build_head`, and for fewer than 2 classes or an unknown fusion.
     """
     if n_classes < 2:
@@ -174,18 +202,19 @@ def build_classifier(
     spec = get_backbone(backbone)
     keras.utils.set_random_seed(seed)
     inputs, x, beside = {}, None, None
-    if fusion != "only":
-        inputs["image"] = keras.Input((image_size, image_size, 3), name="image")
-        x = load_backbone(spec, inputs["image"], weights).output
-    if fusion != "none":
-        inputs["metadata"] = keras.Input((metadata_columns,), name="metadata")
-    if fusion == "metablock":
-        x = metablock(x, inputs["metadata"])
-    elif fusion == "concat":
-        beside = _dense_metadata(inputs["metadata"], 32)
-    elif fusion == "only":
-        x = _dense_metadata(inputs["metadata"], 64)
-    logits = build_head(x, n_classes, head, dropout, batch_norm, beside)
+    with _weights_of_numpy(seed):
+        if fusion != "only":
+            inputs["image"] = keras.Input((image_size, image_size, 3), name="image")
+            x = load_backbone(spec, inputs["image"], weights).output
+        if fusion != "none":
+            inputs["metadata"] = keras.Input((metadata_columns,), name="metadata")
+        if fusion == "metablock":
+            x = metablock(x, inputs["metadata"])
+        elif fusion == "concat":
+            beside = _dense_metadata(inputs["metadata"], 32)
+        elif fusion == "only":
+            x = _dense_metadata(inputs["metadata"], 64)
+        logits = build_head(x, n_classes, head, dropout, batch_norm, beside)
     name = "metadata" if fusion == "only" else spec.name
     model = keras.Model(_struct(inputs), logits, name=f"{name}_classifier")
     if batch_norm_momentum is not None:

@@ -37,7 +37,7 @@ from dermnb.core import (
 )
 from ..data.datasets import DATASETS
 from ..data.files import IMAGE_ENDINGS
-from ..data.images import _VERSION, _remembered, _Rows
+from ..data.images import _VERSION, _remembered, _Rows, check_framework
 from ..data.taxonomies import load_taxonomy
 from ..nets.backbones import BACKBONES
 from ..nets.choose import BATCH_SIZES, PRECISIONS, choice_sentence, known_choice
@@ -445,6 +445,15 @@ def _about_weights(rows: list[_Row]) -> tuple[list[str], list[str]]:
     return problems, notes
 
 
+def _about_framework(rows: list[_Row]) -> list[str]:
+    "That there is none, or that it lacks what an augmentation needs."
+    try:
+        check_framework([row.config for row in rows if not row.config.members])
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
 def _about_data(rows: list[_Row]) -> tuple[list[str], list[str]]:
     "Datasets that are not here, and those that will be generated."
     problems, notes = [], []
@@ -538,7 +547,7 @@ def plan_suite(
     cache_mb, runs_mb = _disk(order, workers)
     problems, notes = _about_weights(order)
     no_data, made = _about_data(order)
-    problems += no_data
+    problems += no_data + (_about_framework(order) if order else [])
     problems += _about_folders(suite_dir, cache_mb, runs_mb) if order else []
     if profile == "gpu" and order and not _this_machine()[2]:
         problems.append("Profile gpu is asked for, and no GPU answers: take --profile cpu.")

@@ -8,7 +8,6 @@ __all__ = ['MEMORY', 'gather_weights', 'Interrupted', 'run_suite']
 # %% ../../nbs/runs/13_runner.ipynb #f9d77b3b
 import contextlib
 import functools
-import importlib.util
 import logging
 import os
 import shutil
@@ -25,14 +24,15 @@ from pathlib import Path
 from dermnb.core import (
     ConfigError,
     ExperimentConfig,
-    backend,
     cache_dir,
+    is_installed,
     now,
     plural,
     read_json,
     write_json,
 )
 from ..data.datasets import dataset_folder, dataset_spec
+from ..data.images import check_framework
 from ..nets.backbones import BACKBONES
 from ..nets.weights import fetch_weights, find_weights, weights_origin
 from dermnb.runs.folders import (
@@ -112,14 +112,14 @@ def run_suite(
     notebooks_dir()  # or there is no need to begin
     look_again()
     check_trackers(trackers)
-    if build and importlib.util.find_spec("nbconvert") is None:
+    if build and not is_installed("nbconvert"):
         tell(f"nbconvert is not installed: pages are built where it is, by `dermnb report {folder}`")
         build = None
     states, todo = _done_and_todo(plan, folder, force, tell)
     if todo and scheduler:
         _client_of(scheduler).close()  # before anything is written: whether it is there
     elif todo:  # else it is the workers that need them
-        backend()
+        check_framework([planned.config for planned in todo.values()])
         gather_weights([planned.config for planned in todo.values()], where, tell)
     if force:
         (folder / JOURNAL).unlink(missing_ok=True)  # or its decisions would be taken over
@@ -398,7 +398,7 @@ def _client_of(scheduler: str):
 
 def _local_client(workers: int) -> tuple:
     "A client of workers in this process, and what is to be closed after it."
-    if importlib.util.find_spec("distributed") is None:
+    if not is_installed("distributed"):
         return _Threads(workers), None
     import dask
     import distributed.gc
@@ -518,7 +518,7 @@ def _state_of(future, planned: PlannedRun, runs: _Runs) -> dict:
 
 
 def _tell_dashboard(client, say) -> None:
-    if importlib.util.find_spec("bokeh") and client.dashboard_link:
+    if is_installed("bokeh") and client.dashboard_link:
         say(f"dashboard: {client.dashboard_link}")
 
 # %% ../../nbs/runs/13_runner.ipynb #ac5cca1e
