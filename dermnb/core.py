@@ -485,6 +485,11 @@ def accelerator() -> str:
     driver = any(Path("/dev").glob("nvidia[0-9]*")) or shutil.which("nvidia-smi")
     if not driver or not any(map(is_installed, FRAMEWORKS)):
         return ""
+    if backend() == "jax" and "keras" in sys.modules:  # it has the GPU already
+        import jax
+
+        device = jax.devices()[0]
+        return "" if device.platform == "cpu" else device.device_kind
     said = _command(sys.executable, "-c", _ASK[backend()], seconds=120)
     return said.splitlines()[-1] if said else ""
 

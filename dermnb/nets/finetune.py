@@ -575,6 +575,7 @@ def fit_stages(
     on_epoch: Callable[[dict], object] | None = None,  # gets rows; ends all if what it returns is true
     checkpoint: Checkpoint | None = None,  # written after each epoch; one that is there is gone on from
     stop_at: float = 0.0,  # time.time() to stop at, with `Stopped`; 0: never
+    beside: Callable[[], object] | None = None,  # for the time of the first compilation on an accelerator
 ) -> pd.DataFrame:  # one row an epoch, columns HISTORY
     """Train a network stage by stage; the history says where each stage begins.
 
@@ -604,13 +605,14 @@ def fit_stages(
         )
         # Variables made within the first step would have TensorFlow trace the step twice.
         model.optimizer.build(model.trainable_variables)
-        if on_device:
-            on_device.attach(model)
         watch.begin(stage, model)
         if keeper.begin(number, model):
             begin = len(watch.rows) - len(watch.left.done)
             keeper.others = _stage_callbacks(stage, begin)
             with _frozen_dropout_off(model, spec, stage.train):
+                if on_device:
+                    on_device.attach(model, beside)
+                    beside = None
                 model.fit(
                     train,
                     validation_data=val,

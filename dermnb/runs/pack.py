@@ -6,7 +6,7 @@
 __all__ = ['SUMS', 'WEBP_METHOD', 'QUALITIES', 'write_sums', 'check_sums', 'encode_square', 'read_have', 'find_wheels',
            'pack_suite', 'run_pack', 'main', 'write_results', 'unpack_results']
 
-# %% ../../nbs/runs/14_pack.ipynb #08eea837
+# %% ../../nbs/runs/14_pack.ipynb #1fd543e5
 import argparse
 import contextlib
 import functools
@@ -59,10 +59,9 @@ from dermnb.runs.folders import (
     validate_run,
 )
 from .kernels import working_on
-from .prepare import Data, prepare_data, prepared_key, write_prepared
 from .suites import PlannedRun, default_profile, load_suite, resolve_suite, search_of
 
-# %% ../../nbs/runs/14_pack.ipynb #ffb0a937
+# %% ../../nbs/runs/14_pack.ipynb #3da8c0c2
 SUMS = "SHA256SUMS"
 
 
@@ -97,7 +96,7 @@ def check_sums(
     if bad:
         raise ConfigError(f"{what} is damaged ({listing(bad, 3)}): copy it again.")
 
-# %% ../../nbs/runs/14_pack.ipynb #863d1009
+# %% ../../nbs/runs/14_pack.ipynb #5fbf3fb0
 WEBP_METHOD = 6  # the slowest, and the smallest
 QUALITIES = (85, 80, 75, 70, 65, 60)  # the first; then those that a budget may ask for, to the floor
 
@@ -132,10 +131,10 @@ def _write_zip(path: Path, members: Iterable[tuple[str, bytes]]) -> int:
             archive.writestr(zipfile.ZipInfo(name), content)
     return path.stat().st_size
 
-# %% ../../nbs/runs/14_pack.ipynb #1cbc60bb
+# %% ../../nbs/runs/14_pack.ipynb #5325521a
 _ROOTS = (
     *("keras", "jax", "numpy", "pandas", "pyarrow", "scipy", "scikit-learn", "pillow", "h5py"),
-    *("papermill", "nbclient", "nbformat", "jupyter-client", "ipykernel", "distributed"),
+    *("papermill", "nbclient", "nbformat", "jupyter-client", "ipykernel"),
     *("pydantic", "pyyaml", "psutil", "filelock", "rich", "typer", "jinja2", "matplotlib", "pooch"),
 )
 _NOT_NEEDED = ("debugpy", "jedi", "parso")  # by a notebook that nobody types into
@@ -164,7 +163,7 @@ def read_have(
         have[_plain(found[1])] = found[3] or ""
     return have
 
-# %% ../../nbs/runs/14_pack.ipynb #47df25ce
+# %% ../../nbs/runs/14_pack.ipynb #d332924c
 def _platforms(platform: str) -> list[str]:
     "The tags of wheels that a machine takes: of its C library and all older ones."
     found = re.fullmatch(r"manylinux_2_(\d+)_(\w+)", platform)
@@ -223,7 +222,7 @@ def _needed(
                 waiting.append(wanted.name)
     return take, absent
 
-# %% ../../nbs/runs/14_pack.ipynb #6baf2bdf
+# %% ../../nbs/runs/14_pack.ipynb #ec3945b8
 def find_wheels(
     have: Mapping[str, str],  # of `read_have`
     python: str,  # "3.12"
@@ -263,9 +262,9 @@ def _fetch_wheels(wheels: Mapping[str, str], python: str, platform: str, folder:
             files = [(i.filename, archive.read(i)) for i in archive.infolist() if not i.is_dir()]
         _write_zip(wheel, files)
 
-# %% ../../nbs/runs/14_pack.ipynb #745dd83b
+# %% ../../nbs/runs/14_pack.ipynb #a08c1b27
 def _tar_xz(folder: Path, target: Path) -> int:
-    "All files of a folder, sorted and without owners or dates, as one compressed stream; its bytes."
+    "All files of a folder, sorted and without owners, as one compressed stream; its bytes."
     with lzma.open(target, "wb", preset=9 | lzma.PRESET_EXTREME) as stream, tarfile.open(fileobj=stream, mode="w") as tar:
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             tar.addfile(*_entry(path, path.relative_to(folder).as_posix()))
@@ -276,22 +275,34 @@ def _entry(path: Path, name: str):
     entry = tarfile.TarInfo(name)
     content = path.read_bytes()
     entry.size, entry.mode = len(content), 0o755 if name.endswith(".sh") else 0o644
+    entry.mtime = int(path.stat().st_mtime)
     return entry, io.BytesIO(content)
 
 
-def _kept(name: str, parts: Mapping, make: Callable[[Path], None]) -> Path:
-    "A part that takes a minute to compress, kept in the cache by what it is made of."
+def _kept(name: str, parts: object, make: Callable[[Path], object]) -> Path:
+    "A file that takes a minute to make, kept in the cache by what it is made of."
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-    target = cache_dir() / "packs" / f"{name}-{digest}.tar.xz"
+    target = cache_dir() / "packs" / name.format(digest)
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as place:
-            make(files := Path(place) / "files")
-            _tar_xz(files, Path(place) / "part")
+            make(Path(place) / "part")
             os.replace(Path(place) / "part", target)
     return target
 
-# %% ../../nbs/runs/14_pack.ipynb #462b67ec
+
+def _kept_tar(name: str, parts: object, gather: Callable[[Path], object]) -> Path:
+    "`_kept` of the files that `gather` puts into a folder."
+
+    def make(part: Path):
+        files = part.with_name("files")
+        files.mkdir()
+        gather(files)
+        _tar_xz(files, part)
+
+    return _kept(f"{name}-{{}}.tar.xz", parts, make)
+
+# %% ../../nbs/runs/14_pack.ipynb #28ba18ae
 @dataclass
 class _Pack:
     "What is known of a pack while it is made."
@@ -300,7 +311,7 @@ class _Pack:
     place: Path  # the folder that becomes the archive
     say: Callable[[str], object]
     sizes: dict[str, int] = field(default_factory=dict)  # bytes by part
-    data: dict[str, tuple[Data, str]] = field(default_factory=dict)  # key -> data, base
+    data: dict[str, tuple] = field(default_factory=dict)  # key -> data, base
     images: list[dict] = field(default_factory=list)  # for pack.json
 
     @property
@@ -311,9 +322,11 @@ class _Pack:
     def trained(self) -> list[ExperimentConfig]:
         return [config for config in self.configs if not config.members]
 
-# %% ../../nbs/runs/14_pack.ipynb #ba241b3c
+# %% ../../nbs/runs/14_pack.ipynb #17611882
 def _prepare_all(pack: _Pack) -> None:
-    "What `prepare_data` gives for every distinct configuration of data."
+    "What `prepare_data` gives for every distinct configuration of data. Loads Keras."
+    from dermnb.runs.prepare import prepare_data, prepared_key  # not where the runs are executed
+
     bases = {config.base for config in pack.trained if config.base}
     with tempfile.TemporaryDirectory() as place:
         for config in pack.trained:
@@ -326,7 +339,7 @@ def _prepare_all(pack: _Pack) -> None:
                 _stand_in(Path(place) / config.run, config, pack.data[key][0])
 
 
-def _stand_in(folder: Path, config: ExperimentConfig, data: Data) -> None:
+def _stand_in(folder: Path, config: ExperimentConfig, data) -> None:
     "As much of a run as `prepare_data` reads of a base."
     write_json(folder / "run.json", {"config": config.model_dump(exclude={"data_dir"})})
     data.manifest.drop(columns="path").to_parquet(folder / "split.parquet", index=False)
@@ -334,14 +347,14 @@ def _stand_in(folder: Path, config: ExperimentConfig, data: Data) -> None:
         _prints_of(data).to_parquet(folder / "fingerprints.parquet", index=False)
 
 
-def _prints_of(data: Data) -> pd.DataFrame:
+def _prints_of(data) -> pd.DataFrame:
     "Fingerprints of the original training images, as a run keeps them."
     return fingerprints(data.manifest[data.manifest["split"] == "train"], cache_dir())
 
-# %% ../../nbs/runs/14_pack.ipynb #a2f9d364
-def _squares_of(pack: _Pack) -> dict[tuple[str, int], dict[str, Data]]:
+# %% ../../nbs/runs/14_pack.ipynb #aaa95246
+def _squares_of(pack: _Pack) -> dict[tuple[str, int], dict]:
     "The images of each resize method and size: image_id -> data that has it."
-    found: dict[tuple[str, int], dict[str, Data]] = {}
+    found: dict[tuple[str, int], dict] = {}
     for data, _ in pack.data.values():
         ids = found.setdefault((data.config.resize, data.config.image_size), {})
         for image_id in data.manifest["image_id"].astype(str):
@@ -349,7 +362,7 @@ def _squares_of(pack: _Pack) -> dict[tuple[str, int], dict[str, Data]]:
     return found
 
 
-def _pixels(ids: Mapping[str, Data], some: Iterable[str]) -> Iterable[np.ndarray]:
+def _pixels(ids: Mapping, some: Iterable[str]) -> Iterable[np.ndarray]:
     for image_id in some:
         data = ids[image_id]
         yield data.store.read(data.store.rows([image_id]))[0]
@@ -384,16 +397,25 @@ def _choose_quality(pack: _Pack, squares: Mapping, quality: int, budget: int) ->
 def _mib(size: float) -> str:
     return f"{size / 2**20:.1f} MiB"
 
-# %% ../../nbs/runs/14_pack.ipynb #bbafe07d
+# %% ../../nbs/runs/14_pack.ipynb #cadd6cdb
 def _write_images(pack: _Pack, squares: Mapping, quality: int) -> None:
     "The archives of images, and what was prepared, which refers to them."
+    from dermnb.runs.prepare import write_prepared
+
     for (method, size), ids in squares.items():
         pack.say(f"encoding {plural(len(ids), 'image')} at {size} px as WebP, quality {quality}")
         name = f"images/{method}-{size}.zip"
         members = {image_id: f"{i:x}.webp" for i, image_id in enumerate(ids)}
-        encoded = _encode_all(_pixels(ids, ids), quality)
         made = {"format": "WebP", "quality": quality, "method": WEBP_METHOD, "size": size}
-        count = _write_zip(pack.place / name, zip(members.values(), encoded, strict=True))
+        pixels = [int(data.store.checksums[data.store.index[i]]) for i, data in ids.items()]
+
+        def write(part: Path, ids=ids, members=members):
+            encoded = _encode_all(_pixels(ids, ids), quality)
+            _write_zip(part, zip(members.values(), encoded, strict=True))
+
+        (pack.place / "images").mkdir(exist_ok=True)
+        shutil.copyfile(_kept("images-{}.zip", [[*ids], pixels, made], write), pack.place / name)
+        count = (pack.place / name).stat().st_size
         pack.sizes[f"images at {size} px"] = count
         pack.images.append({"file": name, "resize": method, "images": len(ids), "bytes": count} | made)
         for data, base in pack.data.values():
@@ -404,8 +426,10 @@ def _write_images(pack: _Pack, squares: Mapping, quality: int) -> None:
     pack.sizes["prepared data"] = sum(file.stat().st_size for file in files)
 
 
-def _write_masks(pack: _Pack, data: Data, base: str) -> dict[str, str]:
+def _write_masks(pack: _Pack, data, base: str) -> dict[str, str]:
     "Masks of the test images, where a run is explained by them; image_id -> where."
+    from dermnb.runs.prepare import prepared_key
+
     key = prepared_key(data.config, base)
     asked = [c for c in pack.trained if c.explain and prepared_key(c.data, c.base) == key]
     rows = data.manifest.iloc[data.positions("test")]
@@ -420,7 +444,7 @@ def _write_masks(pack: _Pack, data: Data, base: str) -> dict[str, str]:
     pack.sizes["masks of test images"] = pack.sizes.get("masks of test images", 0) + size
     return {image_id: f"{name}::{member}" for image_id, member in members.items()}
 
-# %% ../../nbs/runs/14_pack.ipynb #f126e93b
+# %% ../../nbs/runs/14_pack.ipynb #743083ca
 def _write_weights(pack: _Pack, where: str) -> dict[str, str]:
     "The files of weights that networks start from; name -> SHA-256."
     files: dict[str, Path] = {}
@@ -437,11 +461,10 @@ def _write_weights(pack: _Pack, where: str) -> dict[str, str]:
         return {}
 
     def gather(folder: Path):
-        folder.mkdir()
         for name, file in files.items():
             shutil.copyfile(file, folder / name)
 
-    shutil.copyfile(_kept("weights", hashes, gather), pack.place / "weights.tar.xz")
+    shutil.copyfile(_kept_tar("weights", hashes, gather), pack.place / "weights.tar.xz")
     pack.sizes["weights"] = (pack.place / "weights.tar.xz").stat().st_size
     return hashes
 
@@ -452,14 +475,13 @@ def _write_wheels(pack: _Pack, wheels: Mapping[str, str], python: str, platform:
     pack.say(f"fetching {plural(len(wheels), 'package')} for Python {python} on {platform}")
 
     def gather(folder: Path):
-        folder.mkdir()
         _fetch_wheels(wheels, python, platform, folder)
 
     made_of = {"wheels": dict(wheels), "python": python, "platform": platform}
-    shutil.copyfile(_kept("wheels", made_of, gather), pack.place / "wheels.tar.xz")
+    shutil.copyfile(_kept_tar("wheels", made_of, gather), pack.place / "wheels.tar.xz")
     pack.sizes["Python packages"] = (pack.place / "wheels.tar.xz").stat().st_size
 
-# %% ../../nbs/runs/14_pack.ipynb #36f0a204
+# %% ../../nbs/runs/14_pack.ipynb #91ebe3ed
 def _write_project(pack: _Pack, suite_file: Path) -> str:
     "dermnb, the experiment notebooks, the suite, and files that configs name; the suite's place."
     import dermnb
@@ -496,114 +518,7 @@ def _named_files(pack: _Pack) -> Iterable[str]:
                 raise ConfigError(f"{what} {name!r} of {config.run} lies outside this folder: name it relative to here, so that it has the same place in the pack.")
             yield name
 
-# %% ../../nbs/runs/14_pack.ipynb #49f855d0
-def _check_plan(plan: list[PlannedRun], suite, profile: str, where: str) -> None:
-    names = {planned.config.run for planned in plan}
-    if search_of(suite, profile):
-        raise ConfigError(f"{where}: a search cannot be packed: pack a suite with what it chose.")
-    for planned in plan:
-        for parent in planned.parents:
-            if parent not in names:
-                raise ConfigError(f"{where}: {planned.config.run} builds on {parent}, which is no run of this suite: a pack holds no finished runs, so add that run to the suite.")
-
-
-def _suite_file(suite: str | Path) -> Path:
-    file = Path(suite)
-    return file if file.is_file() else notebooks_dir() / "suites" / f"{suite}.yaml"
-
-# %% ../../nbs/runs/14_pack.ipynb #11040cde
-def pack_suite(
-    suite: str | Path,  # a suite file, or the name of one
-    out: str | Path,  # the archive to write
-    data_dir: str = "",  # of its dataset
-    image_size: int = 0,  # of all runs; 0: as each has it
-    profile: str = "",  # of the suite; empty: gpu, where it has that
-    overrides: Mapping[str, object] | None = None,  # as -p gives them
-    repeats: Mapping[str, int] | None = None,  # seeds or folds
-    have: str | Path = "",  # a file of the packages that are there
-    python: str = "3.12",  # over there
-    platform: str = "manylinux_2_28_x86_64",
-    budget: int = 0,  # MiB; 0: none
-    quality: int = QUALITIES[0],  # of WebP
-    say: Callable[[str], object] = _print,
-) -> Path:
-    "Write a suite and all that it needs into one archive; whole, or not at all."
-    loaded, out = load_suite(suite), Path(out)
-    profile = profile or ("gpu" if "gpu" in loaded.profiles else default_profile())
-    overrides = dict(overrides or {}) | ({"image_size": image_size} if image_size else {})
-    plan = resolve_suite(loaded, profile, overrides, data_dir, dict(repeats or {}))
-    where = f"suite {loaded.name}"
-    _check_plan(plan, loaded, profile, where)
-    if not re.fullmatch(r"3\.\d+", python):
-        raise ConfigError(f"--python {python!r} is no version such as 3.12.")
-    there = read_have(have) if have else {}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as place:
-        pack = _Pack(plan, Path(place) / "pack", say)
-        pack.place.mkdir()
-        suite_file = _write_project(pack, _suite_file(suite))
-        weights = _write_weights(pack, where)
-        wheels = find_wheels(there, python, platform)
-        _write_wheels(pack, wheels, python, platform)
-        _prepare_all(pack)
-        squares = _squares_of(pack)
-        if budget:
-            quality = _choose_quality(pack, squares, quality, budget)
-        _write_images(pack, squares, quality)
-        about = {
-            "schema": 1,
-            "suite": plan[0].config.suite,
-            "suite_file": suite_file,
-            "profile": profile,
-            "overrides": overrides,
-            "repeats": dict(repeats or {}),
-            "runs": [config.run for config in pack.configs],
-            "prepared": {c.run: prepared_key(c.data, c.base) for c in pack.trained},
-            "python": python,
-            "platform": platform,
-            "have": there,
-            "wheels": wheels,
-            "weights": weights,
-            "images": pack.images,
-            "data": {c.dataset: data_key(c.dataset, c.data_dir) for c in pack.trained},
-            "git_commit": provenance()["git_commit"],
-            "made": now(),
-        }
-        about["id"] = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-        write_json(pack.place / "pack.json", about)
-        (pack.place / "run.sh").write_text(_RUN_SH)
-        write_sums(pack.place)
-        _keep_prints(pack, about["id"])
-        _write_tar(pack.place, Path(place) / "tar")
-        total = (Path(place) / "tar").stat().st_size
-        for part, size in sorted(pack.sizes.items(), key=lambda entry: -entry[1]):
-            say(f"{_mib(size):>10}  {part}")
-        say(f"{_mib(total):>10}  {out}, SHA-256 {file_hash(Path(place) / 'tar')}")
-        if budget and total > budget * 2**20:
-            raise ConfigError(f"the pack has {_mib(total)}, more than the {budget} MiB of --budget: give a lower --quality or a smaller --image-size.")
-        os.replace(Path(place) / "tar", out)
-    return out
-
-
-def _write_tar(folder: Path, target: Path) -> None:
-    "An archive whose first files are those that one looks at first."
-    first = ("run.sh", SUMS, "pack.json")
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    names.sort(key=lambda name: name not in first)
-    with tarfile.open(target, "w") as tar:
-        for name in names:
-            tar.addfile(*_entry(folder / name, name))
-
-
-def _keep_prints(pack: _Pack, name: str) -> None:
-    "Fingerprints of the originals stay here, for the runs that come back."
-    place = cache_dir() / "packs" / name
-    for key, (data, _) in pack.data.items():
-        if data.config.audit != "none":
-            place.mkdir(parents=True, exist_ok=True)
-            _prints_of(data).to_parquet(place / f"{key}.parquet", index=False, compression="zstd")
-
-# %% ../../nbs/runs/14_pack.ipynb #ba01cdd2
+# %% ../../nbs/runs/14_pack.ipynb #91eb862e
 _RUN_SH = r"""#!/bin/sh
 # Checks the pack, installs into this folder, runs the suite, leaves results.tar.xz here.
 # PYTHON=python3.12 sh run.sh [--results FILE] [--networks] [--workers N] [--max-hours H]
@@ -652,7 +567,7 @@ if os.path.isdir("wheels"):
 open(".installed", "w").close()
 EOF
 fi
-export PYTHONPATH="$here/site:$here/project" PYTHONUNBUFFERED=1
+export PYTHONPATH="$here/site:$here/project${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export KERAS_BACKEND="${KERAS_BACKEND:-jax}" DERMNB_PACK="$here" DERMNB_WEIGHTS="$here/weights"
 export DERMNB_CACHE="${DERMNB_CACHE:-$here/cache}" TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-2}"
 unset DERMNB_DATA_DIR
@@ -660,7 +575,116 @@ cd project
 exec "$python" -c "from dermnb.runs.pack import main; main()" "$@"
 """
 
-# %% ../../nbs/runs/14_pack.ipynb #2886325c
+# %% ../../nbs/runs/14_pack.ipynb #be42c443
+def _check_plan(plan: list[PlannedRun], suite, profile: str, where: str) -> None:
+    names = {planned.config.run for planned in plan}
+    if search_of(suite, profile):
+        raise ConfigError(f"{where}: a search cannot be packed: pack a suite with what it chose.")
+    for planned in plan:
+        for parent in planned.parents:
+            if parent not in names:
+                raise ConfigError(f"{where}: {planned.config.run} builds on {parent}, which is no run of this suite: a pack holds no finished runs, so add that run to the suite.")
+
+
+def _suite_file(suite: str | Path) -> Path:
+    file = Path(suite)
+    return file if file.is_file() else notebooks_dir() / "suites" / f"{suite}.yaml"
+
+# %% ../../nbs/runs/14_pack.ipynb #6380ef7a
+def pack_suite(
+    suite: str | Path,  # a suite file, or the name of one
+    out: str | Path,  # the archive to write
+    data_dir: str = "",  # of its dataset
+    image_size: int = 0,  # of all runs; 0: as each has it
+    profile: str = "",  # of the suite; empty: gpu, where it has that
+    overrides: Mapping[str, object] | None = None,  # as -p gives them
+    repeats: Mapping[str, int] | None = None,  # seeds or folds
+    have: str | Path = "",  # a file of the packages that are there
+    python: str = "3.12",  # over there
+    platform: str = "manylinux_2_28_x86_64",
+    budget: int = 0,  # MiB; 0: none
+    quality: int = QUALITIES[0],  # of WebP
+    say: Callable[[str], object] = _print,
+) -> Path:
+    "Write a suite and all that it needs into one archive; whole, or not at all. Loads Keras."
+    from dermnb.runs.prepare import prepared_key
+
+    loaded, out = load_suite(suite), Path(out)
+    profile = profile or ("gpu" if "gpu" in loaded.profiles else default_profile())
+    overrides = dict(overrides or {}) | ({"image_size": image_size} if image_size else {})
+    plan = resolve_suite(loaded, profile, overrides, data_dir, dict(repeats or {}))
+    where = f"suite {loaded.name}"
+    _check_plan(plan, loaded, profile, where)
+    if not re.fullmatch(r"3\.\d+", python):
+        raise ConfigError(f"--python {python!r} is no version such as 3.12.")
+    there = read_have(have) if have else {}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as place:
+        pack = _Pack(plan, Path(place) / "pack", say)
+        pack.place.mkdir()
+        suite_file = _write_project(pack, _suite_file(suite))
+        weights = _write_weights(pack, where)
+        wheels = find_wheels(there, python, platform)
+        _write_wheels(pack, wheels, python, platform)
+        _prepare_all(pack)
+        squares = _squares_of(pack)
+        if budget:
+            quality = _choose_quality(pack, squares, quality, budget)
+        _write_images(pack, squares, quality)
+        about = {
+            "schema": 1,
+            "suite": plan[0].config.suite,
+            "suite_file": suite_file,
+            "profile": profile,
+            "overrides": overrides,
+            "repeats": dict(repeats or {}),
+            "runs": [config.run for config in pack.configs],
+            "prepared": {c.run: prepared_key(c.data, c.base) for c in pack.trained},
+            "python": python,
+            "platform": platform,
+            "have": there,
+            "wheels": wheels,
+            "weights": weights,
+            "images": pack.images,
+            "data": {c.dataset: data_key(c.dataset, c.data_dir) for c in pack.trained},
+            "code": {k: v for k, v in provenance().items() if k.startswith("git")},
+            "made": now(),
+        }
+        about["id"] = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+        write_json(pack.place / "pack.json", about)
+        (pack.place / "run.sh").write_text(_RUN_SH)
+        write_sums(pack.place)
+        _keep_prints(pack, about["id"])
+        _write_tar(pack.place, Path(place) / "tar")
+        total = (Path(place) / "tar").stat().st_size
+        for part, size in sorted(pack.sizes.items(), key=lambda entry: -entry[1]):
+            say(f"{_mib(size):>10}  {part}")
+        say(f"{_mib(total):>10}  {out}, SHA-256 {file_hash(Path(place) / 'tar')}")
+        if budget and total > budget * 2**20:
+            raise ConfigError(f"the pack has {_mib(total)}, more than the {budget} MiB of --budget: give a lower --quality or a smaller --image-size.")
+        os.replace(Path(place) / "tar", out)
+    return out
+
+
+def _write_tar(folder: Path, target: Path) -> None:
+    "An archive whose first files are those that one looks at first."
+    first = ("run.sh", SUMS, "pack.json")
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    names.sort(key=lambda name: name not in first)
+    with tarfile.open(target, "w") as tar:
+        for name in names:
+            tar.addfile(*_entry(folder / name, name))
+
+
+def _keep_prints(pack: _Pack, name: str) -> None:
+    "Fingerprints of the originals stay here, for the runs that come back."
+    place = cache_dir() / "packs" / name
+    for key, (data, _) in pack.data.items():
+        if data.config.audit != "none":
+            place.mkdir(parents=True, exist_ok=True)
+            _prints_of(data).to_parquet(place / f"{key}.parquet", index=False, compression="zstd")
+
+# %% ../../nbs/runs/14_pack.ipynb #3dddbf1a
 def run_pack(
     results: str | Path = "",  # the archive to write; empty: results.tar.xz in the pack's folder
     networks: bool = False,  # bring trained networks along, which are large
@@ -715,7 +739,7 @@ def main() -> None:
             print(f"{state['run']} {state['status']}: {state['error']}", file=sys.stderr)
     sys.exit(0 if all(state["status"] == "done" for state in states) else 1)
 
-# %% ../../nbs/runs/14_pack.ipynb #283787ba
+# %% ../../nbs/runs/14_pack.ipynb #2befe519
 _LARGE = (".keras", ".npz", ".h5")  # endings of networks and their arrays
 
 
@@ -761,7 +785,7 @@ def _copy_run(source: Path, target: Path, networks: bool) -> None:
     if left:
         write_json(target / ELSEWHERE, {"why": "the network stayed where it was trained", "files": left})
 
-# %% ../../nbs/runs/14_pack.ipynb #021b5bc9
+# %% ../../nbs/runs/14_pack.ipynb #3769b233
 def _open_results(file: Path, folder: Path) -> dict:
     "Unpack an archive of results and check it; its results.json."
     if not file.is_file():
@@ -791,7 +815,7 @@ def _score(folder: Path) -> str:
     except (ConfigError, OSError, LookupError, TypeError, ValueError):
         return "no balanced accuracy"
 
-# %% ../../nbs/runs/14_pack.ipynb #2c880b76
+# %% ../../nbs/runs/14_pack.ipynb #b02257c7
 def unpack_results(
     file: str | Path,  # results.tar.xz of a pack
     reports: str | Path = "reports",  # the folder of all suites
@@ -808,7 +832,7 @@ def unpack_results(
         states = {}
         for run in found["runs"]:
             validate_run(came / "runs" / run)
-            states[run] = _compare(came / "runs" / run, suite_dir / run)
+            states[run] = _compare(came / "runs" / run, suite_dir / run, about["id"])
         others = [run for run, state in states.items() if state == "other"]
         if others and not replace:
             told = [f"{run} ({_score(suite_dir / run)} here, {_score(came / 'runs' / run)} there)" for run in others]
@@ -832,20 +856,23 @@ def unpack_results(
     return suite_dir
 
 
-def _compare(came: Path, here: Path) -> str:
+def _compare(came: Path, here: Path, pack: str) -> str:
     "new, same or other: what stands at a run's place, beside what came."
-    if not (here / "run.json").is_file():
-        return "new"
-    table = here / "predictions.parquet"
-    same = table.is_file() and file_hash(table) == file_hash(came / "predictions.parquet")
-    return "same" if same and (here / ELSEWHERE).is_file() else "other"
+    try:
+        record = read_json(here / "run.json")
+        same = file_hash(here / "predictions.parquet") == file_hash(came / "predictions.parquet")
+    except (ConfigError, ValueError, OSError):
+        return "other" if (here / "run.json").is_file() else "new"
+    if not same or record.get("pack", {}).get("id") != pack:
+        return "other"
+    # It may have come without its network before, and now with it.
+    return "new" if (here / ELSEWHERE).is_file() > (came / ELSEWHERE).is_file() else "same"
 
 
 def _complete(came: Path, about: Mapping, run: str, say) -> None:
     "Add to a run what only this machine knows: fingerprints of originals, and the code's commit."
     record = read_json(came / "run.json")
-    made = record.get("provenance", {})
-    made["git_commit"] = made.get("git_commit") or about.get("git_commit", "")
+    record["provenance"] |= about["code"]  # there, dermnb lies in no repository
     record["pack"] = {k: about[k] for k in ("id", "made", "images")}
     write_json(came / "run.json", record)
     key = about["prepared"].get(run, "")

@@ -347,7 +347,9 @@ def _cluster(runs: _Runs, command: str):
         client, cluster = _local_client(workers)
         cores = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
         threads = str(max(1, cores // workers))
-        shared = {"TF_NUM_INTRAOP_THREADS": threads, "NPROC": threads}  # XLA's is NPROC
+        shared = {"TF_NUM_INTRAOP_THREADS": threads}
+        if not gpus:  # there processors compile, each run at another time
+            shared["NPROC"] = threads  # the same for XLA
         if gpus and workers > len(gpus):  # or the first of two on a GPU would take it all
             shared["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 * len(gpus) / workers:.2f}"
         cards = [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {} for i in range(workers)]

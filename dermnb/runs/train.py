@@ -44,7 +44,7 @@ from ..nets.backbones import BACKBONES
 from ..nets.checkpoints import Checkpoint
 from ..nets.choose import choice_sentence, measure_steps, measured_choice
 from ..nets.cost import count_flops
-from ..nets.device import share_devices
+from ..nets.device import convolve_by_products, share_devices
 from dermnb.nets.finetune import (
     backbone_layers,
     fit_stages,
@@ -98,6 +98,7 @@ def build_model(
     set_seed(config.seed, config.deterministic)
     keras.config.set_dtype_policy(config.precision)
     share_devices()
+    convolve_by_products()
     model = build_classifier(
         config.backbone,
         len(data.classes),
@@ -228,7 +229,14 @@ def train_model(
         on_epoch,
         _checkpoint(config, data, model),
         float(os.environ.get("DERMNB_STOP_AT") or 0),
+        lambda: _first_answer(config, data, model),
     )
+
+
+def _first_answer(config: ExperimentConfig, data: Data, model: keras.Model) -> None:
+    "Answers of no use, after which `predict_splits` does not wait for a compiler."
+    batch = split_batches(config.training, data, "val")[0][0]
+    cam_network(model, config.backbone).predict(batch)
 
 # %% ../../nbs/runs/05_train.ipynb #c4aa2b07
 def predict_splits(
