@@ -559,7 +559,7 @@ def _ready(folder, engine: str) -> bool:
 
         for name, record in make_engines(bundle).items():
             times = ", ".join(f"{e} {1e3 * s['1']:.3g}" for e, s in record["seconds"].items())
-            _say(f"{name}: {times} ms an image.")
+            _say(f"{name}: {times} ms of processor time an image.")
     engines = {*engines_of(bundle, engine).values()}
     if engines != {"keras"}:
         _say(f"computed by {' and '.join(sorted(engines))}.")

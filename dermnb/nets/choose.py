@@ -20,6 +20,7 @@ import numpy as np
 from dermnb.core import (
     ConfigError,
     ExperimentConfig,
+    backend,
     cache_dir,
     now,
     only_one,
@@ -81,7 +82,7 @@ def _fitting(model, sizes: Sequence[int]) -> list[int]:
 # %% ../../nbs/nets/11_choose.ipynb #ed1648a6
 def _steps(model, images, labels, sizes: Sequence[int]) -> list[float]:
     "Train on a batch of each size; the seconds of each."
-    import keras
+    from dermnb.core import keras
 
     class Batches(keras.utils.PyDataset):
         def __len__(self):
@@ -207,13 +208,13 @@ def measured_of(
     cores = facts["hardware"]["cores"]
     threads = max(1, cores // workers) if workers else os.environ.get("TF_NUM_INTRAOP_THREADS") or cores
     hardware = {k: facts["hardware"][k] for k in ("cpu", "cores", "gpus")}
-    packages = {p: facts["packages"].get(p) for p in ("keras", "tensorflow", "jax")}
+    packages = {p: facts["packages"].get(p) for p in ("keras", backend())}
     # The open part is as large as in the last stage.
     network = {k: getattr(config, k) for k in _NETWORK}
     if config.schedule == "gradual":
         network["stages"] = math.ceil(config.epochs / max(1, config.head_epochs))
-    backend = os.environ.get("KERAS_BACKEND") or "tensorflow"
-    machine = {"backend": backend, "threads": int(threads), **hardware}
+    machine = {"backend": backend(), "threads": int(threads), **hardware}
+    machine["accelerator"] = facts.get("accelerator", "")
     return network | machine | packages
 
 

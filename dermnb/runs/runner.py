@@ -345,7 +345,8 @@ def _cluster(runs: _Runs, command: str):
         slots = []
     else:
         client, cluster = _local_client(workers)
-        threads = str(max(1, (os.cpu_count() or 1) // workers))
+        cores = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
+        threads = str(max(1, cores // workers))
         shared = {"TF_NUM_INTRAOP_THREADS": threads}
         if not gpus:  # there processors compile, each run at another time
             shared["NPROC"] = threads  # the same for XLA

@@ -173,7 +173,7 @@ def _measure(config: ExperimentConfig, data: Data, base, precisions, sizes) -> d
     for precision in precisions:
         model = build_model(config.model_copy(update={"precision": precision}), data, base)
         set_trainable(model, spec, stage.train, stage.train_batch_norm)
-        jit = False if keras.backend.backend() == "tensorflow" else "auto"  # as `fit_stages`
+        jit = False if backend() == "tensorflow" else "auto"  # as `fit_stages`
         loss = make_loss(config.training, data.class_counts())
         model.compile(make_optimizer(config.optimizer, stage.learning_rate), loss, jit_compile=jit)
         models[precision] = model
