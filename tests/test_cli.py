@@ -45,7 +45,7 @@ FOUND = [m.name for m in pkgutil.walk_packages(dermnb.__path__, "dermnb.") if no
 WITH_KERAS = {
     f"dermnb.{name}"
     for name in (
-        *("nets.cost", "nets.device", "nets.finetune", "nets.gradcam", "nets.losses", "nets.models"),
+        *("nets.cost", "nets.device", "nets.features", "nets.finetune", "nets.gradcam", "nets.losses", "nets.models"),
         *("runs.prepare", "runs.train"),
     )
 } & set(FOUND)
