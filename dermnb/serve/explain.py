@@ -23,7 +23,6 @@ from ..nets.novelty import Novelty, known_images
 from ..runs.bundle import is_complete, load_bundle, take_members, write_bundle
 from ..runs.ensemble import load_members
 from ..runs.folders import find_run
-from ..runs.prepare import images_of
 from ..runs.results import VIEWS
 from .predict import Predictor
 from dermnb.serve.saliency import (
@@ -38,6 +37,8 @@ from dermnb.serve.saliency import (
 # %% ../../nbs/serve/05_explain.ipynb #07d5f7d3
 def _manifest(record: Mapping, data_dir: str) -> pd.DataFrame:
     "Where a run's images, and their masks, are; indexed by image id."
+    from dermnb.runs.prepare import images_of  # loads Keras
+
     manifest = images_of(record, data_dir).astype({"image_id": str})
     return manifest.set_index("image_id", drop=False)
 
