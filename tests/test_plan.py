@@ -418,7 +418,7 @@ def test_what_is_kept_of_frozen_layers_is_said_and_counted(suite):
     kept = {"views": 1, "rows": 40, "megabytes": 5000.0, "seconds": 300.0}
     change(suite.folder / "earlier", features=kept)
     found = suite({"other": keeps})
-    assert "about 15,000 MB of the cache" in " ".join(found.notes)
+    assert "about 15,000 MB, at most DERMNB_FEATURES_MB of the cache" in " ".join(found.notes)
     assert found.disk_mb > 15_000 and seconds(views=3) > 900
 
 
