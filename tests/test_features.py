@@ -137,6 +137,21 @@ def test_runs_with_one_trunk_share_what_is_kept(train):
     assert other["made"] == other["rows"]
 
 
+def test_what_is_nearer_to_the_output_is_made_of_what_is_kept_below(train, monkeypatch):
+    *_, first = train(head_epochs=0, epochs=2)  # one stage, and its cut
+    assert first["stages"] == [True]
+    read = []
+    monkeypatch.setattr(features._Images, "read", lambda *asked: read.append(asked))
+    expected, _, record = train(schedule="head", epochs=2)
+    assert record["made"] == record["rows"] and not read
+    monkeypatch.undo()
+    monkeypatch.setenv("DERMNB_FEATURES_MB", "0")
+    shutil.rmtree(cache_dir() / "features")
+    network, *_ = train(schedule="head", epochs=2)
+    for a, b in zip(expected.weights, network.weights, strict=True):
+        assert np.allclose(a, b, rtol=100 * FLOAT32, atol=100 * FLOAT32), a.path
+
+
 def test_views_are_shared_by_seeds_and_differ(train):
     *_, one = train(augment="light", views=1)
     *_, seed = train(augment="light", views=1, seed=5)

@@ -403,6 +403,27 @@ def test_weights_to_fetch_are_a_note_and_those_that_are_nowhere_a_problem(suite,
     assert "mobilenetv2.weights.h5 is not a readable HDF5 file" in problems(suite, changes)
 
 
+def test_what_is_kept_of_frozen_layers_is_said_and_counted(suite):
+    freezes = {"schedule": "head_then_top", "weights": "imagenet", "backbone": "mobilenetv2", "epochs": 10}
+    keeps, renews = freezes | {"views": 3}, freezes | {"augment": "light"}
+    text = " ".join(suite({"other": keeps}).notes)
+    assert "Frozen layers of other are computed once for 3 views of an image, and kept." in text
+    text = " ".join(suite({"other": renews}).notes)
+    assert "Frozen layers of other are computed in each epoch" in text and "views: V" in text
+
+    def seconds(**changes):
+        found = suite({"other": freezes | changes})
+        return found.runs.set_index("run")["seconds"]["other"]
+
+    assert seconds(augment="none") < 0.9 * seconds()
+    make_done(suite.folder / "earlier", dataset="csv", taxonomy="isic8", **keeps)
+    kept = {"views": 1, "rows": 40, "megabytes": 5000.0, "seconds": 300.0}
+    change(suite.folder / "earlier", features=kept)
+    found = suite({"other": keeps})
+    assert "about 15,000 MB, at most DERMNB_FEATURES_MB of the cache" in " ".join(found.notes)
+    assert found.disk_mb > 15_000 and seconds(views=3) > 900
+
+
 def test_disks_and_folders(suite, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: usage)

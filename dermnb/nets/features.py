@@ -7,7 +7,7 @@ __all__ = ['VIEW_SEED', 'find_cut', 'ScaledConvolution', 'upper_part', 'lower_pa
            'tensor_keys', 'Stored', 'FeatureStore', 'FeatureBatches', 'StageCost', 'choose_stages', 'Reuse', 'why_not',
            'plan_features']
 
-# %% ../../nbs/nets/06_features.ipynb #e728b7f2
+# %% ../../nbs/nets/06_features.ipynb #04d2b901
 import contextlib
 import copy
 import hashlib
@@ -29,7 +29,7 @@ import pandas as pd
 from ..core import cache_dir, duration, only_one, plural, progress, read_json, write_json
 from .cost import count_flops
 
-# %% ../../nbs/nets/06_features.ipynb #afd3d741
+# %% ../../nbs/nets/06_features.ipynb #a941be07
 def _stays(operation) -> bool:
     "Whether an operation, as it is set now, makes the same of the same input in every step."
     if not isinstance(operation, keras.layers.Layer):
@@ -89,7 +89,7 @@ def _inputs(model: keras.Model) -> tuple[list, list]:
     images = [x for x in model.inputs if len(x.shape) == 4]
     return images, [x for x in model.inputs if len(x.shape) != 4]
 
-# %% ../../nbs/nets/06_features.ipynb #443b73c0
+# %% ../../nbs/nets/06_features.ipynb #82f71137
 _CONVOLUTIONS = keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.SeparableConv2D
 
 
@@ -232,7 +232,7 @@ def describe_cut(
     "Layers and shapes."
     return ", ".join(f"{t._keras_history.operation.name} {tuple(t.shape[1:])}" for t in cut)
 
-# %% ../../nbs/nets/06_features.ipynb #f38e7484
+# %% ../../nbs/nets/06_features.ipynb #5d13b49e
 _NO_MATTER = {"trainable", "rate", "momentum", "seed", "name"}
 
 
@@ -276,7 +276,7 @@ def tensor_keys(
     about = f"{keras.backend.backend()} {keras.__version__}".encode()
     return [hashlib.blake2b(about + key(t), digest_size=16).hexdigest() for t in tensors]
 
-# %% ../../nbs/nets/06_features.ipynb #2d905c44
+# %% ../../nbs/nets/06_features.ipynb #ebe48e73
 def _array_type(name: str) -> np.dtype:
     if name == "bfloat16":
         import ml_dtypes  # comes with TensorFlow and with JAX
@@ -310,7 +310,7 @@ class Stored:
             out[part == i] = self.parts[i][row[part == i]]
         return out
 
-# %% ../../nbs/nets/06_features.ipynb #aff9205d
+# %% ../../nbs/nets/06_features.ipynb #97b78ad2
 class FeatureStore:
     "What frozen layers made of images, by tensor and image."
 
@@ -416,7 +416,7 @@ def _used(folder: Path) -> float:
         return folder.stat().st_mtime
     return 0.0
 
-# %% ../../nbs/nets/06_features.ipynb #9ed6ef25
+# %% ../../nbs/nets/06_features.ipynb #59d2271f
 VIEW_SEED = 0  # of the augmentation of kept views, whatever the seed of the run is
 
 
@@ -491,7 +491,7 @@ class _Images:
                 images = given["image"] if isinstance(given, dict) else given
                 yield which[wanted[which]], images[wanted[which]]
 
-# %% ../../nbs/nets/06_features.ipynb #2cd669c7
+# %% ../../nbs/nets/06_features.ipynb #e5430b30
 class FeatureBatches(keras.utils.PyDataset):
     "Batches of what an upper part takes, and of labels, in the order of the batches they stand for."
 
@@ -551,11 +551,14 @@ def _from_memory(batches: FeatureBatches):
         features = [tf.constant(f.read(rows)) for f in batches.features]
         beside, labels = [tf.constant(b) for b in batches.beside], tf.constant(batches.labels)
 
+    # TensorFlow never lets go of a generator: it must not hold what it numbers.
+    light = copy.copy(batches)
+    light.features, light.index, light.beside, light.labels = (), inverse, (), batches.labels
+
     def order():
-        view = inverse[batches.batches.epoch % len(inverse)]
-        for i in range(len(batches)):
-            positions = batches.positions(i)
-            yield view[positions], positions
+        for i in range(len(light)):
+            positions = light.positions(i)
+            yield light.rows(positions), positions
 
     def take(which, positions):
         found = [tf.cast(tf.gather(f, which), k) for f, k in zip(features, batches.kinds, strict=True)]
@@ -565,7 +568,7 @@ def _from_memory(batches: FeatureBatches):
     found = tf.data.Dataset.from_generator(order, output_signature=numbers).map(take)
     return found.apply(tf.data.experimental.assert_cardinality(len(batches))).prefetch(2)
 
-# %% ../../nbs/nets/06_features.ipynb #195755fe
+# %% ../../nbs/nets/06_features.ipynb #ab3ab0ac
 _BLOCK = 64  # images of a pass: more do not fit into a processor's cache
 _BYTES_A_SECOND = 2e9  # written, and read in each epoch
 
@@ -599,7 +602,7 @@ def choose_stages(
             best, least = [s in kept for s in stages], took
     return best, least, plain
 
-# %% ../../nbs/nets/06_features.ipynb #40d301e2
+# %% ../../nbs/nets/06_features.ipynb #a4ac9890
 class Reuse:
     "What a training keeps of its frozen layers, and the networks and batches that take it from there."
 
@@ -760,7 +763,7 @@ def _answers(network: keras.Model, pieces: Iterable) -> Iterator[tuple[np.ndarra
     if left := sum(len(w) for w, _ in held):
         yield answer(left)
 
-# %% ../../nbs/nets/06_features.ipynb #05340619
+# %% ../../nbs/nets/06_features.ipynb #81ea1d64
 def why_not(
     train,  # batches of images, as `make_batches` makes them
     views: int,  # of the configuration

@@ -7,6 +7,7 @@ __all__ = ['DECAYS', 'LAYER_COUNTS', 'HISTORY', 'parse_train', 'Stage', 'make_sc
            'set_trainable', 'WarmupDecay', 'stage_rate', 'TrainingError', 'make_optimizer', 'fit_stages']
 
 # %% ../../nbs/nets/08_finetune.ipynb #04b275e0
+import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -634,6 +635,9 @@ def fit_stages(
                     callbacks=[watch, *keeper.others, keeper],
                 )
         watch.end()
+        if upper:  # its features are gone before those of the next stage come
+            upper = trained = train_now = val_now = None
+            gc.collect()
         if watch.ended:
             break
     history = pd.DataFrame(watch.rows, columns=HISTORY)

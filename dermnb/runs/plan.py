@@ -622,8 +622,8 @@ def _about_features(order: list[_Row], past: list[_Past]) -> tuple[float, list[s
         notes.append(f"Frozen layers of {names} are computed once for {plural(views, 'view')} of an image, and kept.")
     total = sum(megabytes.values())
     if any(by.keys()):
-        how = f"about {total:,.0f} MB{'' if known else ' and more'}" if total else "as much as they need"
-        notes.append(f"What is kept takes {how} of the cache, at most DERMNB_FEATURES_MB; the oldest is dropped.")
+        how = f"about {total:,.0f} MB{'' if known else ' and more'}, at most" if total else "at most"
+        notes.append(f"What is kept takes {how} DERMNB_FEATURES_MB of the cache; the oldest is dropped.")
     return total, notes
 
 
