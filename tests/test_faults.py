@@ -261,6 +261,7 @@ def test_the_command_is_killed_and_checkpoints_are_broken(project, reference):
         "nothing of that run; its result is the same")
 
 
+@long
 def test_the_time_is_up_three_times(project, reference):
     p = project("one", "two")
     for _ in range(3):
@@ -387,6 +388,7 @@ def cluster(project, world):
             process.process.wait(5)
 
 
+@long
 def test_a_worker_and_a_scheduler_are_killed(project, cluster, reference):
     p = project("a", "b")
     file, (scheduler, *workers) = cluster(p)
