@@ -15,7 +15,7 @@ import pytest
 
 from dermnb.core import backend, read_arrays, read_json
 from dermnb.data import images
-from dermnb.nets import device
+from dermnb.nets import device, features
 from dermnb.nets.gradcam import cam_network
 from dermnb.nets.models import build_classifier, load_classifier, probabilities
 from dermnb.runs.folders import validate_run
@@ -70,6 +70,20 @@ def test_batches_of_training_have_one_size():
         np.testing.assert_array_equal(order[count:], order[: len(order) - count])
 
 
+def test_a_view_has_each_image_once_though_batches_are_filled():
+    class Store:
+        def read(self, rows):
+            return ARRAYS["pixels"][rows]
+
+    train, val = (
+        images.make_batches(Store(), rows, np.zeros(len(rows), int), 2, 3, shuffle, "light")
+        for rows, shuffle in ((np.arange(5), True), (np.arange(5, 8), False))
+    )
+    known = features._Images(train, val, views=2)
+    read = [which for which, _ in known.read(np.ones(len(known.ids), bool), 64)]
+    assert sorted(np.concatenate(read)) == [*range(3 + 2 * 5)]
+
+
 def dermnb(*args: str) -> str:
     command = [sys.executable, "-c", "from dermnb.cli import main; main()", *args]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -114,7 +128,7 @@ labels = rng.integers(0, 3, 90)
 pixels = (rng.integers(0, 90, (90, 32, 32, 3)) + 60 * labels[:, None, None, None]).astype("uint8")
 store = ImageStore(pixels, {}, 32, "crop", "", 0, 0.0, {}, np.zeros(90, np.uint32), np.ones(90, bool))
 network = build_classifier("cnn", 3, 32, head=[4], dropout=0.0, seed=0)
-train = make_batches(store, np.arange(64), labels[:64], 3, 16, True, "light", "mixup", seed=3)
+train = make_batches(store, np.arange(60), labels[:60], 3, 16, True, "light", "mixup", seed=3)
 val = make_batches(store, np.arange(64, 90), labels[64:], 3, 16)
 stage = Stage("all", 2, train_batch_norm=True, warmup_epochs=0.5, decay="cosine")
 loss = keras.losses.CategoricalCrossentropy(from_logits=True)
@@ -125,7 +139,7 @@ np.savez(sys.argv[1], *network.get_weights(), history=history[columns])
 
 
 def test_an_epoch_on_the_device_is_the_plain_one_also_divided_between_two(tmp_path):
-    "26 validation images in batches of 16: those that fill the last one do not count."
+    "60 and 26 images in batches of 16: the last one is filled, for validation with images that do not count."
     found = {}
     for name, env in (
         ("plain", {"DERMNB_ON_DEVICE": "0"}),

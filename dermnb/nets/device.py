@@ -62,7 +62,7 @@ class Epochs(keras.utils.PyDataset):
         self.batches, self.count, self.shared_by = batches, len(batches.rows), shared_by
         self.place = np.searchsorted(rows, batches.rows).astype(np.int32)
         self.batch = min(batches.options["batch_size"], self.count)
-        self.steps = self.count // self.batch
+        self.steps = len(batches) if batches.fills else self.count // self.batch
 
     def __len__(self) -> int:
         return 1
@@ -263,8 +263,8 @@ def why_not(train) -> str:  # of `make_batches`
     memory = (device.memory_stats() or {}).get("bytes_limit", 0)
     if memory and images.nbytes > memory / 3:
         return f"they take {images.nbytes / 2**30:.1f} of its {memory / 2**30:.1f} GB"
-    if options["batch_size"] % _shared_by():
-        return f"batch_size {options['batch_size']} cannot be divided among {_shared_by()} of them"
+    if (size := min(options["batch_size"], len(train.rows))) % _shared_by():
+        return f"a batch of {size} cannot be divided among {_shared_by()} of them"
     return ""
 
 # %% ../../nbs/nets/07_device.ipynb #046f7b8f
