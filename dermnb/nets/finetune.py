@@ -33,7 +33,7 @@ from dermnb.nets.checkpoints import (
     network_arrays,
     put_arrays,
 )
-from .device import NOT_ASKED, OnDevice, why_not
+from .device import NOT_ASKED, OnDevice, divisible, why_not
 from .features import FeatureBatches, find_cut, fused_graphs, plan_features
 
 # %% ../../nbs/nets/08_finetune.ipynb #69f9bed7
@@ -626,7 +626,7 @@ def fit_stages(
                     beside = None
                 trained.fit(
                     _fed(train_now),
-                    validation_data=_fed(val_now),
+                    validation_data=val_now if whole_epochs else divisible(_fed(val_now)),
                     initial_epoch=len(watch.rows),
                     epochs=begin + stage.epochs,
                     shuffle=False,  # the data set shuffles itself, by its own seed
