@@ -419,6 +419,10 @@ class _Watch(keras.callbacks.Callback):
         self.network.set_weights(self.weights)
         return self.restored
 
+    def on_train_begin(self, logs=None):
+        # An epoch on the accelerator is one step.
+        self.steps = self.left.steps = self.params["steps"] or self.steps
+
     def on_epoch_begin(self, epoch, logs=None):
         self.began = time.perf_counter()
         if hasattr(self.train, "set_epoch"):  # its own count runs on between two calls of fit
