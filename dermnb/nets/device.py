@@ -147,7 +147,10 @@ def _shared_by() -> int:
 class Filled(keras.utils.PyDataset):
     "Batches of one size; the last one is filled up with items that do not count."
 
-    def __init__(self, batches):
+    def __init__(
+        self,
+        batches,  # from `make_batches`, or of features: with their `labels`
+    ):
         super().__init__()
         self.batches, n = batches, _shared_by()
         self.size = -(-len(batches[0][1]) // n) * n
@@ -163,7 +166,9 @@ class Filled(keras.utils.PyDataset):
         return x, y, np.where(at < n, self.weight, 0).astype(np.float32)
 
 
-def divisible(batches):  # not of training, which are filled as they are made
+def divisible(
+    batches,  # not of training, which are filled as they are made
+):
     "Batches to measure a network on, so that all devices of a training can divide them."
     return Filled(batches) if _shared_by() > 1 else batches
 
