@@ -634,3 +634,7 @@ def serve_app(
     from dermnb.serve.app import serve
 
     raise typer.Exit(serve(model, host, port))
+
+# %% ../nbs/99_cli.ipynb #9e194090
+if __name__ == "__main__" and "__file__" in globals():  # not in this notebook
+    main()

@@ -15,7 +15,7 @@ import pytest
 
 from dermnb.core import backend, read_arrays, read_json
 from dermnb.data import images
-from dermnb.nets import device
+from dermnb.nets import device, features
 from dermnb.nets.gradcam import cam_network
 from dermnb.nets.models import build_classifier, load_classifier, probabilities
 from dermnb.runs.folders import validate_run
@@ -70,6 +70,20 @@ def test_batches_of_training_have_one_size():
         np.testing.assert_array_equal(order[count:], order[: len(order) - count])
 
 
+def test_a_view_has_each_image_once_though_batches_are_filled():
+    class Store:
+        def read(self, rows):
+            return ARRAYS["pixels"][rows]
+
+    train, val = (
+        images.make_batches(Store(), rows, np.zeros(len(rows), int), 2, 3, shuffle, "light")
+        for rows, shuffle in ((np.arange(5), True), (np.arange(5, 8), False))
+    )
+    known = features._Images(train, val, views=2)
+    read = [which for which, _ in known.read(np.ones(len(known.ids), bool), 64)]
+    assert sorted(np.concatenate(read)) == [*range(3 + 2 * 5)]
+
+
 def dermnb(*args: str) -> str:
     command = [sys.executable, "-c", "from dermnb.cli import main; main()", *args]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -110,12 +124,12 @@ from dermnb.nets.models import build_classifier
 
 print("devices", share_devices())
 rng = np.random.default_rng(0)
-labels = rng.integers(0, 3, 90)
-pixels = (rng.integers(0, 90, (90, 32, 32, 3)) + 60 * labels[:, None, None, None]).astype("uint8")
-store = ImageStore(pixels, {}, 32, "crop", "", 0, 0.0, {}, np.zeros(90, np.uint32), np.ones(90, bool))
+labels = rng.integers(0, 3, 91)
+pixels = (rng.integers(0, 90, (91, 32, 32, 3)) + 60 * labels[:, None, None, None]).astype("uint8")
+store = ImageStore(pixels, {}, 32, "crop", "", 0, 0.0, {}, np.zeros(91, np.uint32), np.ones(91, bool))
 network = build_classifier("cnn", 3, 32, head=[4], dropout=0.0, seed=0)
-train = make_batches(store, np.arange(64), labels[:64], 3, 16, True, "light", "mixup", seed=3)
-val = make_batches(store, np.arange(64, 90), labels[64:], 3, 16)
+train = make_batches(store, np.arange(60), labels[:60], 3, 16, True, "light", "mixup", seed=3)
+val = make_batches(store, np.arange(60, 91), labels[60:], 3, 16)
 stage = Stage("all", 2, train_batch_norm=True, warmup_epochs=0.5, decay="cosine")
 loss = keras.losses.CategoricalCrossentropy(from_logits=True)
 history = fit_stages(network, BACKBONES["cnn"], (stage,), train, val, loss, make_config({}))
@@ -124,22 +138,26 @@ np.savez(sys.argv[1], *network.get_weights(), history=history[columns])
 """
 
 
+TWO = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+
+
 def test_an_epoch_on_the_device_is_the_plain_one_also_divided_between_two(tmp_path):
-    "26 validation images in batches of 16: those that fill the last one do not count."
+    "60 and 31 images in batches of 16: the last one is filled, for validation with images that do not count."
     found = {}
     for name, env in (
         ("plain", {"DERMNB_ON_DEVICE": "0"}),
         ("one", {"DERMNB_ON_DEVICE": "1"}),
-        ("two", {"DERMNB_ON_DEVICE": "1", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}),
+        ("two", {"DERMNB_ON_DEVICE": "1", **TWO}),
+        ("two plain", {"DERMNB_ON_DEVICE": "0", **TWO}),
     ):
         file = tmp_path / f"{name}.npz"
         command = [sys.executable, "-c", TRAIN_ON_DEVICE, str(file)]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | env)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert f"devices {2 if name == 'two' else 1}\n" in done.stdout
-        assert ("images (0.00 GB) lie on" in done.stdout) == (name != "plain")
+        assert f"devices {2 if name.startswith('two') else 1}\n" in done.stdout
+        assert ("images (0.00 GB) lie on" in done.stdout) == ("plain" not in name)
         found[name] = np.load(file)
-    for name in ("one", "two"):
+    for name in ("one", "two", "two plain"):
         for key in found["plain"].files:
             np.testing.assert_allclose(found[name][key], found["plain"][key], rtol=2e-4, atol=2e-5, err_msg=key)
 

@@ -15,7 +15,7 @@ SMALL = {"image_size": 32, "bootstrap": 100, "batch_size": 16, "split_seed": 1}
 # What a recipe must carry over a stop, and epochs after which it is stopped.
 RECIPES = {
     "plateau, early stopping, mixup, focal loss": (
-        {"epochs": 5, "decay": "plateau", "early_stopping": 2, "learning_rate": 0.05}
+        {"epochs": 5, "decay": "plateau", "early_stopping": 3, "learning_rate": 0.05}
         | {"loss": "focal", "class_weights": "balanced", "warmup_epochs": 1, "mix": "mixup"},
         [1, 2, 3],
     ),

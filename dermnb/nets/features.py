@@ -434,6 +434,7 @@ class _Images:
         if self.augmented:
             self.drawn = copy.copy(train)
             self.drawn.options = train.options | {"seed": VIEW_SEED}
+            self.drawn.fills = False  # each image once a view
             ids.append(self._view_ids(ids[0].dtype))
             n = len(train.rows)
             self.of_train = len(self.plain) + np.arange(self.views * n).reshape(self.views, n)

@@ -34,7 +34,7 @@ from dermnb.nets.checkpoints import (
     network_arrays,
     put_arrays,
 )
-from .device import NOT_ASKED, OnDevice, why_not
+from .device import NOT_ASKED, OnDevice, divisible, why_not
 from .features import FeatureBatches, find_cut, fused_graphs, plan_features
 
 # %% ../../nbs/nets/08_finetune.ipynb #69f9bed7
@@ -420,6 +420,10 @@ class _Watch(keras.callbacks.Callback):
         self.network.set_weights(self.weights)
         return self.restored
 
+    def on_train_begin(self, logs=None):
+        # An epoch on the accelerator is one step.
+        self.steps = self.left.steps = self.params["steps"] or self.steps
+
     def on_epoch_begin(self, epoch, logs=None):
         self.began = time.perf_counter()
         if hasattr(self.train, "set_epoch"):  # its own count runs on between two calls of fit
@@ -627,7 +631,7 @@ def fit_stages(
                     beside = None
                 trained.fit(
                     _fed(train_now),
-                    validation_data=_fed(val_now),
+                    validation_data=val_now if whole_epochs else divisible(_fed(val_now)),
                     initial_epoch=len(watch.rows),
                     epochs=begin + stage.epochs,
                     shuffle=False,  # the data set shuffles itself, by its own seed

@@ -598,11 +598,11 @@ def _estimate(order: list[_Row], reports: Path, configs: dict, workers: int) -> 
 def _about_features(order: list[_Row], past: list[_Past]) -> tuple[float, list[str]]:
     "MiB of the cache for what frozen layers make of images, as far as it is known, and what is said of it."
     notes, by, megabytes, known = [], {}, {}, True
-    for row in order:
-        if _keeps(row.config):
-            by.setdefault(_views(row.config), []).append(row.config)
-        elif row.config.schedule in ("head", "head_then_top", "gradual") and row.config.mix == "none" and not row.config.members:
-            by.setdefault(0, []).append(row.config)
+    for config in map(_settled, order):
+        if _keeps(config):
+            by.setdefault(_views(config), []).append(config)
+        elif config.schedule in ("head", "head_then_top", "gradual") and config.mix == "none" and not config.members:
+            by.setdefault(0, []).append(config)
     for views, configs in by.items():
         names = listing([c.run for c in configs], 4)
         if not views:

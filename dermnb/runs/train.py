@@ -42,7 +42,7 @@ from ..data.splits import leak_counts
 from ..metrics.scores import evaluate
 from ..nets.backbones import BACKBONES
 from ..nets.checkpoints import Checkpoint
-from ..nets.choose import choice_sentence, measure_steps, measured_choice
+from ..nets.choose import BATCH_SIZES, choice_sentence, measure_steps, measured_choice
 from ..nets.cost import count_flops
 from ..nets.device import convolve_by_products, share_devices
 from dermnb.nets.finetune import (
@@ -97,7 +97,8 @@ def build_model(
     keep_graphs()
     set_seed(config.seed, config.deterministic)
     keras.config.set_dtype_policy(config.precision)
-    share_devices()
+    size = BATCH_SIZES[0] if config.batch_size == "auto" else config.batch_size
+    share_devices(min(size, len(data.train_positions)))
     convolve_by_products()
     model = build_classifier(
         config.backbone,
