@@ -335,8 +335,11 @@ def _gpus() -> list[str]:
 @contextlib.contextmanager
 def _cluster(runs: _Runs, command: str):
     "A client of the workers, with the settings of each; kernels end with it if it is interrupted."
-    for name in ("distributed", "distributed.client"):  # what is lost is said here
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if is_installed("distributed"):
+        import distributed  # sets levels of its own
+
+        for name in ("distributed", "distributed.client"):  # what is lost is said here
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     cluster, gpus = None, _gpus()
     # Also where few are left: the last bits of a result depend on its number of threads.
     workers = max(1, min(runs.workers or len(gpus) or 1, runs.planned))
