@@ -336,7 +336,7 @@ def _gpus() -> list[str]:
 def _cluster(runs: _Runs, command: str):
     "A client of the workers, with the settings of each; kernels end with it if it is interrupted."
     if is_installed("distributed"):
-        import distributed  # sets levels of its own
+        import distributed  # noqa: F401, it sets levels of its own
 
         for name in ("distributed", "distributed.client"):  # what is lost is said here
             logging.getLogger(name).setLevel(logging.CRITICAL)
