@@ -1,6 +1,7 @@
 """What several tests need: a small generated dataset, made once, and where real data may lie."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,14 @@ ROOT = Path(__file__).resolve().parent.parent
 def cache(tmp_path_factory):
     "Keep decoded images of tests out of the project."
     os.environ["DERMNB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def precision():
+    "A network that a test builds computes in float32, whatever the training before it was in."
+    yield
+    if "keras" in sys.modules:
+        sys.modules["keras"].config.set_dtype_policy("float32")
 
 
 @pytest.fixture(scope="session")
