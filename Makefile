@@ -22,9 +22,9 @@ test: install  ## notebooks clean, export in step, every notebook and test passe
 	$(BIN)/nbdev_test --n_workers 2 --do_print --timing
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 15
 
-bench: install  ## what answers, the audit, runs, their input and training steps cost on this machine: reports/benchmarks
+bench: install  ## what answers, the audit, runs, their input and training steps cost on this machine (the recipe: where DERMNB_DATA_DIR has HAM10000): reports/benchmarks
 	mkdir -p reports/benchmarks
-	set -e; for n in serving audit batches input choice recipe; do \
+	set -e; for n in serving audit batches input choice $${DERMNB_DATA_DIR:+recipe}; do \
 	  $(BIN)/papermill --no-progress-bar nbs/benchmarks/$$n.ipynb reports/benchmarks/$$n.ipynb; \
 	  $(BIN)/python -c "import sys; from dermnb.report import pages; \
 	    from dermnb.runs import kernels; n = sys.argv[1]; \

@@ -26,7 +26,7 @@ import keras
 import numpy as np
 import pandas as pd
 
-from ..core import cache_dir, duration, only_one, plural, progress, read_json, write_json
+from ..core import ConfigError, cache_dir, duration, only_one, plural, progress, read_json, write_json
 from .cost import count_flops
 
 # %% ../../nbs/nets/06_features.ipynb #a941be07
@@ -699,7 +699,10 @@ class Reuse:
         tensors = self.tensors(range(len(self.cuts)))
         file = self.store.folder / "costs.json"
         key = hashlib.blake2b(" ".join(self.names[id(t)] for t in tensors).encode(), digest_size=16)
-        known = read_json(file) if file.is_file() else {}
+        try:
+            known = read_json(file)
+        except ConfigError:  # absent or broken: measured anew
+            known = {}
         if key.hexdigest() not in known:
             some = self.images.train.store.read(self.images.train.rows[:_BLOCK]).astype("float32")
             some = np.resize(some, (_BLOCK, *some.shape[1:]))
