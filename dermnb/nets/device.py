@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['NOT_ASKED', 'make_images', 'Epochs', 'Counted', 'share_devices', 'Filled', 'divisible', 'depthwise_products',
-           'patch_products', 'convolve_by_products', 'why_not', 'OnDevice']
+           'patch_products', 'pixel_products', 'convolve_by_products', 'why_not', 'OnDevice']
 
 # %% ../../nbs/nets/07_device.ipynb #5f7a3bfb
 import functools
@@ -239,13 +239,32 @@ def patch_products(
     near = [x[:, to(i, oh), to(j, ow)] for i in range(kh) for j in range(kw)]
     return jnp.matmul(jnp.concatenate(near, axis=-1), kernel.reshape(kh * kw * c, n))
 
+
+def pixel_products(
+    x,  # (B, H, W, C)
+    kernel,  # (1, 1, C, N)
+    *_,  # a stride of 1, and padding that is none
+):  # (B, H, W, N)
+    "A convolution of one pixel as the product that it is."
+    return keras.ops.tensordot(x, keras.ops.squeeze(kernel, (0, 1)), 1)
+
 # %% ../../nbs/nets/07_device.ipynb #27fe7c06
 _WIDEST = 1024  # elements of a filter; a wider one is what the library for convolutions is good at
 
 
 @functools.cache
 def convolve_by_products() -> None:
-    "Where JAX has an accelerator, have Keras compute convolutions as products of matrices."
+    """Have Keras compute convolutions as products of matrices where that is faster.
+
+    Those of one pixel under TensorFlow on processors, in float32; most under JAX on an accelerator.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+        from keras.src.backend.tensorflow import nn
+
+        if not tf.config.list_physical_devices("GPU"):
+            _replace(nn, "conv", pixel_products, _of_one_pixel)
+        return
     if keras.backend.backend() != "jax":
         return
     import jax
@@ -253,19 +272,25 @@ def convolve_by_products() -> None:
 
     if jax.devices()[0].platform == "cpu" and os.environ.get("DERMNB_ON_DEVICE") != "1":
         return
-    _replace(nn, "conv", patch_products, lambda x, k: k.shape[2] == x.shape[-1] and np.prod(k.shape[:3]) <= _WIDEST)
-    _replace(nn, "depthwise_conv", depthwise_products, lambda x, k: k.shape[3] == 1)
+    narrow = lambda x, k, stride: k.shape[2] == x.shape[-1] and np.prod(k.shape[:3]) <= _WIDEST
+    _replace(nn, "conv", jax.checkpoint(patch_products, static_argnums=(2, 3)), narrow)
+    products = jax.checkpoint(depthwise_products, static_argnums=(2, 3))
+    _replace(nn, "depthwise_conv", products, lambda x, k, stride: k.shape[3] == 1)
 
 
-def _replace(nn, name: str, function: Callable, fits: Callable) -> None:
-    import jax
+def _of_one_pixel(x, kernel, stride: int) -> bool:
+    h, w, c, _ = kernel.shape
+    both = {keras.backend.standardize_dtype(t.dtype) for t in (x, kernel)}
+    return h == w == stride == 1 and c == x.shape[-1] and both == {"float32"}
 
-    plain, products = getattr(nn, name), jax.checkpoint(function, static_argnums=(2, 3))
+
+def _replace(nn, name: str, products: Callable, fits: Callable) -> None:
+    plain = getattr(nn, name)
 
     def convolve(inputs, kernel, strides=1, padding="valid", data_format=None, dilation_rate=1):
         last = (data_format or keras.config.image_data_format()) == "channels_last"
-        plainly = inputs.ndim != 4 or not last or np.ptp(strides) or np.max(dilation_rate) > 1
-        if plainly or not fits(inputs, kernel):
+        plainly = len(inputs.shape) != 4 or not last or np.ptp(strides) or np.max(dilation_rate) > 1
+        if plainly or not fits(inputs, kernel, int(np.max(strides))):
             return plain(inputs, kernel, strides, padding, data_format, dilation_rate)
         kernel = nn.convert_to_tensor(kernel)
         inputs = nn.convert_to_tensor(inputs, dtype=kernel.dtype)
