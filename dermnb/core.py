@@ -452,6 +452,7 @@ def backend() -> str:
     os.environ["KERAS_BACKEND"] = os.environ.get("KERAS_BACKEND") or name
     if name == "jax":  # it keeps what took a second and more to compile
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir().resolve() / "xla"))
+        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 * 2**30))  # bytes; the oldest are dropped
         # On a GPU: what `nets.device` makes of convolutions needs no trial, which takes minutes.
         os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false")
     return name

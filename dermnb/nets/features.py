@@ -26,7 +26,18 @@ import keras
 import numpy as np
 import pandas as pd
 
-from ..core import ConfigError, cache_dir, duration, only_one, plural, progress, read_json, write_json
+from dermnb.core import (
+    ConfigError,
+    backend,
+    cache_dir,
+    duration,
+    only_one,
+    plural,
+    progress,
+    provenance,
+    read_json,
+    write_json,
+)
 from .cost import count_flops
 
 # %% ../../nbs/nets/06_features.ipynb #a941be07
@@ -713,7 +724,8 @@ class Reuse:
         "Seconds that an image takes through the layers below all cuts; measured once on a machine."
         tensors = self.tensors(range(len(self.cuts)))
         file = self.store.folder / "costs.json"
-        key = hashlib.blake2b(" ".join(self.names[id(t)] for t in tensors).encode(), digest_size=16)
+        machine = f"{backend()} {provenance()['hardware']}"
+        key = hashlib.blake2b(" ".join([machine, *(self.names[id(t)] for t in tensors)]).encode(), digest_size=16)
         try:
             known = read_json(file)
         except ConfigError:  # absent or broken: measured anew
