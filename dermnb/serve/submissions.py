@@ -104,7 +104,7 @@ def submission_table(
             key = _ids(asked, [a.path or a.name])[0]
             rows.append((key, known, *(a.probabilities[c] for c in bundle.classes)))
     table = pd.DataFrame(rows, columns=[asked.id, "novelty", *bundle.classes])
-    table = table.groupby(asked.id, sort=False).mean()
+    table = table.set_index(asked.id).astype(float).groupby(level=0, sort=False).mean()
     p = table[list(bundle.classes)].set_axis(columns, axis=1).T.groupby(level=0).sum().T
     p = p.reindex(columns=list(asked.columns), fill_value=0.0).astype(float)
     said = [] if asked.target else _decide(p, None if "UNK" in columns else table["novelty"])
