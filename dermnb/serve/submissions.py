@@ -31,8 +31,8 @@ def above_half(
 ) -> np.ndarray:
     "The same with the predicted class above 0.5 in each row, and no other; the order of what is moved is kept."
     predicted = np.arange(p.shape[1]) == chosen[:, None]
-    raised = np.where(p > 0.5, p, 0.5 + _STEP * p)
-    held = np.where(p > 0.5, 0.5 - _STEP * (1 - p), p)
+    raised = np.where(p > 0.5, p, 0.5 + _STEP * (1 + p))
+    held = np.where(p > 0.5, 0.5 - _STEP * (2 - p), p)
     return np.where(predicted, raised, held)
 
 # %% ../../nbs/serve/08_submissions.ipynb #dbea224d
