@@ -472,7 +472,10 @@ def predict(
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     out: Annotated[str, typer.Option(help="Write a table: .csv or .parquet.")] = "",
     form: Annotated[
-        str, typer.Option(help="Columns of the table: dermnb, or isic for its challenges.")
+        str,
+        typer.Option(
+            "--format", "--form", help="Of the table: dermnb, or the submission of isic2018, isic2019, isic2020, isic2024, milk10k."
+        ),
     ] = "dermnb",
     cam: Annotated[
         str, typer.Option(help="Write the saliency map over the image: a PNG, or a folder.")
@@ -490,7 +493,6 @@ def predict(
 ):
     "Predict images with a finished run or ensemble: for research, no diagnosis."
     from dermnb.runs.bundle import bundle_folder
-    from dermnb.serve.answers import write_answers
     from dermnb.serve.inputs import find_images, read_metadata
     from dermnb.serve.predict import Predictor
 
@@ -498,6 +500,7 @@ def predict(
     maps = _check_outputs(paths, out, form, cam, target, method)
     rows = read_metadata(metadata, paths, _say) if metadata else None
     folder = bundle_folder(model)
+    _check_form(folder, form, paths, out)
     with_keras = _ready(folder, engine) or cam
     if with_keras and "keras" not in sys.modules:
         _load_keras()
@@ -509,11 +512,9 @@ def predict(
     answers = predictor.stream(paths, metadata=rows, **options)
     answers = _printed(answers, bundle, paths, maps, json, bool(out), refused)
     with typer.progressbar(answers, len(paths), file=sys.stderr, hidden=not out) as bar:
-        if out:
-            write_answers(bar, out, bundle.classes, form=form)
-        else:
-            for _ in bar:
-                pass
+        said = _written(bar, bundle, form, out)
+    for line in said:
+        _say(line)
     if refused:
         _say(f"{len(refused)} of {len(paths)} images were refused.")
         raise typer.Exit(1)
@@ -522,7 +523,8 @@ def predict(
 def _check_outputs(paths: list[str], out: str, form: str, cam: str, target: str, method: str) -> list:
     "Where the map of each image goes, or None; ConfigError before anything is loaded."
     from dermnb.core import ConfigError, unknown_name
-    from dermnb.serve.answers import FORMS, cam_paths, check_table
+    from dermnb.metrics.official import CHALLENGES
+    from dermnb.serve.answers import cam_paths, check_table
     from dermnb.serve.predict import check_method
 
     if target and not cam:
@@ -530,11 +532,38 @@ def _check_outputs(paths: list[str], out: str, form: str, cam: str, target: str,
     maps = cam_paths(cam, paths) if cam else [None] * len(paths)
     check_method(method)
     check_table(out)
-    if form not in FORMS:
-        raise unknown_name("form", form, FORMS)
+    if form not in ("dermnb", *CHALLENGES):
+        raise unknown_name("format", form, ("dermnb", *CHALLENGES))
     if form != "dermnb" and not out:
-        raise ConfigError(f"form {form!r} is of a table: say with --out which file it goes to.")
+        raise ConfigError(f"format {form!r} is of a table: say with --out which file it goes to.")
     return maps
+
+
+def _check_form(folder, form: str, paths: list[str], out: str) -> None:
+    "What has to be known of a challenge's file before it is computed; ConfigError if it cannot be made."
+    if form == "dermnb":
+        return
+    from dermnb.runs.bundle import load_bundle
+    from dermnb.serve.submissions import check_submission
+
+    for line in check_submission(form, load_bundle(folder, lazily=True), paths, out):
+        _say(line)
+
+
+def _written(answers, bundle, form: str, out: str) -> list[str]:
+    "Work through answers, into a table if one is asked for; what is to be said of it."
+    if out and form != "dermnb":
+        from dermnb.serve.submissions import write_submission
+
+        return write_submission(answers, out, bundle, form)
+    from dermnb.serve.answers import write_answers
+
+    if out:
+        write_answers(answers, out, bundle.classes)
+    else:
+        for _ in answers:
+            pass
+    return []
 
 
 def _check_metadata(bundle, metadata: str) -> None:

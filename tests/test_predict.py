@@ -25,7 +25,7 @@ from dermnb.core import ConfigError, read_json, write_json
 from dermnb.metrics.scores import probability_columns
 from dermnb.data.images import resize_image
 from dermnb.data.decoding import shown
-from dermnb.serve.answers import cam_paths, isic_table, save_cam, write_answers
+from dermnb.serve.answers import cam_paths, save_cam, write_answers
 from dermnb.serve.examples import EXAMPLE_CLASSES, example_bundle, example_ensemble, example_images
 from dermnb.serve.export import make_engines
 from dermnb.serve.inputs import find_images, read_image, read_metadata, short_names
@@ -333,17 +333,6 @@ def test_what_cannot_be_written_is_a_sentence(runs, images, tmp_path):
         save_cam(answers[0], tmp_path / "file" / "map.png")
     long = cam_paths("maps", ["x" * 250 + ".jpg"])[0]
     assert len(long.name) < 100
-
-
-def test_the_form_of_isic_s_challenges(runs, images, tmp_path):
-    answers = Predictor(runs[0][0])([images[0], b""], names=["ISIC_1.jpg", "ISIC_2.jpg"])
-    out = write_answers(answers, tmp_path / "out.csv", CLASSES, form="isic")
-    table = pd.read_csv(out)
-    assert list(table) == ["image", *CLASSES] and list(table["image"]) == ["ISIC_1"]
-    assert np.allclose(table[CLASSES], table_of(answers[:1]))
-    eight = "MEL NV BCC AK BKL DF VASC SCC".split()
-    answers[0].probabilities = dict.fromkeys(eight, 1 / 8)
-    assert list(isic_table(answers, eight)) == ["image", *eight, "UNK"]
 
 
 def test_a_map_of_nothing_is_said(runs, images, monkeypatch):

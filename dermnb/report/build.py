@@ -28,6 +28,8 @@ from dermnb.report.classes import (
     curves_blocks,
     metrics,
     metrics_blocks,
+    official,
+    official_blocks,
 )
 from dermnb.report.comparison import (
     claims,
@@ -97,6 +99,7 @@ SECTIONS = (
     Section("claims", "Claims", claims, claims_blocks, "suite", False, always=True),
     Section("leaderboard", "Leaderboard", leaderboard, leaderboard_blocks, "suite", False, always=True),
     Section("metrics", "Metrics", metrics, metrics_blocks, "run", False),
+    Section("official", "Official metric", official, official_blocks, folded=False),
     Section("pairs", "Pairwise comparisons", pairwise, pairwise_blocks, "suite", False),
     Section("paired", "Paired differences", paired, paired_blocks, "suite", False),
     Section("search", "Search", search, search_blocks, "suite", False),

@@ -38,6 +38,7 @@ from dermnb.metrics.calibration import (
     temper,
 )
 from ..metrics.claims import Conditions
+from ..metrics.official import CHALLENGES, official_score
 from dermnb.metrics.scores import (
     CLASS_METRICS,
     METRICS,
@@ -303,6 +304,14 @@ class RunResult(_Leakage):
         "What `metrics.subgroups.subgroups` says, or None without tables that can be read."
         return self._measured["subgroups"]
 
+    @property
+    def official(self) -> Mapping | None:
+        """What the challenge of its dataset ranks by, of `split`: `challenge` and `score`, as of `official_score`.
+
+        Instead of a score `error` where there is none; None for a dataset of no challenge.
+        """
+        return self._measured["official"]
+
     @cached_property
     def _measured(self) -> Mapping:
         """What follows from its tables alone and takes long to compute, as plain values.
@@ -312,6 +321,7 @@ class RunResult(_Leakage):
         files = [self.folder / name for name in ("predictions.parquet", "split.parquet")]
         files += _measured_by()
         made_of = [self.record.get("classes"), self.positive, self.split, _level(self)]
+        made_of += [self.get("dataset", "name"), self.get("class_titles"), self.metrics.get("resamples")]
         made_of += [file_hash(f) if f.is_file() else "" for f in files]
         digest = hashlib.sha256(repr(made_of).encode()).hexdigest()
         kept = self.folder / MEASURED
@@ -319,7 +329,7 @@ class RunResult(_Leakage):
             known = read_json(kept)
             if isinstance(known, dict) and known.get("digest") == digest:
                 return known
-        known = {"digest": digest, "subgroups": None} | _calibrated(self)
+        known = {"digest": digest, "subgroups": None, "official": _official(self)} | _calibrated(self)
         with suppress(ConfigError):
             known["subgroups"] = self.find_subgroups()
         with suppress(OSError):  # of a folder that cannot be written
@@ -626,6 +636,21 @@ def _calibrated(run: RunResult) -> dict:
             summary = calibration_summary(table, classes, decision, _level(run))
             return {"decision": decision.to_dict(), "calibration": summary}
     return {"decision": None, "calibration": None}
+
+
+def _official(run: RunResult) -> dict | None:
+    name, table = str(run.get("dataset", "name")), run.predictions
+    if name not in CHALLENGES:
+        return None
+    how = {"level": _level(run), "resamples": run.metrics.get("resamples", 1000)}
+    titles, classes = run.get("class_titles", default={}), list(run.record["classes"])
+    try:
+        if table is None or run.unsound:
+            raise ConfigError(run.no_predictions)
+        part = table[table["split"] == run.split]
+        return {"challenge": name, "score": official_score(part, classes, name, titles, run.positive, **how)[run.split]}
+    except ConfigError as error:
+        return {"challenge": name, "error": str(error)}
 
 
 def _calibration_of(run: RunResult) -> Calibration | None:
