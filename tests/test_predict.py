@@ -240,7 +240,7 @@ def test_metadata_is_read_as_the_training_table_is(images, tmp_path):
         "isic_id,age_approx,gender,anatom_site_general,dx\na,45.0,Man,back,nv\nb,-1,u,,\n",
     ):
         others, said = answers(text)
-        assert np.array_equal(table_of(others), table_of(plain))
+        assert np.allclose(table_of(others), table_of(plain), rtol=0, atol=FLOAT32)
         assert [a.notes for a in others] == [a.notes for a in plain]
     assert said == [f"columns of {tmp_path / 'table.csv'} that are not used: dx."]
     _, said = answers("image,age\na.png,45\n")
@@ -248,12 +248,12 @@ def test_metadata_is_read_as_the_training_table_is(images, tmp_path):
     odd, _ = answers("image,site\na.png,Moon\nb.png,back\n")
     assert "site 'moon' is not one of the training images' (back)" in odd[0].notes[0]
     frame = pd.DataFrame({"Age": ["45", "unknown"], "Gender": ["M", None], "site": ["Back", ""]})
-    assert np.array_equal(table_of(predictor(paths, metadata=frame)), table_of(plain))
+    assert np.allclose(table_of(predictor(paths, metadata=frame)), table_of(plain), rtol=0, atol=FLOAT32)
     # A wrong cell refuses its own image, and is nothing to those of other rows.
     wrong, _ = answers("image;Alter;sex\na.png;150;M\nb.png;45;M\nz.png;old;M\n")
     assert "Alter '150' is not a number of years from 0 to 120" in wrong[0].error
     right, _ = answers("image,age,sex\na.png,45,male\nb.png,45,male\n")
-    assert np.array_equal(table_of(wrong[1:]), table_of(right[1:]))
+    assert np.allclose(table_of(wrong[1:]), table_of(right[1:]), rtol=0, atol=FLOAT32)
     read, _ = answers('image,age\na.png,18 months\nb.png,">90"\n')
     assert [a.notes for a in read] == [
         ["The age '18 months' was read as 1.5."],
