@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SHARED_KINDS', 'LOOKED_AT', 'SCHEMA', 'RECALIBRATED', 'DRAWS', 'MEASURED', 'HEADLINE', 'taxonomy_of',
            'join_taxonomies', 'mapping_rows', 'read_collection', 'folder_of', 'check_folders', 'Learned', 'learned_by',
-           'shared_images', 'predict_images', 'picture_facts', 'table_facts', 'network_digest', 'predict_outside',
-           'left_out_text', 'independent_difference', 'measure_side', 'recalibration_curve', 'ExternalResult',
-           'external_results', 'external_rows', 'summarize', 'run_external']
+           'shared_images', 'predict_images', 'picture_facts', 'table_facts', 'network_digest', 'has_network',
+           'predict_outside', 'left_out_text', 'independent_difference', 'measure_side', 'recalibration_curve',
+           'ExternalResult', 'external_results', 'external_rows', 'summarize', 'run_external']
 
 # %% ../../nbs/runs/15_external.ipynb #d286b517
 import contextlib
@@ -215,7 +215,7 @@ def learned_by(
     names = every["image_id"].astype(str).tolist()
     return Learned(learned, every.assign(image_id=[str(i) for i in range(len(every))]), names, tested, notes)
 
-# %% ../../nbs/runs/15_external.ipynb #ce329468
+# %% ../../nbs/runs/15_external.ipynb #ac4a01b0
 def _same_pictures(manifest: pd.DataFrame, learned: Learned, notes: list[str]) -> pd.DataFrame:
     "Pairs a (of the manifest), b (id of a training image), kind; the most certain of each a."
     if not learned.names:
@@ -241,7 +241,8 @@ def shared_images(
     kinds = [(ids[named], "image id")] + [(g["a"], kind) for kind, g in pairs.groupby("kind")]
     table = pd.DataFrame([(a, kind) for some, kind in kinds for a in some], columns=["a", "kind"])
     table = table.iloc[np.argsort(table["kind"].map(SHARED_KINDS.index), kind="stable")]
-    found = ids.map(table.drop_duplicates("a").set_index("a")["kind"]).fillna("").to_numpy(object)
+    of_image = table.drop_duplicates("a").set_index("a")["kind"]
+    found = np.array([of_image.get(i, "") for i in ids], object)
     theirs = learned.ids.dropna(subset="lesion_id").set_index("image_id")["lesion_id"].astype(str)
     mine = pd.Series(lesion, ids.to_numpy()).dropna()
     same = pd.concat([pairs[["a", "b"]], pd.DataFrame({"a": ids[named], "b": ids[named]})])
@@ -350,7 +351,7 @@ def table_facts(
             found[kind.column]["shares"] = values.astype(str).value_counts(normalize=True).to_dict()
     return found
 
-# %% ../../nbs/runs/15_external.ipynb #c8e66cbe
+# %% ../../nbs/runs/15_external.ipynb #971d39a8
 SCHEMA = 1
 _NETWORK = ("model.keras", "labels.json", "ensemble.json", "reference.npz")
 
@@ -364,12 +365,19 @@ def network_digest(
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def has_network(
+    run: str | Path,  # folder of a finished run
+) -> bool:
+    "Whether its network is there, and not only its predictions."
+    return any((Path(run) / "model" / n).is_file() for n in ("model.keras", "ensemble.json"))
+
+
 def _bundle_of(target: str | Path) -> tuple[Path, Path | None]:
     "The bundle of a target, and the run that it is of, where there is one."
     folder = Path(target)
     run = folder if (folder / "run.json").is_file() else folder.parent
     run = run if (run / "run.json").is_file() else None
-    if run and not any((run / "model" / n).is_file() for n in ("model.keras", "ensemble.json")):
+    if run and not has_network(run):
         raise ConfigError(f"{run} has no network here that could be tested, only its predictions.")
     return bundle_folder(folder), run
 
@@ -787,7 +795,7 @@ def external_results(
             found.append(result)
     return found, lost
 
-# %% ../../nbs/runs/15_external.ipynb #01d68818
+# %% ../../nbs/runs/15_external.ipynb #4534d88a
 HEADLINE = ("balanced_accuracy", "accuracy", "macro_auc")
 
 
@@ -829,16 +837,21 @@ def run_external(
     tests: Sequence[ExternalTest],
     own_data: str = "",
     force: bool = False,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = print,  # what was done and left out
+    tell: Callable[[str], None] = print,  # results, a line each
+    skip: bool = False,  # pass over runs without a network, which else are faults
 ) -> list[str]:  # a sentence for each target that could not be tested
     "Test several networks; one that cannot be tested does not keep the others from it."
-    faults = []
+    faults, targets = [], list(targets)
+    if skip and (without := [Path(t).name for t in targets if not has_network(t)]):
+        say(f"without a network here, so not tested on other collections: {listing(without)}")
+        targets = [t for t in targets if has_network(t)]
     for target in targets:
         try:
             for place in predict_outside(target, tests, own_data, force, say):
                 home = place.parent.parent
             for line in summarize(home) if (home / "run.json").is_file() else ():
-                say(line)
+                tell(line)
         except ConfigError as error:
             faults.append(str(error))
     return faults
