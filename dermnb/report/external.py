@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['external', 'side_by_side', 'data_rows', 'sentence_of', 'external_blocks']
 
-# %% ../../nbs/report/14_external.ipynb #606f24f2
+# %% ../../nbs/report/14_external.ipynb #cfd80221
 from collections.abc import Callable, Mapping, Sequence
 
-from ..core import listing, plural
+from ..core import plural
 from ..metrics.scores import BINARY_METRICS, CLASS_METRICS, METRICS
 from ..metrics.subgroups import FACT_KINDS
 from dermnb.report.blocks import (
     COUNT,
-    DECIMAL,
     DIFFERENCE,
     EN_DASH,
     ESTIMATE,
@@ -37,7 +36,6 @@ from dermnb.runs.external import (
     left_out_text,
     table_facts,
 )
-from ..runs.results import RunResult
 
 # %% ../../nbs/report/14_external.ipynb #5493822d
 def external(page: Page) -> dict | None:
@@ -232,7 +230,7 @@ def _data_table(result: ExternalResult) -> Table:
     note = f" Color, contrast and pixels: mean over up to {looked:,} images; 0 to 255." if looked else ""
     return table(data_rows(result), columns, f"What differs in the data, shares of the images where it is known.{note}", sortable=False)
 
-# %% ../../nbs/report/14_external.ipynb #ddba9e15
+# %% ../../nbs/report/14_external.ipynb #4d41d4d1
 def _mapping_table(result: ExternalResult) -> Table:
     rows = [row | {"class": row["class"] or "left out"} for row in result.record["mapping"]]
     columns = {"label": Column("Label there"), "class": Column("Class of the network"), "images": Column("Images", COUNT), "why": Column("Why")}
@@ -242,7 +240,7 @@ def _mapping_table(result: ExternalResult) -> Table:
 def _recalibration_table(result: ExternalResult) -> Table:
     columns = {
         "images": Column("Images", COUNT, "of the collection, on which the temperature is fitted; 0: the run's own"),
-        "temperature": Column("Temperature", DECIMAL),
+        "temperature": Column("Temperature", SHARE),
         "log_loss": Column("Log loss of the others", ESTIMATE, "nats; mean over draws, with the range of 95% of them"),
     }
     return table(result.measured["recalibration"], columns, f"Recalibration on k images of {result.title}; all other figures are without it.")
