@@ -140,7 +140,7 @@ def test_an_ensemble_without_its_run_is_tested_too(tmp_path, demo_dir):
     assert np.allclose(predict_images(load_bundle(both), manifest), 0.25 * first + 0.75 * second)
     said, test = [], ExternalTest(dataset="demo", data_dir=str(demo_dir))
     assert run_external([both], [test], say=said.append) == []
-    assert "not known here" in said[0] and (both / "model" / "external" / "demo" / "predictions.parquet").is_file()
+    assert "not known here: nothing was compared" in said[0] and (both / "model" / "external" / "demo" / "predictions.parquet").is_file()
 
 
 def test_a_run_without_a_network_says_so(suite, demo_dir):

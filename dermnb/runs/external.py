@@ -9,7 +9,7 @@ __all__ = ['SHARED_KINDS', 'LOOKED_AT', 'SCHEMA', 'RECALIBRATED', 'DRAWS', 'MEAS
            'predict_outside', 'left_out_text', 'independent_difference', 'measure_side', 'recalibration_curve',
            'ExternalResult', 'external_results', 'external_rows', 'summarize', 'run_external']
 
-# %% ../../nbs/runs/15_external.ipynb #d286b517
+# %% ../../nbs/runs/15_external.ipynb #2db71b50
 import contextlib
 import hashlib
 import io
@@ -53,6 +53,7 @@ from dermnb.metrics.calibration import (
 )
 from dermnb.metrics.scores import (
     check_predictions,
+    choose_threshold,
     evaluate,
     log_losses,
     probability_columns,
@@ -215,7 +216,7 @@ def learned_by(
     names = every["image_id"].astype(str).tolist()
     return Learned(learned, every.assign(image_id=[str(i) for i in range(len(every))]), names, tested, notes)
 
-# %% ../../nbs/runs/15_external.ipynb #ac4a01b0
+# %% ../../nbs/runs/15_external.ipynb #6f47d825
 def _same_pictures(manifest: pd.DataFrame, learned: Learned, notes: list[str]) -> pd.DataFrame:
     "Pairs a (of the manifest), b (id of a training image), kind; the most certain of each a."
     if not learned.names:
@@ -230,14 +231,17 @@ def shared_images(
     manifest: pd.DataFrame,  # image_id, path, lesion_id
     learned: Learned,
 ) -> tuple[np.ndarray, list[str]]:  # of each image a kind of SHARED_KINDS or '' (n,); notes
-    "Which images of a collection, or of their lesions, a network was trained or chosen on."
+    """Which images of a collection, or of their lesions, a network was trained or chosen on.
+
+    A note says how many of the others are among its test images, by ids that are believed.
+    """
     notes, ids = list(learned.notes), manifest["image_id"].astype(str)
     pairs, lesion = _same_pictures(manifest, learned, notes), column_texts(manifest, "lesion_id")
-    named = ids.isin(learned.ids["image_id"]).to_numpy()
+    named, believed = ids.isin(learned.ids["image_id"]).to_numpy(), True
     if (named & ids.isin(learned.names).to_numpy()).any() and not (pairs["a"] == pairs["b"]).any():
         n = plural(int(named.sum()), "image id")
         notes.append(f"{n} also name training or validation images, which are other pictures: these ids are not believed")
-        named = np.zeros(len(ids), bool)
+        named, believed = np.zeros(len(ids), bool), False
     kinds = [(ids[named], "image id")] + [(g["a"], kind) for kind, g in pairs.groupby("kind")]
     table = pd.DataFrame([(a, kind) for some, kind in kinds for a in some], columns=["a", "kind"])
     table = table.iloc[np.argsort(table["kind"].map(SHARED_KINDS.index), kind="stable")]
@@ -255,6 +259,8 @@ def shared_images(
         notes.append(f"{n} bear a lesion id of the training data, which no picture confirms: these ids are not believed")
     more = set(lesion[found != ""]) - {None}  # another photograph of a lesion that is left out
     found[(found == "") & pd.Series(lesion).isin(more).to_numpy()] = "lesion id"
+    if believed and (n := int((ids.isin(learned.tested).to_numpy() & (found == "")).sum())):
+        notes.append(f"{plural(n, 'image')} are among its own test images too, by their ids")
     return found, notes
 
 # %% ../../nbs/runs/15_external.ipynb #354560c2
@@ -403,7 +409,7 @@ def _is_done(place: Path, key: Mapping) -> bool:
     except (ConfigError, OSError, ValueError, LookupError, TypeError):
         return False
 
-# %% ../../nbs/runs/15_external.ipynb #5531b229
+# %% ../../nbs/runs/15_external.ipynb #45396e3b
 def predict_outside(
     target: str | Path,  # a finished run, its model folder, or a bundle without its run
     tests: Sequence[ExternalTest],
@@ -441,11 +447,9 @@ def _test(bundle: Bundle, run: Path | None, test: ExternalTest, place: Path, own
     manifest, broken = dataset.manifest, _unreadable(bundle, dataset.manifest)
     manifest = manifest[~manifest["image_id"].isin(list(broken))].reset_index(drop=True)
     if run:
-        learned = learned_by(run)
-        shared, notes = shared_images(manifest, learned)
+        shared, notes = shared_images(manifest, learned_by(run))
     else:
-        learned, notes = Learned(pd.DataFrame(), pd.DataFrame()), ["what the network was trained on is not known here: nothing could be compared"]
-        shared = np.full(len(manifest), "", object)
+        shared, notes = np.full(len(manifest), "", object), ["what it was trained on is not known here: nothing was compared"]
     counts = pd.Series(shared[shared != ""]).value_counts()
     manifest = manifest[shared == ""].reset_index(drop=True)
     if manifest.empty:
@@ -469,7 +473,6 @@ def _test(bundle: Bundle, run: Path | None, test: ExternalTest, place: Path, own
         "mapping": mapping,
         "absent": [c for c in bundle.classes if c not in there],
         "shared": {k: int(counts[k]) for k in SHARED_KINDS if k in counts},
-        "in_test": int(manifest["image_id"].astype(str).isin(learned.tested).sum()),
         "notes": notes,
         "images": len(manifest),
         "pictures": _pictures(run, record, manifest, own_data, notes),
@@ -525,8 +528,7 @@ def left_out_text(
     record: Mapping,  # external.json
 ) -> list[str]:
     "What of a collection was not tested and why, and what its figures do not show; sentences."
-    unknown = [r for r in record["mapping"] if not r["class"]]
-    said = []
+    unknown, said = [r for r in record["mapping"] if not r["class"]], []
     if unknown:
         n = sum(r["images"] for r in unknown)
         names = listing([f"{r['label'] or 'no label'} ({r['images']:,})" for r in unknown], 8)
@@ -537,8 +539,6 @@ def left_out_text(
         said.append(f"{n} of lesions that it was trained or chosen on were left out ({kinds}).")
     if record["absent"]:
         said.append(f"The collection has no image of {listing(record['absent'], 20)}: figures are over the other classes.")
-    if record["in_test"]:
-        said.append(f"{plural(record['in_test'], 'image')} are among its own test images too.")
     if record["problems"]:
         said.append("Not read: " + ", ".join(f"{n:,} {k}" for k, n in record["problems"].items()) + ".")
     return said + [f"{note[0].upper()}{note[1:]}." for note in record["notes"]]
@@ -565,7 +565,7 @@ def independent_difference(
     )
     return found | {"low": d - math.hypot(down[0], up[1]), "high": d + math.hypot(up[0], down[1])}
 
-# %% ../../nbs/runs/15_external.ipynb #4f1d014e
+# %% ../../nbs/runs/15_external.ipynb #df535864
 _QUICK = 300  # resamples of what is shown beside the main figures
 
 
@@ -589,26 +589,21 @@ def _at_thresholds(val: pd.DataFrame, test: pd.DataFrame, classes: Sequence[str]
     "Of each class against the others: its threshold on validation, and what that gives on test."
     rows = []
     for c in classes:
-        names = [f"not {c}", c]
-        tables = []
-        for table, split in ((val, "val"), (test, "test")):
-            true = np.where(table["y_true"] == c, c, names[0])
-            kept = [k for k in ("image_id", "lesion_id", "patient_id") if k in table]
-            two = table[kept].assign(split=split, y_true=true)
-            two[f"p_{c}"] = table[f"p_{c}"].clip(0, 1)
-            two[f"p_{names[0]}"] = 1 - two[f"p_{c}"]
-            tables.append(two)
-        if not (tables[0]["y_true"] == c).any() or tables[1]["y_true"].nunique() < 2:
+        cut = choose_threshold(val[f"p_{c}"].to_numpy(float), (val["y_true"] == c).to_numpy())
+        true, names = (test["y_true"] == c).to_numpy(), [f"not {c}", c]
+        if cut is None or true.all() or not true.any():
             continue
-        scored = evaluate(pd.concat(tables, ignore_index=True), names, level, _QUICK, positive=c)
-        binary = scored["splits"]["test"]["binary"]
+        found = (test[f"p_{c}"] >= cut).astype(float)  # answers at the threshold, as a table of their own
+        kept = [k for k in ("image_id", "lesion_id", "patient_id", "split") if k in test]
+        two = test[kept].assign(y_true=np.where(true, c, names[0]), **{f"p_{c}": found, f"p_{names[0]}": 1 - found})
+        scored = evaluate(two, names, level, _QUICK)["splits"]["test"]["per_class"]
         rows.append(
             {
                 "class": c,
-                "threshold": binary["threshold"],
-                "n": int((test["y_true"] == c).sum()),
-                "sensitivity": binary["metrics"]["sensitivity_at_threshold"],
-                "specificity": binary["metrics"]["specificity_at_95_sensitivity"],
+                "threshold": cut,
+                "n": int(true.sum()),
+                "sensitivity": scored[1]["recall"],
+                "specificity": scored[0]["recall"],
             }
         )
     return rows
