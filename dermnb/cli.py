@@ -226,6 +226,8 @@ def run(
             plan = resolve_suite(load_suite(suite), profile, overrides, data_dir, repeats)
             plan = plan_suite(plan, reports, force, workers, profile)
             print_plan(plan)
+            for test in external:
+                print(f"then all that are done are tested on {test.title}")
             raise typer.Exit(1 if plan.problems else 0)
         page, states = run_suite(
             suite,

@@ -117,7 +117,7 @@ def mapping_rows(
         rows.append({"label": " / ".join(label), "class": code or "", "why": why, "images": int(n)})
     return sorted(rows, key=lambda row: (-row["images"], row["label"]))
 
-# %% ../../nbs/runs/15_external.ipynb #11b93e5a
+# %% ../../nbs/runs/15_external.ipynb #dbd6883b
 def read_collection(
     test: ExternalTest,
     own: Taxonomy,  # of the network
@@ -161,8 +161,10 @@ def folder_of(test: ExternalTest) -> Path:
 
 
 def check_folders(tests: Iterable[ExternalTest]) -> None:
-    "`ConfigError` where the folder of a collection is absent, so that it is told before the work."
+    "`ConfigError` where the folder or taxonomy of a test is absent, so that it is told before the work."
     for test in tests:
+        if test.taxonomy:
+            load_taxonomy(test.taxonomy)
         if test.dataset != "demo" and not folder_of(test).exists():
             raise ConfigError(f"test {test.title!r}: there is no folder {folder_of(test)}.")
 

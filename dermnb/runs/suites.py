@@ -25,7 +25,6 @@ from dermnb.core import (
     unknown_name,
 )
 from ..data.datasets import dataset_spec
-from ..data.taxonomies import load_taxonomy
 from ..metrics.claims import load_claims
 from .folders import check_config, notebooks_dir
 from dermnb.runs.search import (
@@ -195,8 +194,6 @@ def check_external(
     titles = [test.title.casefold() for test in tests]
     for test in tests:
         dataset_spec(test.dataset)
-        if test.taxonomy:
-            load_taxonomy(test.taxonomy)
         if test.split not in ("", *SPLITS):
             raise unknown_name("split", test.split, SPLITS)
         if test.title.startswith(".") or Path(test.title).name != test.title or "\\" in test.title:
