@@ -219,7 +219,8 @@ def run(
 
         overrides = parse_overrides(parameter)
         repeats = {k: n for k, n in (("seeds", seeds), ("folds", folds)) if n}
-        external = load_suite(suite).external
+        file = load_suite(suite)
+        external, own_data = file.external, data_dir or str(file.defaults.get("data_dir", ""))
         if "DERMNB_PACK" not in os.environ:  # within one, other collections are not at hand
             check_folders(external)
         if dry_run:
@@ -243,7 +244,7 @@ def run(
             max_hours=max_hours,
             trackers=track,
         )
-        faults = _test_suite(page, states, external)
+        faults = _test_suite(page, states, external, own_data)
     except KeyboardInterrupt as problem:
         print(f"dermnb: {str(problem) or 'interrupted before a run began.'}", file=sys.stderr)
         raise typer.Exit(143 if _ENDED_BY else 130) from None
@@ -252,7 +253,7 @@ def run(
         raise typer.Exit(1)
 
 # %% ../nbs/99_cli.ipynb #3dde930c
-def _test_suite(page, states: list[dict], external: list) -> list[str]:
+def _test_suite(page, states: list[dict], external: list, own_data: str = "") -> list[str]:
     "The external tests that a suite file names, of all runs that are done; then its report anew."
     if not external or any(state["status"] == "stopped" for state in states):
         return []
@@ -263,7 +264,7 @@ def _test_suite(page, states: list[dict], external: list) -> list[str]:
 
     folder = page.parent if page.is_file() else page
     done = [folder / state["run"] for state in states if state["status"] == "done"]
-    faults = _test(done, external, skip=True)
+    faults = _test(done, external, own_data, skip=True)
     build_report(folder)
     return faults
 

@@ -180,7 +180,7 @@ class Suite:
             print(f"stopped before the end: calling run again {how}")
         if tests and not stopped:
             done = [self.folder / state["run"] for state in states if state["status"] == "done"]
-            for fault in run_external(done, tests, skip=True):
+            for fault in run_external(done, tests, self.data_dir, skip=True):
                 print(fault)
             build_report(self.folder)
         print(f"report: {page.resolve().as_uri()}")
