@@ -343,16 +343,17 @@ def _masks_found(files: Files, manifest: pd.DataFrame) -> list[tuple[str, str]]:
 def inspect_dataset(
     name: str,  # a row of DATASETS
     data_dir: str | Path = "",  # its folder; empty: data/<name> of the project
-    taxonomy: str = "",  # built-in name or YAML file; empty: the dataset's own
+    taxonomy: str | Callable[[Source], Taxonomy] = "",  # built-in name, YAML file, or made of
+    # what was read; empty: the dataset's own
     verify: bool = True,  # decode every image
 ) -> Dataset:
     "A dataset as it is, without the images that have problems; with an account of all."
-    spec = dataset_spec(name)
-    chosen = load_taxonomy(taxonomy) if taxonomy else None  # a typo is told at once
+    spec, made = dataset_spec(name), callable(taxonomy)
+    chosen = load_taxonomy(taxonomy) if taxonomy and not made else None  # a typo is told at once
     folder = dataset_folder(spec, data_dir)
     _prepare_folder(spec, folder)
     source = spec.reader(folder)
-    chosen = chosen or source.taxonomy or load_taxonomy(spec.taxonomy)
+    chosen = taxonomy(source) if made else chosen or source.taxonomy or load_taxonomy(spec.taxonomy)
     if len(chosen.classes) < 2:
         one = f"only the class {chosen.classes[0]!r}" if chosen.classes else "no class"
         raise ConfigError(f"{name} in {folder} has {one}; a classifier needs two.")

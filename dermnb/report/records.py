@@ -37,6 +37,7 @@ from dermnb.report.blocks import (
 from .checklist import GUIDELINES, STATUSES, checklist
 from .figures import COSTS, SPLIT_TITLES, cost_figure
 from .sections import FEW_TESTED, Page, shown_name
+from ..runs.external import external_results
 from dermnb.runs.results import (
     RunResult,
     data_key,
@@ -400,9 +401,8 @@ def reporting(page: Page) -> list[dict]:
     "The items of the checklists and what the records answer."
     runs = page.ranked
     explained = any(r.explanation and "error" not in r.explanation for r in runs)
-    return checklist(
-        [r.record for r in runs], [r.metrics for r in runs], page.suite or None, runs[0].subgroups, explained
-    )
+    records = [{**r.record, "external": [t.title for t in external_results(r)[0]]} for r in runs]
+    return checklist(records, [r.metrics for r in runs], page.suite or None, runs[0].subgroups, explained)
 
 
 def reporting_blocks(page: Page, rows: Sequence[Mapping]) -> list:
