@@ -34,7 +34,7 @@ HASH_BITS = 40  # hashes so near are worth a registration
 SAME_PHOTO = 0.8  # agreement from which two images are copies of one photograph
 SAME_LESION = 0.65  # agreement from which they show one lesion
 CANDIDATES_PER_IMAGE, MAX_CANDIDATES = 2, 60_000  # candidates that are compared
-_RULES = (1, SURE_BITS, HASH_BITS, SAME_PHOTO, SAME_LESION)  # 1: version
+_RULES = (2, SURE_BITS, HASH_BITS, SAME_PHOTO, SAME_LESION)  # 2: version
 _RULES += CANDIDATES_PER_IMAGE, MAX_CANDIDATES
 _COMPARE_ALL_BELOW = 500  # pairs that are all compared
 
@@ -205,10 +205,17 @@ def find_pairs(
     i, j = doubtful["i"].to_numpy(int), doubtful["j"].to_numpy(int)
     reached = pair_agreement(everything, i, j, workers)
     kind = np.where(reached >= SAME_PHOTO, *DUPLICATE_KINDS[2:])
-    found = doubtful.assign(agreement=reached, kind=kind)[reached >= SAME_LESION]
-    table = pd.concat([sure, found], ignore_index=True)
-    pairs = _ranked(table, everything["image_id"].to_numpy(object))
+    found = doubtful.assign(agreement=reached, kind=kind)
+    table = pd.concat([sure, found[reached >= SAME_LESION]], ignore_index=True)
+    images = everything["image_id"].to_numpy(object)
+    pairs = _ranked(table, images)
     pairs.attrs = {"candidates": len(doubtful), "unseen": unseen}
+    below = found[reached < SAME_LESION].sort_values("agreement", ascending=False, kind="stable")
+    pairs.attrs["below"] = {
+        "a": images[below["i"].to_numpy(int)].tolist(),
+        "b": images[below["j"].to_numpy(int)].tolist(),
+        "agreement": below["agreement"].round(4).tolist(),
+    }
     return pairs
 
 # %% ../../nbs/audit/03_duplicates.ipynb #e25d7b67
@@ -225,6 +232,7 @@ class Audit:
     unreadable: int  # without pixels; compared by bytes at most
     note: str = ""  # what was not compared
     seconds: float = 0.0  # it took
+    candidates: pd.DataFrame | None = field(default=None, repr=False)  # below; a, b, agreement
 
 # %% ../../nbs/audit/03_duplicates.ipynb #f995a5ad
 def _kept_pairs(prints: pd.DataFrame, cache: str | Path, method: str, weights: str) -> Path:
@@ -297,7 +305,8 @@ def audit_images(
     note = f"{unseen:,} candidates were too many to compare" if unseen else ""
     unreadable = int(prints["pixels"].isna().sum())
     seconds = time.perf_counter() - start
-    return Audit(method, pairs, len(prints), unreadable, note, seconds)
+    below = pd.DataFrame(pairs.attrs["below"])
+    return Audit(method, pairs, len(prints), unreadable, note, seconds, below)
 
 # %% ../../nbs/audit/03_duplicates.ipynb #2342d6d5
 def pair_rows(
