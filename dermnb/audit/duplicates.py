@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DUPLICATE_KINDS', 'SURE_BITS', 'HASH_BITS', 'SAME_PHOTO', 'SAME_LESION', 'CANDIDATES_PER_IMAGE', 'MAX_CANDIDATES',
-           'AUDIT_METHODS', 'CHAIN', 'pair_agreement', 'find_pairs', 'Audit', 'audit_images', 'pair_rows',
-           'column_texts', 'components', 'group_duplicates']
+           'AUDIT_METHODS', 'CHAIN', 'JUDGED', 'pair_agreement', 'find_pairs', 'Audit', 'audit_images', 'pair_rows',
+           'column_texts', 'components', 'judged_pairs', 'group_duplicates']
 
 # %% ../../nbs/audit/03_duplicates.ipynb #7c955083
 import hashlib
@@ -26,6 +26,7 @@ from .features import embed, near_vectors, weights_digest, whiten
 from .hashes import BITS, SIDE, STORE, fingerprints, near_hashes
 from .registration import prepare_images, registered_agreement
 from ..core import ConfigError, only_one, progress, unknown_name
+from ..data.tables import Judged
 
 # %% ../../nbs/audit/03_duplicates.ipynb #6a12ca60
 DUPLICATE_KINDS = ("same bytes", "same pixels", "near duplicate", "same lesion")
@@ -233,6 +234,7 @@ class Audit:
     note: str = ""  # what was not compared
     seconds: float = 0.0  # it took
     candidates: pd.DataFrame | None = field(default=None, repr=False)  # below; a, b, agreement
+    judged: dict = field(default_factory=dict)  # of `judged_record`
 
 # %% ../../nbs/audit/03_duplicates.ipynb #f995a5ad
 def _kept_pairs(prints: pd.DataFrame, cache: str | Path, method: str, weights: str) -> Path:
@@ -350,14 +352,16 @@ def components(
 # %% ../../nbs/audit/03_duplicates.ipynb #4d689ddb
 CHAIN = 8  # different images that may be grouped by single pairs
 _FOUND = "found:"  # begins the lesion id of a group that had none
+JUDGED = "judged same"  # kind of the pairs that a reader called one lesion
 
 
 class _Groups:
     "Sets of units that become one, and the pairs found between them."
 
-    def __init__(self, n: int):
+    def __init__(self, n: int, apart: dict[int, set]):
         self.of = np.arange(n)  # group of each unit
         self.members = [[u] for u in range(n)]
+        self.apart = apart  # units that are another lesion than this one
 
     def unite(self, a: int, b: int) -> None:
         a, b = self.of[a], self.of[b]
@@ -369,6 +373,8 @@ class _Groups:
 
     def may_unite(self, a: int, b: int, found: dict[int, set]) -> bool:
         mine, theirs = (self.members[self.of[u]] for u in (a, b))
+        if any(not self.apart[u].isdisjoint(theirs) for u in mine if u in self.apart):
+            return False
         if len(mine) + len(theirs) <= CHAIN:
             return True
         if len(mine) > len(theirs):
@@ -378,13 +384,20 @@ class _Groups:
         return 2 * between >= len(mine) * len(theirs)
 
 
-def _grouped(n: int, links: list[tuple[int, int]]) -> np.ndarray:
-    "The group of each of n units; `links` are pairs of them, the most certain first."
-    groups = _Groups(n)
+def _neighbors(pairs: list[tuple[int, int]]) -> dict[int, set]:
     found: dict[int, set] = {}
-    for a, b in links:
+    for a, b in pairs:
         found.setdefault(a, set()).add(b)
         found.setdefault(b, set()).add(a)
+    return found
+
+
+def _grouped(n: int, links: list[tuple[int, int]], apart: list = ()) -> np.ndarray:
+    """The group of each of n units.
+
+    `links` are pairs of them, the most certain first; `apart` those that stay two groups.
+    """
+    groups, found = _Groups(n, _neighbors(apart)), _neighbors(links)
     for a, b in dict.fromkeys(links):
         if groups.of[a] != groups.of[b] and groups.may_unite(a, b, found):
             groups.unite(a, b)
@@ -402,28 +415,50 @@ def _group_ids(group, code, lesions, images) -> np.ndarray:
     return ids
 
 
+def judged_pairs(
+    pairs: pd.DataFrame,  # of `find_pairs`
+    judged: Judged | None,
+) -> pd.DataFrame:
+    "The pairs as readers see them: theirs first, of kind JUDGED; none that is different."
+    if judged is None:
+        return pairs
+    said = {(v.a, v.b): v.verdict for v in judged.table.itertuples()}
+    ends = zip(pairs["a"].astype(str), pairs["b"].astype(str))
+    verdicts = [said.get((min(p), max(p)), "unsure") for p in ends]
+    same = judged.table.query("verdict == 'same'")[["a", "b"]].assign(kind=JUDGED)
+    return pd.concat([same, pairs[[v == "unsure" for v in verdicts]]], ignore_index=True)
+
+
 def group_duplicates(
     manifest: pd.DataFrame,  # one row an image: image_id, and lesion_id where known
     pairs: pd.DataFrame,  # of `find_pairs`; those of other images are left out
+    judged: Judged | None = None,  # what readers said of pairs
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # the manifest, and the pairs with two columns
     """The manifest with one lesion id for all images of a found group.
 
     The id is the smallest of the group's lesion ids, or `found:` and its smallest
     image id. Of the pairs, `new` says which the lesion ids did not know, and `grouped`
     which are one lesion now: all but those that only a chain would have grouped.
+    What a reader called `same` is one lesion, and nothing that is found unites what a
+    reader called `different`.
     Raises `ConfigError` where an image id is in the manifest twice.
     """
-    pairs = pair_rows(manifest, pairs)
+    pairs = pair_rows(manifest, judged_pairs(pairs, judged))
     images = manifest["image_id"].astype(str).to_numpy(object)
     lesions = column_texts(manifest, "lesion_id")
     own = np.where(pd.isna(lesions), "image " + images, "lesion " + lesions.astype(str))
     code = pd.factorize(own)[0]
     i, j = code[pairs["i"]], code[pairs["j"]]
-    equal = pairs["bits"].fillna(BITS).to_numpy(int) == 0
+    equal = (pairs["bits"].fillna(BITS) == 0) | (pairs["kind"] == JUDGED)
+    equal = equal.to_numpy(bool)
     unit = components(code.max(initial=-1) + 1, i[equal], j[equal])
     ends = zip(unit[i].tolist(), unit[j].tolist(), strict=True)
     links = [(a, b) for a, b in ends if a != b]
-    group = _grouped(unit.max(initial=-1) + 1, links)[unit[code]]
+    apart = []
+    if judged is not None:
+        rows = pair_rows(manifest, judged.table.query("verdict == 'different'"))
+        apart = zip(unit[code[rows["i"]]].tolist(), unit[code[rows["j"]]].tolist(), strict=True)
+    group = _grouped(unit.max(initial=-1) + 1, links, [*apart])[unit[code]]
     dtype = manifest["lesion_id"].dtype if "lesion_id" in manifest else "string"
     ids = pd.array(_group_ids(group, code, lesions, images), dtype=dtype)
     pairs["new"] = i != j

@@ -25,7 +25,7 @@ from dermnb.audit.duplicates import (
     group_duplicates,
 )
 from ..audit.hashes import fingerprints
-from ..audit.leakage import audit_record, audit_split, refused_across
+from ..audit.leakage import audit_record, audit_split, judged_record, refused_across
 from dermnb.core import (
     ConfigError,
     DataConfig,
@@ -216,7 +216,8 @@ def prepare_data(
     dataset, manifest = _leave_out(dataset, store)
     # Before subset and split, so that what shows one lesion is one lesion to both.
     audit = audit_images(manifest, cache_dir(), config.audit)
-    manifest, pairs = group_duplicates(manifest, audit.pairs)
+    manifest, pairs = group_duplicates(manifest, audit.pairs, dataset.judged)
+    audit = replace(audit, judged=judged_record(dataset.judged, manifest))
     if config.subset:
         manifest = take_subset(manifest, config.subset, config.split_seed)
     manifest, problems = _with_split(config, manifest, base)
@@ -459,11 +460,13 @@ def audit_run(
     # Of all images, so that every run of a dataset asks the same.
     audit = audit_images(dataset.manifest, cache_dir(), method)
     # By the ids of the dataset: those of the run know what it found before its split.
-    _, pairs = group_duplicates(dataset.manifest, audit.pairs)
+    grouped, pairs = group_duplicates(dataset.manifest, audit.pairs, dataset.judged)
+    audit = replace(audit, judged=judged_record(dataset.judged, grouped))
     notes: list[str] = []
     bases = dict.fromkeys(_bases(folder, config, notes))
     _, found = _shared(manifest, audit, pairs, bases, notes)
     known = before.get("method") in AUDIT_METHODS[AUDIT_METHODS.index(method) :]
+    known &= before.get("judged", {}).get("sha256") == audit.judged.get("sha256")
     if before.get("afterwards") or not known:  # the split was made without these pairs
         found["afterwards"] = True
     written = folder / ".split.parquet"
