@@ -239,7 +239,7 @@ def _of_datasets(judged: dict[str, Judged | None], named: bool) -> Judged | None
         ", ".join(f"{name}/{j.file}" for name, j in judged.items()),
         ", ".join(j.digest for j in every),
         sum(j.readers for j in every),
-        sum(j.disagreed for j in every),
+        {(name, *pair): by for name, j in judged.items() for pair, by in j.said.items()},
     )
 
 

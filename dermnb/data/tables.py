@@ -458,8 +458,24 @@ class Judged:
     file: str  # its name
     digest: str  # its SHA-256
     readers: int  # who judged
-    disagreed: int = 0  # pairs that readers called both same and different: unsure here
-    conflict: str = ""  # a sentence, where the verdicts cannot all be right
+    said: dict = field(default_factory=dict)  # (a, b) -> reader -> verdict
+    clash: tuple = ()  # of pairs that cannot all be right: one different, then those that are same
+
+    @property
+    def disagreed(self) -> int:
+        "Pairs that readers called both same and different: unsure in the table."
+        return sum({"same", "different"} <= {*by.values()} for by in self.said.values())
+
+    @property
+    def conflict(self) -> str:
+        "A sentence where the verdicts cannot all be right, else nothing."
+        if not self.clash:
+            return ""
+        apart, *same = [f"{a} and {b}" for a, b in self.clash]
+        return (
+            f"{apart} were judged different, but the same through others ({listing(same)}): "
+            "judge one of these pairs again."
+        )
 
     @property
     def counts(self) -> dict[str, int]:
@@ -495,12 +511,11 @@ def read_judged(
         columns=["a", "b", "verdict"],
     )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    disagreed = sum(len(v) == 2 for *_, v in told)
-    return Judged(table, path.name, digest, len({*readers}), disagreed, _conflict(table))
+    return Judged(table, path.name, digest, len({*readers}), said, _clash(table))
 
 
-def _conflict(table: pd.DataFrame) -> str:
-    "The first pair that is different, and the same by way of others."
+def _clash(table: pd.DataFrame) -> tuple:
+    "The first pair that is different, and those by which it is the same; () if there is none."
     same: dict[str, list[str]] = {}
     for a, b in table.loc[table["verdict"] == "same", ["a", "b"]].to_numpy(object):
         same.setdefault(a, []).append(b)
@@ -515,9 +530,5 @@ def _conflict(table: pd.DataFrame) -> str:
             way = [c]
             while before[way[-1]] is not None:
                 way.append(before[way[-1]])
-            pairs = listing([f"{x} and {y}" for x, y in zip(way[::-1], way[-2::-1])])
-            return (
-                f"{a} and {c} were judged different, but the same through others "
-                f"({pairs}): judge one of these pairs again."
-            )
-    return ""
+            return ((a, c), *zip(way[::-1], way[-2::-1]))
+    return ()
