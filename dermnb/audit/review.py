@@ -175,7 +175,8 @@ class Review(ThreadingHTTPServer):
         "What the page shows of a pair."
         row = self.pairs.iloc[k]
         two = self.manifest.iloc[[row.i, row.j]]
-        facts = [(c, *two[c].astype(object).where(two[c].notna(), "").map(str)) for c in _FACTS if c in two]
+        known = [c for c in _FACTS if c in two and two[c].notna().any()]
+        facts = [(c, *two[c].astype(object).where(two[c].notna(), "").map(str)) for c in known]
         affine = None if np.ndim(row.affine) == 0 else [float(v) for v in row.affine]
         return {"a": self.ids[row.i], "b": self.ids[row.j], "affine": affine, "facts": facts}
 
@@ -204,7 +205,7 @@ class _Answer(BaseHTTPRequestHandler):
         for name, value in {
             "Content-Type": kind,
             "Content-Length": str(len(data)),
-            "Content-Security-Policy": f"default-src 'none'; script-src {own}; style-src {own}; img-src 'self'; "
+            "Content-Security-Policy": f"default-src 'none'; script-src {own}; style-src {own}; img-src 'self' data:; "
             "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
             "Cache-Control": "no-store",
             "Referrer-Policy": "no-referrer",

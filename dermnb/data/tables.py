@@ -472,8 +472,9 @@ class Judged:
         if not self.clash:
             return ""
         apart, *same = [f"{a} and {b}" for a, b in self.clash]
+        way = ", ".join(same[:6]) + (", ..." if len(same) > 6 else "")
         return (
-            f"{apart} were judged different, but the same through others ({listing(same)}): "
+            f"{apart} were judged different, but the same through others ({way}): "
             "judge one of these pairs again."
         )
 

@@ -206,7 +206,9 @@ def prepare_data(
     if pack := os.environ.get("DERMNB_PACK"):
         return read_prepared(pack, config, base.name if base else "")
     data_dir = config.data_dir or os.environ.get("DERMNB_DATA_DIR", "")
-    dataset = load_dataset(config.dataset, data_dir, config.taxonomy, config.on_problem)
+    dataset = load_dataset(
+        config.dataset, data_dir, config.taxonomy, config.on_problem, pairs=config.pairs
+    )
     positive_class(dataset.classes, config.positive)  # a wrong one is told before the work
     manifest = dataset.manifest
     # The store holds the whole dataset, so that every subset and split shares it.
@@ -455,7 +457,9 @@ def audit_run(
             f"{folder.name} was already audited with a network, which finds more than "
             f"{method}: audit it with --network."
         )
-    dataset = load_dataset(config["dataset"], data_dir, config.get("taxonomy", ""), "exclude")
+    dataset = load_dataset(
+        config["dataset"], data_dir, config.get("taxonomy", ""), "exclude", pairs=config.get("pairs", "")
+    )
     manifest = _manifest_of(folder, dataset, config["dataset"])
     # Of all images, so that every run of a dataset asks the same.
     audit = audit_images(dataset.manifest, cache_dir(), method)
