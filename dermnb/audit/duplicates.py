@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DUPLICATE_KINDS', 'CANDIDATE', 'SURE_BITS', 'HASH_BITS', 'SAME_PHOTO', 'SAME_FRAME', 'SAME_LESION', 'NEAREST',
            'MAX_CANDIDATES', 'LEAST', 'KEPT_PER_IMAGE', 'AUDIT_METHODS', 'CHAIN', 'pair_agreement', 'pair_score',
-           'find_pairs', 'Audit', 'audit_images', 'pair_rows', 'column_texts', 'components', 'group_duplicates']
+           'register_pairs', 'find_pairs', 'Audit', 'audit_images', 'pair_rows', 'column_texts', 'components',
+           'group_duplicates']
 
 # %% ../../nbs/audit/03_duplicates.ipynb #7c955083
 import hashlib
@@ -42,7 +43,7 @@ HASH_BITS = 40  # hashes so near are worth a registration
 SAME_PHOTO = 0.8  # agreement from which two images are copies of one photograph
 SAME_FRAME = 0.65  # agreement from which images of near hashes show one lesion
 SAME_LESION = 0.9  # score from which two images show one lesion
-NEAREST = 20  # images that each is compared with
+NEAREST = 50  # images that each is compared with
 MAX_CANDIDATES = 60_000  # pairs of near hashes that are registered
 LEAST, KEPT_PER_IMAGE = 0.001, 2  # score and mean number of candidates that are kept
 _SCORE = -7.0, 0.5, 8.0  # of `pair_score`
@@ -180,34 +181,10 @@ def _candidates(prints, near: pd.DataFrame, similar, sure: pd.DataFrame) -> pd.D
     near = near[near["bits"] > SURE_BITS].sort_values(["bits", "i", "j"], kind="stable")
     table = near if similar is None else pd.concat([near, similar])
     table = table.drop_duplicates(["i", "j"])
-    known = pd.MultiIndex.from_frame(sure[["i", "j"]])
-    table = table[~pd.MultiIndex.from_frame(table[["i", "j"]]).isin(known)]
+    known, asked = (v["i"].to_numpy(int) * len(prints) + v["j"].to_numpy(int) for v in (sure, table))
+    table = table[~np.isin(asked, known)]
     seen = prints["look"].notna().to_numpy()
     return table[seen[table["i"].to_numpy(int)] & seen[table["j"].to_numpy(int)]]
-
-
-def _registered(prints, pairs: pd.DataFrame, cache, workers: int) -> pd.DataFrame:
-    "The candidates with cells, agreement, score and map; `cache` None: without key points."
-    pairs = pairs.sort_values(["i", "j"], kind="stable")  # images that are read stay near
-    i, j = pairs["i"].to_numpy(int), pairs["j"].to_numpy(int)
-    agreement, score = np.full(len(i), np.nan), np.zeros(len(i))
-    cells, maps = pd.array([pd.NA] * len(i), "Int64"), np.full((len(i), 2, 3), np.nan, "float32")
-    if cache is not None:
-        content = prints["bytes"].to_numpy(object)
-        found, maps = compare_keypoints(cache, content[i], content[j], workers)
-        cells = pd.array(found, "Int64")
-        some = np.flatnonzero(np.isfinite(maps[:, 0, 0]) & (found > 2))
-        agreement[some], _ = pair_agreement(prints, i[some], j[some], maps[some], workers)
-        score[some] = pair_score(found[some], agreement[some])
-    near = np.flatnonzero(pairs["bits"].notna())
-    reached, ways = pair_agreement(prints, i[near], j[near], workers=workers)
-    better = reached > np.nan_to_num(agreement[near], nan=-1)
-    at = near[better]
-    agreement[at], maps[at] = reached[better], ways[better]
-    # 0 cells: as if no key point agreed; from SAME_FRAME on the frame alone decides
-    alone = np.where(reached >= SAME_FRAME, np.maximum(SAME_LESION, reached), reached * SAME_LESION)
-    score[at] = np.maximum(score[at], np.clip(alone[better], 0, 1))
-    return pairs.assign(agreement=agreement, cells=cells, score=score, affine=list(maps))
 
 
 def _ranked(pairs: pd.DataFrame, images: np.ndarray) -> pd.DataFrame:
@@ -229,6 +206,41 @@ def _ranked(pairs: pd.DataFrame, images: np.ndarray) -> pd.DataFrame:
             "score": pairs["score"].to_numpy(float),
             "affine": pd.Series(known, dtype=object).to_numpy(object),
         }
+    )
+
+# %% ../../nbs/audit/03_duplicates.ipynb #f50fe244
+def register_pairs(
+    prints: pd.DataFrame,  # of `fingerprints`
+    pairs: pd.DataFrame,  # i, j positions, and bits where hashes are near
+    cache: str | Path | None,  # with the key points of the images; None: by near hashes only
+    workers: int = 0,  # threads; 0: one a core
+    least: float = 0.0,  # score of the pairs that are returned
+) -> pd.DataFrame:  # of the pairs, with agreement, cells, score and affine as of `find_pairs`
+    "Pairs of images laid over each other, by key points and, where hashes are near, as frames."
+    pairs = pairs.sort_values(["i", "j"], kind="stable")  # images that are read stay near
+    i, j = pairs["i"].to_numpy(int), pairs["j"].to_numpy(int)
+    n = len(pairs)
+    agreement, score = np.full(n, np.nan), np.zeros(n)
+    cells, maps = np.full(n, np.nan), np.full((n, 2, 3), np.nan, "float32")
+    if cache is not None:
+        content = prints["bytes"].to_numpy(object)
+        cells, maps = compare_keypoints(cache, content[i], content[j], workers)
+        some = np.flatnonzero(cells > 2)
+        agreement[some], _ = pair_agreement(prints, i[some], j[some], maps[some], workers)
+        score[some] = pair_score(cells[some], agreement[some])
+    near = np.flatnonzero(pairs["bits"].notna()) if "bits" in pairs else np.empty(0, int)
+    reached, ways = pair_agreement(prints, i[near], j[near], workers=workers)
+    # from SAME_FRAME on the frame alone decides; what is below is less than SAME_LESION
+    alone = np.where(reached >= SAME_FRAME, np.maximum(SAME_LESION, reached), reached / 2)
+    better = alone > score[near]
+    at = near[better]
+    agreement[at], maps[at], score[at] = reached[better], ways[better], alone[better]
+    kept = np.flatnonzero(score >= least)
+    return pairs.iloc[kept].assign(
+        agreement=agreement[kept],
+        cells=pd.array(cells[kept], "Int64"),
+        score=score[kept],
+        affine=list(maps[kept]),
     )
 
 # %% ../../nbs/audit/03_duplicates.ipynb #47db3c80
@@ -274,14 +286,16 @@ def find_pairs(
         if features is not None:
             raise
         doubtful, unregistered = doubtful.head(0), len(doubtful)
-    found = _registered(everything, doubtful, cache if features is not None else None, workers)
+    low = SAME_LESION if least is None else max(least, 1e-9)
+    found = register_pairs(
+        everything, doubtful, cache if features is not None else None, workers, low
+    )
     found["kind"] = np.where(found["agreement"] >= SAME_PHOTO, *DUPLICATE_KINDS[2:])
     below = found["score"] < SAME_LESION
     found.loc[below, "kind"] = CANDIDATE
     tables = [sure.assign(score=1.0, affine=None), found[~below]]
     if least is not None:
-        likely = found[below & (found["score"] >= least)]
-        tables.append(likely.nlargest(KEPT_PER_IMAGE * len(everything), "score"))
+        tables.append(found[below].nlargest(KEPT_PER_IMAGE * len(everything), "score"))
     table = pd.concat(tables, ignore_index=True)
     pairs = _ranked(table, everything["image_id"].to_numpy(object))
     pairs.attrs = {"candidates": len(doubtful), "unseen": unseen, "unregistered": unregistered}

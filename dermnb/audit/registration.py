@@ -76,7 +76,7 @@ _POINT = np.dtype([("x", "<u2"), ("y", "<u2"), ("octave", "u1"), ("angle", "u1")
 def find_keypoints(
     image: Image.Image,  # upright
 ) -> np.ndarray:  # of _POINT, (up to KEYPOINTS,); angles in 256ths of a turn
-    "Key points of an image, as they are kept."
+    "Key points of an image, the strongest first."
     cv2 = opencv()
     gray = image.convert("L")
     scale = _LONG / max(gray.size)
@@ -84,15 +84,16 @@ def find_keypoints(
     gray = np.asarray(gray.resize(size, Image.Resampling.BICUBIC))
     gray = cv2.createCLAHE(3, (8, 8)).apply(gray)
     found, bits = cv2.ORB_create(KEYPOINTS, fastThreshold=5).detectAndCompute(gray, None)
-    points = np.zeros(min(len(found), KEYPOINTS), _POINT)
-    for row, p in zip(points, found):
+    order = sorted(range(len(found)), key=lambda k: -found[k].response)[:KEYPOINTS]
+    points = np.zeros(len(order), _POINT)
+    for row, k in zip(points, order):
+        p = found[k]
         row["x"], row["y"] = (round(v * _PARTS) for v in p.pt)
-        row["octave"], row["angle"] = p.octave, round(p.angle * 256 / 360) % 256
-    if len(points):
-        points["bits"] = bits[: len(points)]
+        row["octave"], row["angle"], row["bits"] = p.octave, round(p.angle * 256 / 360) % 256, bits[k]
     return points
 
 # %% ../../nbs/audit/01_registration.ipynb #99a05343
+_FIRST = 256  # key points that are asked first
 _RATIO, _ERROR, _CELL = 0.9, 4.0, 6.0  # the last two in pixels
 _ZOOMS, _OCTAVES, _DEGREES = (0.4, 2.5), 0.8, 25.0  # that are believed
 
@@ -116,11 +117,8 @@ def _cells(places) -> int:
     return len(np.unique(places // _CELL, axis=0))
 
 
-def match_keypoints(
-    a: np.ndarray,  # of `find_keypoints`
-    b: np.ndarray,
-) -> tuple[int, np.ndarray | None]:
-    "How many cells agree on a turn, zoom and shift from `a` to `b`, and that map, float32 (2, 3)."
+def _agreeing(a, b) -> tuple[int, np.ndarray | None]:
+    "Cells that agree on one map, and that map."
     if min(len(a), len(b)) < 4:
         return 0, None
     i, j = _matches(a, b)
@@ -143,6 +141,16 @@ def match_keypoints(
     same = kept[:, 0].astype(bool) & (abs(octaves) <= _OCTAVES) & (abs(turns) <= _DEGREES)
     found[:, 2] /= _LONG
     return min(_cells(mine[same]), _cells(theirs[same])), found.astype("float32")
+
+
+def match_keypoints(
+    a: np.ndarray,  # of `find_keypoints`
+    b: np.ndarray,
+) -> tuple[int, np.ndarray | None]:
+    "How many cells agree on a turn, zoom and shift from `a` to `b`, and that map, float32 (2, 3)."
+    if _agreeing(a[:_FIRST], b[:_FIRST])[0] < 2:
+        return 0, None
+    return _agreeing(a, b)
 
 # %% ../../nbs/audit/01_registration.ipynb #d98e859d
 @dataclass(frozen=True, eq=False)
