@@ -43,10 +43,10 @@ HASH_BITS = 40  # hashes so near are worth a registration
 SAME_PHOTO = 0.8  # agreement from which two images are copies of one photograph
 SAME_FRAME = 0.65  # agreement from which images of near hashes show one lesion
 SAME_LESION = 0.9  # score from which two images show one lesion
-NEAREST = 50  # images that each is compared with
+NEAREST = 75  # images that each is compared with
 MAX_CANDIDATES = 60_000  # pairs of near hashes that are registered
 LEAST, KEPT_PER_IMAGE = 0.001, 2  # score and mean number of candidates that are kept
-_SCORE = -7.0, 0.5, 8.0  # of `pair_score`
+_SCORE = -27.3, 6.55, 20.9  # of `pair_score`
 _RULES = (2, SURE_BITS, HASH_BITS, SAME_PHOTO, SAME_FRAME, SAME_LESION)  # 2: version
 _RULES += NEAREST, MAX_CANDIDATES, LEAST, KEPT_PER_IMAGE, *_SCORE
 _COMPARE_ALL_BELOW = 500  # pairs that are all compared
@@ -147,8 +147,8 @@ def pair_score(
     "Estimated probability that two registered images show one lesion."
     from scipy.special import expit
 
-    base, each, along = _SCORE
-    return expit(base + each * np.minimum(cells, 40) + along * agreement)
+    base, doubled, along = _SCORE
+    return expit(base + doubled * np.log2(1 + cells) + along * agreement)
 
 # %% ../../nbs/audit/03_duplicates.ipynb #42175539
 def _sets_of(prints: pd.DataFrame, other: pd.DataFrame | None) -> tuple:
