@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from scipy.special import expit
 
 from .features import embed, near_vectors, weights_digest, whiten
 from .hashes import BITS, SIDE, STORE, fingerprints, near_hashes
@@ -43,11 +44,11 @@ SURE_BITS = 12  # of 256: two hashes so near are of one photograph
 HASH_BITS = 40  # hashes so near are worth a registration
 SAME_PHOTO = 0.8  # agreement from which two images are copies of one photograph
 SAME_FRAME = 0.65  # agreement from which images of near hashes show one lesion
-SAME_LESION = 0.9  # score from which two images show one lesion
-NEAREST = 50  # images that each is compared with
+SAME_LESION = 0.5  # score from which two images show one lesion
+NEAREST = 75  # images that each is compared with
 MAX_CANDIDATES = 60_000  # pairs of near hashes that are registered
 LEAST, KEPT_PER_IMAGE = 0.001, 2  # score and mean number of candidates that are kept
-_SCORE = -7.0, 0.5, 8.0  # of `pair_score`
+_SCORE = -19.15, 4.41, 10.02  # of `pair_score`
 _RULES = (2, SURE_BITS, HASH_BITS, SAME_PHOTO, SAME_FRAME, SAME_LESION)  # 2: version
 _RULES += NEAREST, MAX_CANDIDATES, LEAST, KEPT_PER_IMAGE, *_SCORE
 _COMPARE_ALL_BELOW = 500  # pairs that are all compared
@@ -146,10 +147,8 @@ def pair_score(
     agreement: np.ndarray,  # (n,) of the aligned images
 ) -> np.ndarray:  # (n,) 0 to 1
     "Estimated probability that two registered images show one lesion."
-    from scipy.special import expit
-
-    base, each, along = _SCORE
-    return expit(base + each * np.minimum(cells, 40) + along * agreement)
+    base, doubled, along = _SCORE
+    return expit(base + doubled * np.log2(1 + cells) + along * agreement)
 
 # %% ../../nbs/audit/03_duplicates.ipynb #42175539
 def _sets_of(prints: pd.DataFrame, other: pd.DataFrame | None) -> tuple:
@@ -231,8 +230,7 @@ def register_pairs(
         score[some] = pair_score(cells[some], agreement[some])
     near = np.flatnonzero(pairs["bits"].notna()) if "bits" in pairs else np.empty(0, int)
     reached, ways = pair_agreement(prints, i[near], j[near], workers=workers)
-    # from SAME_FRAME on the frame alone decides; what is below is less than SAME_LESION
-    alone = np.where(reached >= SAME_FRAME, np.maximum(SAME_LESION, reached), reached / 2)
+    alone = expit(20 * (reached - SAME_FRAME))  # from SAME_FRAME on the frame alone decides
     better = alone > score[near]
     at = near[better]
     agreement[at], maps[at], score[at] = reached[better], ways[better], alone[better]
@@ -354,6 +352,8 @@ def _make_pairs(manifest, prints, cache, method: str, kept: Path, workers: int) 
                 features = embed(manifest, cache, workers)
                 store_keypoints(manifest, prints, cache, workers)
             pairs = find_pairs(prints, features, cache=cache, workers=workers, least=LEAST)
+            if pairs.attrs["unregistered"]:  # with OpenCV there will be more
+                return pairs
             table, part = pairs.to_parquet(), kept.with_suffix(".part")
             try:
                 part.write_bytes(hashlib.sha256(table).digest() + table)

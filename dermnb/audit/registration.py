@@ -103,14 +103,16 @@ def _places(points):
 
 
 def _matches(a, b) -> tuple[np.ndarray, np.ndarray]:
-    "Positions of key points that are each other's nearest."
-    cv2 = opencv()
-    mine, theirs = (np.ascontiguousarray(p["bits"]) for p in (a, b))
-    far, near = cv2.batchDistance(mine, theirs, cv2.CV_32S, normType=cv2.NORM_HAMMING, K=2)
-    _, back = cv2.batchDistance(theirs, mine, cv2.CV_32S, normType=cv2.NORM_HAMMING, K=1)
-    mutual = back[near[:, 0], 0] == np.arange(len(a))
-    i = np.flatnonzero(mutual & (far[:, 0] < _RATIO * far[:, 1]))
-    return i, near[i, 0]
+    "Positions of key points that are each other's nearest; NumPy asks once for both directions."
+    mine, theirs = (np.ascontiguousarray(p["bits"]).view("<u8") for p in (a, b))
+    far = np.zeros((len(a), len(b)), np.uint16)
+    for word in range(mine.shape[1]):
+        far += np.bitwise_count(mine[:, word, None] ^ theirs[:, word])
+    rows, near, back = np.arange(len(a)), far.argmin(axis=1), far.argmin(axis=0)
+    first = far[rows, near].astype(float)
+    far[rows, near] = 256 + 1  # what is left: the second nearest
+    i = np.flatnonzero((back[near] == rows) & (first < _RATIO * far.min(axis=1)))
+    return i, near[i]
 
 
 def _cells(places) -> int:

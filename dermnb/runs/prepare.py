@@ -133,6 +133,8 @@ def _seen_in_training(
         notes.append(f"{images} were compared by hashes only")
     if unseen := found.attrs["unseen"]:
         notes.append(f"{unseen:,} candidates with {images} were too many to look at")
+    if missed := found.attrs["unregistered"]:
+        notes.append(f"{missed:,} candidates with {images} were not registered: no OpenCV")
     return [found.assign(part_b=f"train of {base.name}")]
 
 
