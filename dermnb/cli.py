@@ -342,6 +342,13 @@ def audit(
         bool, typer.Option(help="Also compare a network's features; needs its weights.")
     ] = False,
     out: Annotated[str, typer.Option(help="Write every pair found to this CSV.")] = "",
+    review: Annotated[
+        bool, typer.Option("--review", help="Judge the pairs of a dataset left open, on a local page.")
+    ] = False,
+    pairs: Annotated[
+        str, typer.Option(help="CSV of judged pairs; by default pairs.csv beside the dataset.")
+    ] = "",
+    reader: Annotated[str, typer.Option(help="Who judges, such as initials.")] = "",
 ):
     "Find near duplicates and other images of one lesion: within and between datasets, or in finished runs."
     from pathlib import Path
@@ -353,6 +360,8 @@ def audit(
     folders = [t for t in targets if "=" not in t and Path(t).is_dir()]
     if folders and (len(folders) < len(targets) or out):
         raise ConfigError("audit datasets, perhaps with --out, or finished runs: not both.")
+    if (review or pairs) and (folders or len(targets) > 1):
+        raise ConfigError("--review and --pairs are of one dataset, given as NAME or NAME=FOLDER.")
     runs = [run for folder in folders for run in runs_of(folder)]
     if network:
         from dermnb.audit.features import NETWORK
@@ -362,11 +371,13 @@ def audit(
         print(f"weights of the network: {weights_origin(NETWORK, file)}, {file}", flush=True)
     if runs or network:
         _load_keras()
-    found = _audit_runs(runs, data_dir, method) if runs else _audit_data(targets, method, out)
+    if review:
+        return _review(targets[0], method, pairs, reader)
+    found = _audit_runs(runs, data_dir, method) if runs else _audit_data(targets, method, out, pairs)
     raise typer.Exit(1 if found else 0)
 
 # %% ../nbs/99_cli.ipynb #c93f7f4e
-def _audit_data(targets: list[str], method: str, out: str) -> int:
+def _audit_data(targets: list[str], method: str, out: str, pairs: str = "") -> int:
     from pathlib import Path
 
     from dermnb.audit.leakage import audit_datasets
@@ -375,11 +386,13 @@ def _audit_data(targets: list[str], method: str, out: str) -> int:
 
     if out:  # before the work, not after it
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-    manifests = {}
+    sets = {}
     for target in targets:
         name, _, folder = target.partition("=")
-        manifests[name] = load_dataset(name, folder, on_problem="exclude").manifest
-    findings, record = audit_datasets(manifests, cache_dir(), method)
+        sets[name] = load_dataset(name, folder, on_problem="exclude", pairs=pairs)
+    manifests = {name: dataset.manifest for name, dataset in sets.items()}
+    judged = {name: dataset.judged for name, dataset in sets.items()}
+    findings, record = audit_datasets(manifests, cache_dir(), method, judged=judged)
     if out:
         findings.to_csv(out, index=False)
     if len(findings):
@@ -393,9 +406,39 @@ def _audit_data(targets: list[str], method: str, out: str) -> int:
         "two_labels": "under two labels",
     }
     print(f"{record['images']:,} images compared ({record['method']})", record["note"])
+    for name in [name for name, said in judged.items() if said]:
+        print(f"pairs of {name}: {judged[name]}")
     for name, title in titles.items():
         print(f"{title}: " + (", ".join(f"{n:,} {k}" for k, n in record[name].items()) or "none"))
     return len(findings)
+
+# %% ../nbs/99_cli.ipynb #d6607655
+def _review(target: str, method: str, file: str, reader: str):
+    "Serve the page on which pairs are judged, until Ctrl-C."
+    import webbrowser
+
+    from dermnb.audit.duplicates import audit_images
+    from dermnb.audit.review import Review, pairs_to_judge
+    from dermnb.core import cache_dir
+    from dermnb.data.datasets import dataset_spec, inspect_dataset, pairs_file
+
+    name, _, folder = target.partition("=")
+    file = file or pairs_file(dataset_spec(name), folder)
+    dataset = inspect_dataset(name, folder, verify=False, pairs=file)
+    found = audit_images(dataset.manifest, cache_dir(), method)
+    pairs = pairs_to_judge(dataset.manifest, found, dataset.judged)
+    if pairs.empty:
+        print("no pair is open: the audit has no candidates" + (" (try --network)" if method == "hashes" else ""))
+        return
+    with Review(dataset.manifest, pairs, file, reader) as page:
+        print(f"{len(pairs):,} pairs of {name}, judged ones among them; Ctrl-C ends the review\n{page.url}", flush=True)
+        if sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}:
+            webbrowser.open(page.url)
+        try:
+            page.serve_forever()
+        except KeyboardInterrupt:
+            pass
+        print(page.judged() or "nothing was judged")
 
 # %% ../nbs/99_cli.ipynb #981036f3
 def _audit_runs(runs: list, data_dir: str, method: str) -> int:

@@ -148,6 +148,7 @@ class DataConfig(_Part):
     balance: int = Field(0, ge=0)  # training images per class, sampled once; 0: as they are
     balance_val: bool = False  # as many validation images of each class as the rarest has
     audit: Literal["hashes", "network", "none"] = "hashes"  # how the same lesion is found
+    pairs: str = ""  # CSV of judged pairs; empty: pairs.csv beside the dataset, if there
     allow_leakage: bool = False  # continue where test images are in training; pages say so
 
     image_size: int = Field(96, ge=16, le=1024)  # pixels, square

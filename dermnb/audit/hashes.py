@@ -193,9 +193,10 @@ def open_store(
     folder: str | Path,  # made if absent
     table: str = "prints",
     columns: str = "stamp TEXT PRIMARY KEY, bytes TEXT, pixels TEXT, hash TEXT, look BLOB, aspect REAL",
+    name: str = STORE,  # of the file
 ) -> Iterator[sqlite3.Connection]:
     "The database of fingerprints in a folder; `ConfigError` where it cannot be kept there."
-    path = Path(folder) / STORE
+    path = Path(folder) / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if _is_damaged(path):
@@ -203,7 +204,7 @@ def open_store(
                 if _is_damaged(path):  # no other run has removed it meanwhile
                     warnings.warn(f"{path} is damaged: the images are compared anew", stacklevel=3)
                     path.unlink()
-                    path.with_name(f"{STORE}-journal").unlink(missing_ok=True)
+                    path.with_name(f"{name}-journal").unlink(missing_ok=True)
         with contextlib.closing(sqlite3.connect(path, timeout=120)) as store:
             store.execute(
                 f"CREATE TABLE IF NOT EXISTS {table} ({columns}, checksum INTEGER) WITHOUT ROWID"

@@ -77,6 +77,8 @@ def check_config(
             positive_class(_classes_of(named), config.positive)
         if config.test_list and not Path(config.test_list).is_file():
             raise ConfigError(f"test_list {config.test_list!r} does not exist.")
+        if config.pairs and not Path(config.pairs).is_file():
+            raise ConfigError(f"pairs {config.pairs!r} does not exist.")
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     return config
@@ -465,7 +467,7 @@ def _weights_of_start(config: ExperimentConfig) -> str:
 def _data_of(config: ExperimentConfig) -> str:
     "The key of a run's data, with the files that its config names."
     key = "" if config.members else data_key(config.dataset, config.data_dir)
-    for path in filter(None, (config.test_list, config.taxonomy)):
+    for path in filter(None, (config.test_list, config.taxonomy, config.pairs)):
         if key and Path(path).is_file():
             key = hashlib.sha256(f"{key}{file_hash(path)}".encode()).hexdigest()
     return key

@@ -511,7 +511,7 @@ def _named_files(pack: _Pack) -> Iterable[str]:
     for config in pack.trained:
         weights = own_weights(config)
         weights = "" if weights in ("imagenet", "none") else weights
-        for what, name in (("weights", weights), ("test_list", config.test_list), ("taxonomy", config.taxonomy)):
+        for what, name in (("weights", weights), ("test_list", config.test_list), ("pairs", config.pairs), ("taxonomy", config.taxonomy)):
             if not name or (what == "taxonomy" and not Path(name).is_file()):
                 continue
             if Path(name).is_absolute() or ".." in Path(name).parts:

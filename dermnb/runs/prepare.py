@@ -25,7 +25,7 @@ from dermnb.audit.duplicates import (
     group_duplicates,
 )
 from ..audit.hashes import fingerprints
-from ..audit.leakage import audit_record, audit_split, refused_across
+from ..audit.leakage import audit_record, audit_split, judged_record, refused_across
 from dermnb.core import (
     ConfigError,
     DataConfig,
@@ -133,6 +133,8 @@ def _seen_in_training(
         notes.append(f"{images} were compared by hashes only")
     if unseen := found.attrs["unseen"]:
         notes.append(f"{unseen:,} candidates with {images} were too many to look at")
+    if missed := found.attrs["unregistered"]:
+        notes.append(f"{missed:,} candidates with {images} were not registered: no OpenCV")
     return [found.assign(part_b=f"train of {base.name}")]
 
 
@@ -206,7 +208,9 @@ def prepare_data(
     if pack := os.environ.get("DERMNB_PACK"):
         return read_prepared(pack, config, base.name if base else "")
     data_dir = config.data_dir or os.environ.get("DERMNB_DATA_DIR", "")
-    dataset = load_dataset(config.dataset, data_dir, config.taxonomy, config.on_problem)
+    dataset = load_dataset(
+        config.dataset, data_dir, config.taxonomy, config.on_problem, pairs=config.pairs
+    )
     positive_class(dataset.classes, config.positive)  # a wrong one is told before the work
     manifest = dataset.manifest
     # The store holds the whole dataset, so that every subset and split shares it.
@@ -216,7 +220,8 @@ def prepare_data(
     dataset, manifest = _leave_out(dataset, store)
     # Before subset and split, so that what shows one lesion is one lesion to both.
     audit = audit_images(manifest, cache_dir(), config.audit)
-    manifest, pairs = group_duplicates(manifest, audit.pairs)
+    manifest, pairs = group_duplicates(manifest, audit.pairs, dataset.judged)
+    audit = replace(audit, judged=judged_record(dataset.judged, manifest))
     if config.subset:
         manifest = take_subset(manifest, config.subset, config.split_seed)
     manifest, problems = _with_split(config, manifest, base)
@@ -454,16 +459,20 @@ def audit_run(
             f"{folder.name} was already audited with a network, which finds more than "
             f"{method}: audit it with --network."
         )
-    dataset = load_dataset(config["dataset"], data_dir, config.get("taxonomy", ""), "exclude")
+    dataset = load_dataset(
+        config["dataset"], data_dir, config.get("taxonomy", ""), "exclude", pairs=config.get("pairs", "")
+    )
     manifest = _manifest_of(folder, dataset, config["dataset"])
     # Of all images, so that every run of a dataset asks the same.
     audit = audit_images(dataset.manifest, cache_dir(), method)
     # By the ids of the dataset: those of the run know what it found before its split.
-    _, pairs = group_duplicates(dataset.manifest, audit.pairs)
+    grouped, pairs = group_duplicates(dataset.manifest, audit.pairs, dataset.judged)
+    audit = replace(audit, judged=judged_record(dataset.judged, grouped))
     notes: list[str] = []
     bases = dict.fromkeys(_bases(folder, config, notes))
     _, found = _shared(manifest, audit, pairs, bases, notes)
     known = before.get("method") in AUDIT_METHODS[AUDIT_METHODS.index(method) :]
+    known &= before.get("judged", {}).get("sha256") == audit.judged.get("sha256")
     if before.get("afterwards") or not known:  # the split was made without these pairs
         found["afterwards"] = True
     written = folder / ".split.parquet"
