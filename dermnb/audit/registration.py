@@ -253,16 +253,18 @@ def register_frames(
     starts, reached, maps = _orientations(), [], []
     stop = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, _STEPS, 1e-4)
     for k in range(len(a)):
-        found = _best_orientation(a, b, k, starts).copy()
+        start = _best_orientation(a, b, k, starts)
+        found, best = start, _agreement(a, b, k, start)
         try:
-            mask = a.known[k].astype("uint8")
-            how = (cv2.MOTION_AFFINE, stop, mask, 5)
-            _, found = cv2.findTransformECC(a.gray[k], b.gray[k], found.copy(), *how)
-        except cv2.error:  # it did not converge: the orientation alone
+            how = (cv2.MOTION_AFFINE, stop, a.known[k].astype("uint8"), 5)
+            _, moved = cv2.findTransformECC(a.gray[k], b.gray[k], start.copy(), *how)
+            long, short = np.linalg.svd(moved[:, :2], compute_uv=False)
+            fit = _agreement(a, b, k, moved) - max(long / max(short, 1e-6) - _SHEAR, 0)
+            if fit > best:  # it may also lead astray, such as where the hue was changed
+                found, best = moved, fit
+        except cv2.error:  # it did not converge
             pass
-        long, short = np.linalg.svd(found[:, :2], compute_uv=False)
-        ratio = long / max(short, 1e-6)
-        reached.append(max(_agreement(a, b, k, found) - max(ratio - _SHEAR, 0), -1))
+        reached.append(best)
         maps.append(np.concatenate([found, [[0, 0, 1]]]))
     maps = b.units @ np.array(maps).reshape(-1, 3, 3) @ np.linalg.inv(a.units)
     return np.array(reached), maps[:, :2].astype("float32")
