@@ -33,6 +33,7 @@ from dermnb.data.manifests import (
 from dermnb.data.readers import (
     read_csv_dataset,
     read_ham10000,
+    read_isic2018,
     read_isic2019,
     read_isic_archive,
 )
@@ -117,6 +118,17 @@ DATASETS: dict[str, DatasetSpec] = {
                 ("HAM10000_images_part_1.zip", 1.4),
                 ("HAM10000_images_part_2.zip", 1.4),
             ),
+        ),
+        DatasetSpec(
+            "isic2018",
+            "ISIC 2018 task 3",
+            read_isic2018,
+            "dx7",
+            license="CC BY-NC 4.0",
+            citation="Codella et al. 2019 (arXiv:1902.03368); Tschandl, Rosendahl, Kittler "
+            "2018 (doi:10.1038/sdata.2018.161)",
+            obtain="put HAM10000, and the ground truth and images of the validation and test "
+            "of task 3 from https://challenge.isic-archive.com/data/#2018, into one folder",
         ),
         DatasetSpec(
             "isic_archive",
