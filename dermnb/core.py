@@ -129,7 +129,7 @@ class _Named(_Part):
 
 # %% ../nbs/00_core.ipynb #cc53fb10
 # Datasets that are measured on their own split, unless another one is asked for.
-_OWN_SPLIT = ("isic2018",)
+_OWN_SPLIT = ("isic2018", "derm7pt", "derm7pt_dermoscopic", "dermamnist")
 
 
 class DataConfig(_Part):

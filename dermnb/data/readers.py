@@ -20,6 +20,7 @@ from dermnb.data.tables import (
     Account,
     Source,
     find_table,
+    graded_table,
     join_metadata,
     label_table,
     label_tables,
@@ -28,7 +29,6 @@ from dermnb.data.tables import (
     seek_table,
     split_tables,
     tables_in,
-    take_columns,
 )
 from .taxonomies import load_taxonomy, own_taxonomy, read_yaml
 from .values import find_columns
@@ -41,7 +41,7 @@ def read_isic2019(
     tables, problems, account = {}, [], Account()
     for part, split in (("Training", "train"), ("Test", "test")):
         name = f"ISIC_2019_{part}_GroundTruth.csv"
-        if part == "Test" and not find_file(folder, name):
+        if part == "Test" and not seek_table(folder, name):
             continue
         table, found = _isic2019_table(find_table(folder, name), part, account)
         tables[split] = table
@@ -192,12 +192,7 @@ def read_isic_archive(
     if not levels:
         error = unknown_name("column", "diagnosis_1", raw.columns)
         raise ConfigError(f"{path}: {error}")
-    table = pd.DataFrame({"image_id": raw["isic_id"]})
-    rows = raw[levels].itertuples(index=False)
-    table["labels"] = [tuple(x for x in row if not pd.isna(x)) for row in rows]
-    told = ["image_id from isic_id", f"label from {listing(levels)}"]
-    extra = take_columns(raw, path, account, {}, {"isic_id", *levels}, told)
-    table = pd.concat([table, extra], axis=1)
+    table = graded_table(path, account, "isic_id", levels, raw=raw)
     return Source(table, list_files(folder), account=account)
 
 # %% ../../nbs/data/07_readers.ipynb #0989dafd

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TABLE_ENDINGS', 'MANIFEST_COLUMNS', 'EXTRA_COLUMNS', 'TABLE_COLUMNS', 'LEFT_OUT_COLUMNS', 'read_table', 'seek_table',
            'find_table', 'tables_in', 'split_tables', 'Account', 'Source', 'take_columns', 'join_metadata',
-           'one_hot_labels', 'label_table', 'label_tables']
+           'one_hot_labels', 'label_table', 'label_tables', 'graded_table']
 
 # %% ../../nbs/data/05_tables.ipynb #c23a3bc5
 import io
@@ -157,6 +157,7 @@ LEFT_OUT_COLUMNS = {  # on purpose: column -> why
     "dx_type": _TELLS,
     "diagnosis_confirm_type": _TELLS,
     "concomitant_biopsy": _TELLS,
+    "biopsed": _TELLS,
     "score_weight": "a weight of the challenge",
     "validation_weight": "a weight of the challenge",
 }
@@ -393,6 +394,9 @@ def _own_columns(
     return given
 
 
+_IMAGE_NAME = re.compile(f"({'|'.join(map(re.escape, sorted(IMAGE_ENDINGS)))})$", re.IGNORECASE)
+
+
 def _names_files(column: pd.Series) -> bool:
     "Whether its cells are names of image files."
     endings = column.dropna().str.extract(r"(\.[A-Za-z]+)$")[0].str.lower()
@@ -448,3 +452,34 @@ def label_tables(
     told = listing([f"{tables[split].name} is {split}" for split in found])
     account.found.append(("tables", told))
     return pd.concat([t.assign(split=s) for s, t in found.items()], ignore_index=True)
+
+# %% ../../nbs/data/05_tables.ipynb #84299117
+def graded_table(
+    path: Path,
+    account: Account,
+    image_id: str,  # column of the ids, or of file names
+    labels: list[str],  # columns, the one that decides first
+    words: dict[str, dict[str, str]] | None = None,  # column -> cell -> label
+    raw: pd.DataFrame | None = None,  # if it has been read
+    given: dict[str, str] | None = None,  # manifest column -> the table's; "": none
+    used: Iterable[str] = (),  # columns that are read as something else
+) -> pd.DataFrame:
+    "image_id, labels (tuples) and the manifest's columns that a table of known columns has."
+    raw = read_table(path, [image_id, *labels]) if raw is None else raw
+    ids = raw[image_id].str.replace(_IMAGE_NAME, "", regex=True)
+    columns = []
+    for name in labels:
+        known = (words or {}).get(name, {})
+        cells = raw[name].str.lower().map(known) if known else raw[name]
+        wrong = raw[name][cells.isna() & raw[name].notna()]
+        if len(wrong):
+            raise ConfigError(
+                f"{path}: {name} must be {' or '.join(known)}, not {wrong.iloc[0]!r}."
+            )
+        columns.append(cells)
+    rows = zip(*columns) if columns else [()] * len(raw)
+    found = [tuple(c for c in row if not pd.isna(c)) for row in rows]
+    told = [_from("image_id", image_id), f"label from {listing(labels)}"]
+    used = {image_id, *labels, *used}
+    extra = take_columns(raw, path, account, given, used, told)
+    return pd.concat([pd.DataFrame({"image_id": ids, "labels": found}), extra], axis=1)
