@@ -12,7 +12,7 @@ from PIL import Image
 from dermnb.core import ConfigError, make_config
 from dermnb.data.datasets import load_dataset
 from dermnb.data.files import read_image_bytes
-from dermnb.data.images import build_store
+from dermnb.data.images import build_store, read_pixels
 from dermnb.data.manifests import problem_counts
 from dermnb.data.values import column_values
 
@@ -359,3 +359,24 @@ def test_dermamnist_is_read_from_its_arrays_with_its_split(tmp_path):
     for decoded in (6, 0):
         store = build_store(dataset.manifest, 32, "crop", tmp_path / "store")
         assert store.decoded == decoded
+
+
+# Lesion masks
+
+
+def test_masks_lie_in_a_zip_beside_the_images(tmp_path):
+    put(tmp_path / "HAM10000_metadata.csv",
+        "lesion_id,image_id,dx\nHAM_1,ISIC_1,nv\nHAM_2,ISIC_2,mel\nHAM_3,ISIC_3,mel\n")  # fmt: skip
+    images = {f"ISIC_{i}.jpg": picture(i) for i in (1, 2, 3)}
+    pack(tmp_path / "HAM10000_images_part_1.zip", images)
+    Image.fromarray(np.eye(24, 32, dtype=bool)).save(buffer := io.BytesIO(), "PNG")
+    name = "HAM10000_segmentations_lesion_tschandl"
+    members = {f"{name}/ISIC_{i}_segmentation.png": buffer.getvalue() for i in (1, 3, 9)}
+    pack(tmp_path / f"{name}.zip", members)
+    dataset = load_dataset("ham10000", tmp_path)
+    found = [m if m is None else m.rpartition("/")[2] for (m,) in facts(dataset, "mask")]
+    assert found == ["ISIC_1_segmentation.png", None, "ISIC_3_segmentation.png"]
+    assert "3, of which 2 belong to an image" in dataset.description
+    assert len(dataset.problems) == 0
+    pixels = read_pixels(dataset.manifest["mask"][0], 24, "crop")
+    assert set(np.unique(pixels[..., 0] > 127)) == {False, True}
