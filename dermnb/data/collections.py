@@ -158,6 +158,7 @@ def read_pad_ufes_20(
     if sides:
         numbers = raw[sides].apply(pd.to_numeric, errors="coerce").max(axis=1)
         raw["size_mm"] = numbers.where(numbers > 0).astype("string")
+        account.found.append(("table", f"size_mm is the larger of {listing(sides)}"))
     given = {"site": "region"} if "region" in raw else {}
     table = graded_table(
         path, account, "img_id", ["diagnostic"], raw=raw, given=given, used=sides

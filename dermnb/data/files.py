@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKED', 'ARCHIVE_ENDINGS', 'IMAGE_ENDINGS', 'ImageFile', 'on_disk', 'open_archive', 'archive_member',
-           'read_image_bytes', 'image_fault', 'Files', 'list_files', 'folders_without_images', 'find_file',
-           'found_instead', 'file_key', 'Finder', 'match_files', 'mask_finder']
+           'count_members', 'read_image_bytes', 'image_fault', 'Files', 'list_files', 'folders_without_images',
+           'find_file', 'found_instead', 'file_key', 'Finder', 'match_files', 'mask_finder']
 
 # %% ../../nbs/data/03_files.ipynb #c23a3bc5
 import io
@@ -152,6 +152,22 @@ def _npz_bytes(path: str, member: str) -> bytes:
 
 
 _MEMBERS = {".hdf5": _hdf5_bytes, ".npz": _npz_bytes}
+
+
+def count_members(
+    path: str | Path,  # of an HDF5 or .npz file
+) -> int:
+    "How many images such a file holds; 0 if it cannot be read."
+    try:
+        if str(path).lower().endswith(".npz"):
+            with np.load(path) as arrays:
+                return sum(len(arrays[n]) for n in arrays if n.endswith("_labels"))
+        import h5py
+
+        with h5py.File(path) as file:
+            return len(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return 0
 
 # %% ../../nbs/data/03_files.ipynb #56195685
 def read_image_bytes(
