@@ -128,6 +128,10 @@ class _Named(_Part):
         return self
 
 # %% ../nbs/00_core.ipynb #cc53fb10
+# Datasets that are measured on their own split, unless another one is asked for.
+_OWN_SPLIT = ("isic2018", "derm7pt", "derm7pt_dermoscopic", "dermamnist")
+
+
 class DataConfig(_Part):
     "Which images a run uses, how they are read, and how they are split."
 
@@ -155,6 +159,12 @@ class DataConfig(_Part):
     resize: Literal["stretch", "crop", "pad"] = "crop"
     metadata: Literal["none", "concat", "metablock", "only"] = "none"  # age, sex, site
     shuffle_metadata: bool = False  # give each patient another's: a control
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_split(cls, given):
+        own = isinstance(given, dict) and given.get("dataset") in _OWN_SPLIT
+        return {"split": "official"} | given if own else given
 
     @model_validator(mode="after")
     def _possible_data(self):

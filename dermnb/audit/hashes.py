@@ -25,7 +25,7 @@ from scipy.fft import dctn
 
 from ..core import ConfigError, only_one, progress
 from ..data.decoding import file_name, open_picture
-from ..data.files import on_disk, read_image_bytes
+from ..data.files import PACKED, on_disk, read_image_bytes
 
 # %% ../../nbs/audit/00_hashes.ipynb #d1a7370b
 SIDE = 64  # pixels, both sides of the gray miniature
@@ -258,7 +258,7 @@ def stored_rows(
 def _stamp(path: str, stats: dict) -> str:
     "What tells whether a file is still the same; empty if it may yet change."
     file, _, member = path.rpartition("::")
-    if not file.lower().endswith(".zip"):
+    if not file.lower().endswith(PACKED):
         file, member = path, ""
     if file not in stats:
         try:

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PAIRS_FILE', 'TABLE_ENDINGS', 'MANIFEST_COLUMNS', 'EXTRA_COLUMNS', 'TABLE_COLUMNS', 'LEFT_OUT_COLUMNS',
-           'PAIR_COLUMNS', 'VERDICTS', 'read_table', 'find_table', 'tables_in', 'split_tables', 'Account', 'Source',
-           'take_columns', 'join_metadata', 'one_hot_labels', 'label_table', 'label_tables', 'Judged', 'read_judged']
+           'PAIR_COLUMNS', 'VERDICTS', 'read_table', 'seek_table', 'find_table', 'tables_in', 'split_tables', 'Account',
+           'Source', 'take_columns', 'join_metadata', 'one_hot_labels', 'label_table', 'label_tables', 'graded_table',
+           'Judged', 'read_judged']
 
 # %% ../../nbs/data/05_tables.ipynb #c23a3bc5
 import hashlib
@@ -103,11 +104,18 @@ def _parsed(path: Path, text: str, separator: str) -> pd.DataFrame:
     return table.set_axis([str(c).strip() for c in table.columns], axis=1)
 
 # %% ../../nbs/data/05_tables.ipynb #d70c8221
-def find_table(folder: Path, *names: str) -> Path:
-    "The table of the first of the names, in a folder or one below; `ConfigError` if none."
+def seek_table(folder: Path, *names: str) -> Path | None:
+    "The table of the first of the names, in a folder or one below; None if there is none."
     for place in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
         if found := find_file(place, *names):
             return found
+    return None
+
+
+def find_table(folder: Path, *names: str) -> Path:
+    "As `seek_table`; `ConfigError` if there is none."
+    if found := seek_table(folder, *names):
+        return found
     raise ConfigError(f"there is no {names[0]} in {folder}{found_instead(folder)}.")
 
 # %% ../../nbs/data/05_tables.ipynb #6a180684
@@ -153,6 +161,7 @@ LEFT_OUT_COLUMNS = {  # on purpose: column -> why
     "dx_type": _TELLS,
     "diagnosis_confirm_type": _TELLS,
     "concomitant_biopsy": _TELLS,
+    "biopsed": _TELLS,
     "score_weight": "a weight of the challenge",
     "validation_weight": "a weight of the challenge",
 }
@@ -389,6 +398,9 @@ def _own_columns(
     return given
 
 
+_IMAGE_NAME = re.compile(f"({'|'.join(map(re.escape, sorted(IMAGE_ENDINGS)))})$", re.IGNORECASE)
+
+
 def _names_files(column: pd.Series) -> bool:
     "Whether its cells are names of image files."
     endings = column.dropna().str.extract(r"(\.[A-Za-z]+)$")[0].str.lower()
@@ -444,6 +456,37 @@ def label_tables(
     told = listing([f"{tables[split].name} is {split}" for split in found])
     account.found.append(("tables", told))
     return pd.concat([t.assign(split=s) for s, t in found.items()], ignore_index=True)
+
+# %% ../../nbs/data/05_tables.ipynb #84299117
+def graded_table(
+    path: Path,
+    account: Account,
+    image_id: str,  # column of the ids, or of file names
+    labels: list[str],  # columns, the one that decides first
+    words: dict[str, dict[str, str]] | None = None,  # column -> cell -> label
+    raw: pd.DataFrame | None = None,  # if it has been read
+    given: dict[str, str] | None = None,  # manifest column -> the table's; "": none
+    used: Iterable[str] = (),  # columns that are read as something else
+) -> pd.DataFrame:
+    "image_id, labels (tuples) and the manifest's columns that a table of known columns has."
+    raw = read_table(path, [image_id, *labels]) if raw is None else raw
+    ids = raw[image_id].str.replace(_IMAGE_NAME, "", regex=True)
+    columns = []
+    for name in labels:
+        known = (words or {}).get(name, {})
+        cells = raw[name].str.lower().map(known) if known else raw[name]
+        wrong = raw[name][cells.isna() & raw[name].notna()]
+        if len(wrong):
+            raise ConfigError(
+                f"{path}: {name} must be {' or '.join(known)}, not {wrong.iloc[0]!r}."
+            )
+        columns.append(cells)
+    rows = zip(*columns) if columns else [()] * len(raw)
+    found = [tuple(c for c in row if not pd.isna(c)) for row in rows]
+    told = [_from("image_id", image_id), f"label from {listing(labels)}"]
+    used = {image_id, *labels, *used}
+    extra = take_columns(raw, path, account, given, used, told)
+    return pd.concat([pd.DataFrame({"image_id": ids, "labels": found}), extra], axis=1)
 
 # %% ../../nbs/data/05_tables.ipynb #a2b90813
 PAIR_COLUMNS = ("image_a", "image_b", "verdict", "judged_at", "reader")

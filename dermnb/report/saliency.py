@@ -13,7 +13,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from ..core import ConfigError, listing
+from ..core import ConfigError, listing, plural
 from dermnb.report.blocks import (
     COUNT,
     DIFFERENCE,
@@ -121,6 +121,11 @@ def _limits(e: Mapping) -> str:
             if e["masks"] == "dataset"
             else "There are no lesion masks: a central ellipse stands for the lesion."
         )
+        if e["masks"] == "dataset" and (without := e["n"] - e["masked"]):
+            lines.append(
+                f"{plural(without, 'image')} without a lesion mask, or with one that fills the image, "
+                f"{'is' if without == 1 else 'are'} left out of what is measured inside and outside of lesions."
+            )
     return " ".join(lines)
 
 # %% ../../nbs/report/12_saliency.ipynb #79f0b83f

@@ -433,7 +433,8 @@ def _write_masks(pack: _Pack, data, base: str) -> dict[str, str]:
     key = prepared_key(data.config, base)
     asked = [c for c in pack.trained if c.explain and prepared_key(c.data, c.base) == key]
     rows = data.manifest.iloc[data.positions("test")]
-    if not asked or rows["mask"].isna().any():
+    rows = rows[rows["mask"].notna()]
+    if not asked or rows.empty:
         return {}
     name, config = f"images/masks-{key}.zip", data.config
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -36,7 +36,7 @@ from dermnb.core import (
     read_json,
 )
 from ..data.datasets import DATASETS
-from ..data.files import IMAGE_ENDINGS
+from ..data.files import IMAGE_ENDINGS, count_members
 from ..data.images import check_framework, stored_paths
 from ..data.taxonomies import load_taxonomy
 from ..nets.backbones import BACKBONES
@@ -278,11 +278,14 @@ _DEMO_IMAGES = 1494  # that data.synthetic.generate_demo makes
 
 @cache
 def _images_in(dataset: str, folder: Path) -> int:
-    "Image files of a dataset, also in zip archives; of generated ones also before there are any."
+    "Image files of a dataset, also packed ones; of generated ones also before there are any."
     if dataset == "demo" and not (folder / "ISIC_2019_Training_GroundTruth.csv").is_file():
         return _DEMO_IMAGES
-    names = []
+    names, members = [], 0
     for name in dataset_files(folder):
+        if name.lower().endswith((".hdf5", ".npz")):
+            members += count_members(folder / name)
+            continue
         if not name.lower().endswith(".zip"):
             names.append(name)
             continue
@@ -293,7 +296,8 @@ def _images_in(dataset: str, folder: Path) -> int:
             continue
     endings = tuple(IMAGE_ENDINGS)
     names = [n.lower() for n in names]
-    return sum(n.endswith(endings) and "mask" not in n and "segmentation" not in n for n in names)
+    masks = sum("mask" in n or "segmentation" in n for n in names if n.endswith(endings))
+    return sum(n.endswith(endings) for n in names) - masks + members
 
 
 # What decides how many images a run trains on.

@@ -702,6 +702,7 @@ def _read_explanation(raw: Mapping) -> dict:
         raw = {**raw, "randomization": raw["randomisation"]}
     read = {k: str(raw.get(k, "")) for k in ("split", "method", "license", "masks")}
     read |= {"n": int(raw["n"]), "lesions": int(raw["lesions"]), "draws": int(raw.get("draws", 1))}
+    read["masked"] = int(raw.get("masked", read["n"]))  # of n, where masks are the dataset's
     read["synthetic"] = raw.get("synthetic") is True
     read["layers"] = {str(k): str(v) for k, v in raw.get("layers", {}).items()}
     for part, names in _ESTIMATES.items():
