@@ -20,7 +20,14 @@ from ..core import ConfigError, progress, read_json, write_json
 from ..data.images import read_pixels
 from ..metrics.scores import TableScores, estimate, lesion_numbers, resample_groups
 from ..nets.novelty import Novelty, known_images
-from ..runs.bundle import is_complete, load_bundle, take_members, write_bundle
+from dermnb.runs.bundle import (
+    bundle_folder,
+    is_complete,
+    load_bundle,
+    take_members,
+    without_network,
+    write_bundle,
+)
 from ..runs.ensemble import load_members
 from ..runs.folders import find_run
 from ..runs.results import VIEWS
@@ -101,6 +108,8 @@ def _complete_bundle(
     "Add what `model` lacks, as runs of an earlier version do; the `model` folder."
     folder = Path(folder)
     model, record = folder / "model", read_json(folder / "run.json")
+    if (model / "peer.json").is_file() or ((model / "ensemble.json").is_file() and without_network(model)):
+        bundle_folder(model)  # says that there is none
     if not any((model / name).is_file() for name in ("model.keras", "ensemble.json")):
         raise ConfigError(
             f"{folder} has lost its network: repeat the run, or copy its `model`"
