@@ -279,17 +279,36 @@ def status(
 # %% ../nbs/99_cli.ipynb #dd6e1148
 @app.command()
 def report(
-    folder: Annotated[str, typer.Argument(help="A suite's folder under reports/.")],
+    folder: Annotated[
+        str, typer.Argument(help="A suite's folder under reports/; with --labels a table of predictions.")
+    ],
     single_file: Annotated[
         bool, typer.Option(help="One self-contained page with everything inside.")
     ] = False,
     photographs: Annotated[
         bool, typer.Option(help="Show photographs, where their license allows.")
     ] = False,
+    labels: Annotated[str, typer.Option(help="A table of image ids and labels.")] = "",
+    metadata: Annotated[str, typer.Option(help="With --labels: what else is known of the images.")] = "",
+    out: Annotated[str, typer.Option(help="With --labels: the folder of the page.")] = "",
+    taxonomy: Annotated[str, typer.Option(help="With --labels: built-in name or YAML file.")] = "",
+    positive: Annotated[str, typer.Option(help="With --labels: of two classes the one looked for.")] = "",
+    form: Annotated[str, typer.Option(help="With --labels: probabilities, logits or class.")] = "",
 ):
-    "Rebuild a suite's report from its results, without training anything."
-    from dermnb.report.build import build_report
+    "Rebuild a suite's report from its results; or report anybody's predictions, from two tables."
+    from dermnb.core import ConfigError
+    from dermnb.report.build import build_report, report_tables
 
+    tables = {"metadata": metadata, "out": out, "taxonomy": taxonomy, "positive": positive, "form": form}
+    if labels:
+        if single_file or photographs:
+            raise ConfigError("a page of two tables is always one file, and shows no photographs.")
+        print(report_tables(folder, labels, say=_say, **tables))
+        return
+    if given := [name for name, value in tables.items() if value]:
+        raise ConfigError(f"--{given[0]} is for a table of predictions: give its --labels too.")
+    if folder.lower().endswith((".csv", ".tsv")):
+        raise ConfigError(f"{folder} is a table of predictions: give its labels, such as --labels LABELS.csv.")
     print(build_report(folder, single_file=single_file, photographs=photographs))
 
 # %% ../nbs/99_cli.ipynb #6fc81a39

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['READER_NAMES', 'ANSWER_NAMES', 'SUM_TOLERANCE', 'READER_METRICS', 'BINARY_READER_METRICS', 'UNKNOWN', 'NO_NETWORK',
            'NO_PROBABILITIES', 'Truth', 'read_truth', 'truth_of', 'Answers', 'read_answers', 'predictions_of',
-           'reader_rows', 'save_peer', 'run_peer']
+           'reader_rows', 'save_peer', 'reader_table', 'run_peer']
 
-# %% ../../nbs/runs/15_peer.ipynb #2480f316
+# %% ../../nbs/runs/15_peer.ipynb #131d590b
 import os
 import re
 import shutil
@@ -31,6 +31,7 @@ from dermnb.core import (
     progress,
     project_root,
     provenance,
+    read_json,
     table_hash,
     write_json,
 )
@@ -485,6 +486,16 @@ def _peer_record(config, truth: Truth, answers: Answers, peer: dict, positive, e
         "peak_memory_mb": peak_memory_mb(),
         "provenance": provenance() | {"started": started, "finished": now()},
     }
+
+# %% ../../nbs/runs/15_peer.ipynb #c8df0033
+def reader_table(
+    folder: str | Path,  # of the run
+) -> pd.DataFrame:  # a row a reader: n and values; without rows where there are none
+    "Each reader's metrics, by the record of a run."
+    rows = read_json(Path(folder) / "run.json")["peer"]["readers"]
+    names = (*READER_METRICS, *BINARY_READER_METRICS)
+    said = [{"reader": r["reader"], "n": r["n"]} | {m: r[m]["value"] for m in names if m in r} for r in rows]
+    return pd.DataFrame(said, columns=None if said else ["reader", "n"])
 
 # %% ../../nbs/runs/15_peer.ipynb #d3446f96
 def run_peer(
