@@ -40,6 +40,8 @@ from dermnb.report.comparison import (
     paired_blocks,
     pairwise,
     pairwise_blocks,
+    readers,
+    readers_blocks,
     repeats,
     repeats_blocks,
     search,
@@ -105,6 +107,7 @@ SECTIONS = (
     Section("leakage", "Leakage", leakage, leakage_blocks, "suite", False),
     Section("repeats", "Repeats", repeats, repeats_blocks, "suite", False),
     Section("ensembles", "Ensembles", ensembles, ensembles_blocks, folded=False),
+    Section("readers", "Readers", readers, readers_blocks, folded=False),
     Section("binary", "Two classes", two_classes, two_classes_blocks, folded=False),
     Section("classes", "Per-class results", classes, classes_blocks, folded=False),
     Section("confusion", "Confusion matrix", confusion, confusion_blocks),
@@ -124,10 +127,14 @@ SECTIONS = (
 )
 
 # %% ../../nbs/report/14_build.ipynb #61e51cea
-def shown_sections(page: Page) -> list[dict]:
+def shown_sections(
+    page: Page,
+    more: Sequence[str] = (),  # sections of a suite's page that a run's page has too
+) -> list[dict]:
     "The sections of a page that have anything to show."
     page = replace(page, titles={s.id: s.title for s in SECTIONS})
-    found = [(s, blocks_of(s, page)) for s in SECTIONS]
+    sections = [replace(s, on="suite run") if s.id in more else s for s in SECTIONS]
+    found = [(s, blocks_of(s, page)) for s in sections]
     return [
         {"id": s.id, "title": s.title, "blocks": blocks, "folded": s.folded and not page.one}
         for s, blocks in found
@@ -185,6 +192,9 @@ def build_run_page(
     return _build_run_page(folder, lambda: load_run(folder), force, photographs)
 
 # %% ../../nbs/report/14_build.ipynb #048faf37
+_ALONE = ("data", "limits", "checklist")  # sections of a suite's page, where there is none
+
+
 def _build_run_page(folder: Path, load, force: bool, photographs: bool, single_file: bool = False) -> Path:
     path, notebook = folder / "report.html", folder / "notebook.ipynb"
     if not force and _up_to_date(folder, photographs):
@@ -196,7 +206,8 @@ def _build_run_page(folder: Path, load, force: bool, photographs: bool, single_f
     suite = run.get("suite", default=folder.parent.name)
     network = run.get("model", "title") or run.get("model", "backbone", default="A network")
     dataset, origin = run.get("dataset", "title", default="an unnamed dataset"), origin_of(run, [])
-    sections = shown_sections(Page([run], one=True, photographs=photographs))
+    more = _ALONE if single_file else ()
+    sections = shown_sections(Page([run], one=True, photographs=photographs), more)
     linked = (folder.parent / "suite.json").is_file()
     text = render_page(
         f"{run.name} {EN_DASH} {suite}",
@@ -204,16 +215,22 @@ def _build_run_page(folder: Path, load, force: bool, photographs: bool, single_f
         notebook_html(notebook, run.synthetic) if notebook.is_file() else "",
         fingerprint=_fingerprint(folder, photographs),  # only now: loading may renew metrics
         **script,
-        kicker=Markup('<a href="../index.html">Suite <bdi>{}</bdi></a>').format(suite) if linked else f"Suite {suite}",
-        heading_text=f"Run {run.name}",
+        kicker=Markup('<a href="../index.html">Suite <bdi>{}</bdi></a>').format(suite) if linked else "Predictions made elsewhere" if single_file else f"Suite {suite}",
+        heading_text=run.name if single_file else f"Run {run.name}",
         lead=[f"{network} on {dataset}.{f' Made from: {origin}' if origin else ''}"],
         leaks=leak_text(run),
         leak_head=leak_head([run]),
         notices=notices([run]),
         synthetic=run.synthetic,
-        footer="" if notebook.is_file() else "The run folder holds no notebook: the run was not started by one.",
+        footer="" if notebook.is_file() else _no_notebook(single_file),
     )
     return write_page(path, text)
+
+
+def _no_notebook(single_file: bool) -> str:
+    if single_file:
+        return "From the two tables that it names; run.json, metrics.json and predictions.parquet beside this page hold its figures."
+    return "The run folder holds no notebook: the run was not started by one."
 
 # %% ../../nbs/report/14_build.ipynb #674bf61e
 def build_suite_page(

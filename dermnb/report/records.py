@@ -46,10 +46,10 @@ from dermnb.runs.results import (
 )
 
 # %% ../../nbs/report/13_records.ipynb #1adb663e
-def cost(page: Page) -> list[dict]:
-    "Size of each network, and what its run took."
+def cost(page: Page) -> list[dict] | None:
+    "Size of each network, and what its run took; None of tables of predictions alone."
     rows = []
-    for run in page.done:
+    for run in (r for r in page.done if not r.get("peer")):
         model, seconds, epochs = run.get("model", default={}), run.get("timing", default={}), len(run.history)
         train = seconds.get("train_s")
         each = seconds.get("epoch_s") or (train / epochs if train and epochs else None)
@@ -64,7 +64,7 @@ def cost(page: Page) -> list[dict]:
                 "name": shown_name(run),
             }
         )
-    return rows
+    return rows or None
 
 # %% ../../nbs/report/13_records.ipynb #1b46ea5a
 def cost_blocks(page: Page, rows: Sequence[Mapping]) -> list:
@@ -82,6 +82,8 @@ def cost_blocks(page: Page, rows: Sequence[Mapping]) -> list:
     }
     shown = table(rows, columns, "Size of each network, and what its run took.")
     notes = ["Times are wall-clock and memory is of the whole process: compare them only between runs of one machine."]
+    if tables := [r.name for r in page.done if r.get("peer")]:
+        notes.append(f"What the predictions of {listing(tables)} cost is not known.")
     notes += [] if any(r["flops"] for r in rows) else ["No FLOPs were counted in these runs."]
     plots = []
     for key in COSTS if not page.one else ():
@@ -123,6 +125,8 @@ def _setting(value) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {forget_paths(str(v))}" for k, v in value.items()) or "none"
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return forget_paths(str(value)) or "none"
@@ -362,7 +366,8 @@ def limitations(page: Page) -> list[str]:
         lines.append("Runs without results are not part of any figure.")
     lines += [
         "Intervals resample test lesions. They do not cover another seed, split or training set, nor the choice among runs.",
-        f"Validation images guided the training{chose}; settings that a person chose after seeing test figures make those optimistic too.",
+        *([f"Validation images guided the training{chose}; settings that a person chose after seeing test figures make those optimistic too."] if any(not r.get("peer") for r in page.done) else []),
+        *(["By which images the makers of a table of predictions trained and chose is not known here; if these test images were among them, its figures are optimistic."] if any(r.get("peer") for r in page.done) else []),
         *_apart(page.done),
         "Other cameras, clinics, ages and skin tones than those of this dataset are not tested.",
         "Nothing here is evidence for use on patients.",

@@ -417,7 +417,7 @@ def _measured(part: pd.DataFrame, classes, split: str, resamples: int, positive:
         metrics |= {m: scored["binary"]["metrics"][m] for m in BINARY_READER_METRICS}
     return {"n": scored["n"], "lesions": scored["lesions"]} | metrics
 
-# %% ../../nbs/runs/15_peer.ipynb #40119f7e
+# %% ../../nbs/runs/15_peer.ipynb #24f398a9
 UNKNOWN = "it is not known what it learned from, and so not whether test images were among it"
 NO_NETWORK = "there is no network to ask: no saliency, bundle, export or model card, and `predict` and `app` do without it"
 NO_PROBABILITIES = "it names classes and gives no probabilities, so AUC, log loss and calibration say little"
@@ -484,7 +484,7 @@ def _peer_record(config, truth: Truth, answers: Answers, peer: dict, positive, e
         "stages": [],
         "timing": {"evaluate_s": round(evaluated, 2), "total_s": round(evaluated, 2)},
         "peak_memory_mb": peak_memory_mb(),
-        "provenance": provenance() | {"started": started, "finished": now()},
+        "provenance": provenance() | {"backend": "", "accelerator": "", "started": started, "finished": now()},
     }
 
 # %% ../../nbs/runs/15_peer.ipynb #c8df0033
