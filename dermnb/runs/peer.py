@@ -167,10 +167,10 @@ def truth_of(config: ExperimentConfig) -> Truth:
     known = set(data.dataset.manifest["image_id"].astype(str))
     return Truth(data.manifest, list(data.classes), titles, known, record, config.dataset, taxonomy)
 
-# %% ../../nbs/runs/15_peer.ipynb #b6f395e8
+# %% ../../nbs/runs/15_peer.ipynb #b67980e5
 READER_NAMES = ("reader", "reader_id", "rater", "rater_id", "observer", "observer_id", "annotator", "physician", "dermatologist")
 ANSWER_NAMES = ("prediction", "predicted", "predicted_class", "pred", "y_pred", "answer", "call")
-SUM_TOLERANCE = 0.01  # of a row's probabilities: what rounding to two digits makes; they are rescaled
+SUM_TOLERANCE = (1e-3, 0.05)  # of a row's probabilities, at least and most: what rounding makes of k numbers
 _PREFIX = re.compile(r"^(p|prob|probs|probability|pred|score|logit|logits)[ _.:-]+", re.IGNORECASE)
 
 
@@ -212,12 +212,13 @@ def read_answers(
     else:
         classes = [*truth.classes, *(c for c in columns if c not in truth.classes)]
         values = pd.DataFrame({c: _numbers(raw[name], ids, path) for c, name in columns.items()})
-        values, form, notes = _as_probabilities(values, ids, form, path, truth.classes)
+        near = _rounding(raw[[*columns.values()]])
+        values, form, notes = _as_probabilities(values, ids, form, path, truth.classes, near)
         values = values.reindex(columns=classes, fill_value=0.0)
     table = pd.concat([pd.DataFrame({"image_id": ids, "reader": who}), values], axis=1)
     return Answers(table, list(classes), form, notes)
 
-# %% ../../nbs/runs/15_peer.ipynb #ee37930b
+# %% ../../nbs/runs/15_peer.ipynb #225bf62f
 def _columns_of(raw: pd.DataFrame, path: Path, truth: Truth, form: str) -> tuple:
     "Which columns hold the image, the reader, a named class, and each class."
     folded = {re.sub(r"[\W]+", "_", c.strip().casefold()): c for c in raw}
@@ -263,16 +264,17 @@ def _other_classes(raw: pd.DataFrame, other: dict, columns: dict, path: Path, tr
         )
     if not other:
         return {}
+    near = _rounding(raw[[*columns.values(), *other]])
     whole = sum(pd.to_numeric(raw[c], errors="coerce") for c in columns.values())
     with_other = whole + sum(other.values())
-    if truth.closed or not (abs(with_other - 1) <= SUM_TOLERANCE).all() or (abs(whole - 1) <= SUM_TOLERANCE).all():
+    if truth.closed or not (abs(with_other - 1) <= near).all() or (abs(whole - 1) <= near).all():
         raise ConfigError(
             f"{path}: {listing(map(repr, other), 6)} {'is no class' if len(other) == 1 else 'are no classes'} of "
             f"{truth.where} (its classes: {listing(truth.classes, 12)}): leave {'it' if len(other) == 1 else 'them'} out."
         )
     return {_PREFIX.sub("", c): c for c in other}
 
-# %% ../../nbs/runs/15_peer.ipynb #d4977585
+# %% ../../nbs/runs/15_peer.ipynb #be99ff7e
 def _match(ids: pd.Series, truth: Truth, path: Path) -> pd.Series:
     "Ids as the labels write them: a file name, another case or an ending is the same image."
     loose: dict[str, str] = {}
@@ -299,6 +301,14 @@ def _numbers(cells: pd.Series, ids: pd.Series, path: Path) -> np.ndarray:
     return values
 
 
+def _rounding(cells: pd.DataFrame) -> float:
+    "How far the sum of a row may be from 1, by the digits that its numbers are written with."
+    text = cells.stack().astype(str)
+    digits = text.str.extract(r"\.(\d+)$")[0].str.len().where(~text.str.contains("e", case=False), 9).fillna(0).max()
+    low, high = SUM_TOLERANCE
+    return float(np.clip(cells.shape[1] / 2 * 10.0**-digits + 1e-9, low, high))
+
+
 def _named(cells: pd.Series, ids: pd.Series, truth: Truth, path: Path) -> pd.DataFrame:
     "1 for the class that is named, 0 for the others."
     if cells.isna().any():
@@ -312,7 +322,7 @@ def _named(cells: pd.Series, ids: pd.Series, truth: Truth, path: Path) -> pd.Dat
     return pd.DataFrame({c: (codes == c).astype(float) for c in truth.classes})
 
 
-def _as_probabilities(values: pd.DataFrame, ids: pd.Series, form: str, path: Path, classes) -> tuple:
+def _as_probabilities(values: pd.DataFrame, ids: pd.Series, form: str, path: Path, classes, near: float) -> tuple:
     "Rows that sum to 1; what they were; what was done to them."
     p, notes = values.to_numpy(), []
     if form == "logits" or (not form and (p < 0).any()):
@@ -321,13 +331,13 @@ def _as_probabilities(values: pd.DataFrame, ids: pd.Series, form: str, path: Pat
         p = np.exp(p - p.max(axis=1, keepdims=True))
         said = "" if form else ", as some are below 0"
         return _rows_of_one(p, values), "logits", [f"its numbers are read as logits{said}: their softmax is taken"]
-    if (bad := ((p < 0) | (p > 1 + SUM_TOLERANCE)).any(axis=1)).any() and (form or p.shape[1] == 1):
+    if (bad := ((p < 0) | (p > 1 + near)).any(axis=1)).any() and (form or p.shape[1] == 1):
         raise ConfigError(f"{path}: a probability of image {ids[bad].iloc[0]!r} lies outside 0 to 1 ({plural(int(bad.sum()), 'such row')}).")
     if p.shape[1] == 1:
         (name,) = values
         return values.assign(**{c: 1 - values[name] for c in classes if c != name}), "probabilities", []
     sums = p.sum(axis=1)
-    if (bad := abs(sums - 1) > SUM_TOLERANCE).any():
+    if (bad := abs(sums - 1) > near).any():
         row = int(np.flatnonzero(bad)[0])
         raise ConfigError(
             f"{path}: the probabilities of image {ids.iloc[row]!r} sum to {sums[row]:.4g}, not to 1 "
