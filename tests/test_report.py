@@ -27,7 +27,7 @@ def test_a_suites_page_is_complete(demo_suite):
             assert link[1:] in page.ids
         else:
             assert (demo_suite / link).is_file(), link
-    without = {"claims", "paired", "search", "leakage", "repeats", "ensembles", "binary"}  # the demo has none
+    without = {"claims", "paired", "search", "leakage", "repeats", "ensembles", "readers", "binary"}  # the demo has none
     shown = [s.id for s in SECTIONS if "suite" in s.on and s.id not in without]
     assert [*page.parts] == shown
     assert all(f"#{part}" in page.links for part in shown)

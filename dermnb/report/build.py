@@ -192,7 +192,7 @@ def build_run_page(
     return _build_run_page(folder, lambda: load_run(folder), force, photographs)
 
 # %% ../../nbs/report/14_build.ipynb #048faf37
-_ALONE = ("data", "limits", "checklist")  # sections of a suite's page, where there is none
+_ALONE = ("data", "limits")  # sections of a suite's page, where there is none
 
 
 def _build_run_page(folder: Path, load, force: bool, photographs: bool, single_file: bool = False) -> Path:

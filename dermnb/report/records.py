@@ -401,9 +401,11 @@ def limitations_blocks(page: Page, lines: Sequence[str]) -> list:
     return [Items(lines)]
 
 # %% ../../nbs/report/13_records.ipynb #7539a16d
-def reporting(page: Page) -> list[dict]:
-    "The items of the checklists and what the records answer."
-    runs = page.ranked
+def reporting(page: Page) -> list[dict] | None:
+    "The items of the checklists and what the records answer; None of tables of predictions alone."
+    runs = [r for r in page.ranked if not r.get("peer")]
+    if not runs:
+        return None
     explained = any(r.explanation and "error" not in r.explanation for r in runs)
     return checklist(
         [r.record for r in runs], [r.metrics for r in runs], page.suite or None, runs[0].subgroups, explained
@@ -422,4 +424,6 @@ def reporting_blocks(page: Page, rows: Sequence[Mapping]) -> list:
         columns = {"item": "Item", "asked": columns["asked"], "where": "Section"}
         tables.append(table(told, columns, "What is reported, and where on this page."))
     text = f"Of {len(rows)} questions that cover the items of {names}: {said}. A checklist says what was reported, not that it was done well."
+    if tables_only := [r.name for r in page.done if r.get("peer")]:
+        text += f" It is asked of the runs that were made here; what the makers of {listing(tables_only)} report is not known."
     return [Text(text), Fold("The items", tables)]

@@ -527,6 +527,8 @@ def forget_paths(text: str) -> str:
 def data_key(run: RunResult) -> str:
     "Equal for runs on the same images in the same split."
     sizes = [(s, m["n"], [r["n"] for r in m["per_class"]]) for s, m in run.splits.items()]
+    if run.get("split"):  # a table of predictions may leave validation out
+        sizes = [size for size in sizes if size[0] == run.split]
     told = ("found", "not_used", "recompressed")  # how it was read, whose wording may change
     data = {k: v for k, v in run.get("dataset", default={}).items() if k not in told}
     return json.dumps([data, run.get("split"), sizes], sort_keys=True)
