@@ -7,7 +7,7 @@ __all__ = ['READER_NAMES', 'ANSWER_NAMES', 'SUM_TOLERANCE', 'READER_METRICS', 'B
            'Truth', 'read_truth', 'truth_of', 'Answers', 'read_answers', 'predictions_of', 'reader_rows', 'save_peer',
            'reader_table', 'run_peer']
 
-# %% ../../nbs/runs/15_peer.ipynb #131d590b
+# %% ../../nbs/runs/15_peer.ipynb #457b8140
 import os
 import re
 import shutil
@@ -45,11 +45,11 @@ from dermnb.data.tables import (
     read_table,
 )
 from ..data.taxonomies import Taxonomy, load_taxonomy
-from ..data.values import find_columns, likely_column, normalize_label
+from ..data.values import find_columns, likely_column, normalize_label, value_kind
 from ..metrics.scores import evaluate, positive_class, probability_columns
 from .folders import file_hash, finish_run, made_of
 
-# %% ../../nbs/runs/15_peer.ipynb #60d8fe9b
+# %% ../../nbs/runs/15_peer.ipynb #01009211
 @dataclass(frozen=True)
 class Truth:
     "What the predictions are measured by."
@@ -97,7 +97,10 @@ def read_truth(
     table = table[table["label"].notna()].reindex(columns=[*SPLIT_COLUMNS, *FACTS]).reset_index(drop=True)
     if table.empty:
         raise ConfigError(f"{path} has no label for any image.")
-    table["split"] = table["split"].fillna("test").astype("string")
+    for column in table:
+        number = (kind := value_kind(column)) is not None and kind.number
+        table[column] = table[column].astype("float64" if number else "string")
+    table["split"] = table["split"].fillna("test")
     found = sorted(set(table["label"]), key=str.casefold)
     classes = list(named.classes) if named else found
     if len(classes) < 2:
