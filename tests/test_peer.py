@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pandas as pd
 import pytest
 from fabricate import make_run
 
-from dermnb.core import PEER_FIELDS, ConfigError, ExperimentConfig, make_config, read_json
+from dermnb.core import PEER_FIELDS, ConfigError, ExperimentConfig, make_config, read_json, write_json
 from dermnb.report.build import build_suite_page
 from dermnb.runs.bundle import bundle_folder
 from dermnb.runs.ensemble import run_ensemble
@@ -51,7 +52,7 @@ def said(write, text, labels=LABELS, **more):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (table(ids=range(30)), "6 of 36 images of labels.csv have no prediction, such as 'i30', 'i31' and 'i32'"),
+        (table(ids=range(30)), "6 of 36 images of labels.csv have no prediction, such as 'i30', 'i31', 'i32' and 3 more"),
         (table(ids=range(38)), "2 of 38 images have no label in labels.csv, such as 'i36' and 'i37'"),
         (table() + "i3,.7,.2,.1\n", "image 'i3' is there more than once (1 such image)"),
         (table(ids=range(35)) + "i35,.7,.2,\n", "column 'bkl' of image 'i35' is empty"),
@@ -143,6 +144,10 @@ def peer_of(run, tmp_path, split=("val", "test"), seed=0):
 def test_a_member_of_the_suite_like_any_other(tmp_path):
     suite = tmp_path / "reports" / "s"
     make_run(suite / "net", 1.0, 0, notebook=False, resamples=50)
+    (suite / "net" / "model").mkdir(exist_ok=True)
+    with zipfile.ZipFile(suite / "net" / "model" / "model.keras", "w") as archive:
+        archive.writestr("model.weights.h5", "")
+    write_json(suite / "net" / "model" / "labels.json", {})
     peer = peer_of(suite / "net", tmp_path, ("test",))
     classes = ",".join(read_json(suite / "net" / "run.json")["classes"])
     (tmp_path / "own.yaml").write_text(f"classes: {{{', '.join(f'{c}: []' for c in classes.split(','))}}}")

@@ -78,7 +78,7 @@ def check_figures_and_tables(page, charts):
 
 def test_a_runs_page_is_complete(demo_suite):
     page = ReadPage(demo_suite / "xception" / "report.html")
-    shown = [s.id for s in SECTIONS if "run" in s.on and s.id not in {"ensembles", "binary"}]
+    shown = [s.id for s in SECTIONS if "run" in s.on and s.id not in {"ensembles", "readers", "binary"}]
     assert [*page.parts] == [*shown, "notebook"] and not page.folded
     text = page.said("metrics")
     for split in load_run(demo_suite / "xception").splits.values():
