@@ -536,7 +536,8 @@ def why_stale(
         return ["run.json lacks what belongs there"]
     wanted = config.model_dump(exclude={"data_dir"})
     # To explain a finished run changes none of its predictions, nor does a positive class.
-    apart = {"explain", "positive", "data_dir"}
+    # Of a table it changes the figures of its readers, and to read it again takes a second.
+    apart = {"explain", "data_dir"} | ({"positive"} if not config.peer else set())
     names = [n for n in config.deciding if n not in apart and have[n] != wanted[n]]
     told = [f"config: {n} {_shown(have[n])} -> {_shown(wanted[n])}" for n in names]
     told += _new_parents(Path(folder).parent, config, record.get("parents", {}))

@@ -432,7 +432,7 @@ def _measured(part: pd.DataFrame, classes, split: str, resamples: int, positive:
         metrics |= {m: scored["binary"]["metrics"][m] for m in BINARY_READER_METRICS}
     return {"n": scored["n"], "lesions": scored["lesions"]} | metrics
 
-# %% ../../nbs/runs/15_peer.ipynb #dde816d4
+# %% ../../nbs/runs/15_peer.ipynb #f3b70589
 NO_PROBABILITIES = "it names classes and gives no probabilities, so AUC, log loss and calibration say little"
 
 
@@ -470,13 +470,11 @@ def save_peer(
     predictions.to_parquet(folder / "predictions.parquet", index=False)
     truth.manifest[[*SPLIT_COLUMNS, *FACTS]].to_parquet(folder / "split.parquet", index=False)
     write_json(folder / "model" / "peer.json", peer)
-    write_json(folder / "run.json", _peer_record(config, truth, answers, peer, positive, evaluated, started))
+    write_json(folder / "run.json", _peer_record(config, truth, answers, peer, evaluated, started))
     return metrics
 
 
-def _peer_record(config, truth: Truth, answers: Answers, peer: dict, positive, evaluated, started) -> dict:
-    known = config.model_dump(include=set(config.deciding))
-    files = {k: Path(v).name if k in ("predictions", "labels", "metadata") else v for k, v in config.peer.items()}
+def _peer_record(config, truth: Truth, answers: Answers, peer: dict, evaluated, started) -> dict:
     who = plural(len(answers.readers), "reader")
     how = "majority vote" if peer["form"] == "class" else "mean of probabilities"
     title = config.peer.get("title") or (f"{who}, {how}" if answers.readers else f"Predictions of {peer['file']}")
@@ -486,12 +484,12 @@ def _peer_record(config, truth: Truth, answers: Answers, peer: dict, positive, e
         "run": config.run,
         "notebook": "peer",
         "parents": {},
-        "config": known | {"positive": positive},
+        "config": config.model_dump(include=set(config.deciding)),
         "made_of": made_of(config),
         "classes": answers.classes,
         "class_titles": {c: truth.titles.get(c, c) for c in answers.classes},
         **truth.record,
-        "peer": peer | {"files": files},
+        "peer": peer,
         "model": {"backbone": "peer", "title": title, "weights": "", "parameters": None, "size_mb": None},
         "stages": [],
         "timing": {"evaluate_s": round(evaluated, 2), "total_s": round(evaluated, 2)},
