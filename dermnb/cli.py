@@ -383,7 +383,13 @@ def _audit_runs(runs: list, data_dir: str, method: str) -> int:
     from dermnb.report.build import build_report
     from dermnb.runs.prepare import audit_run
 
+    from dermnb.core import read_json
+
     leaks, suites = 0, {}
+    tables = [run for run in runs if "dataset" not in read_json(run / "run.json")["config"]]
+    if 0 < len(tables) < len(runs):  # of a suite those that can be
+        _say(f"left out, as their labels are tables without images: {', '.join(map(str, tables))}.")
+        runs = [run for run in runs if run not in tables]
     for run in runs:
         found = audit_run(run, data_dir, method)
         shared = ", ".join(f"{n:,} {kind}" for kind, n in found["leaks"].items())
@@ -465,9 +471,15 @@ def explain(
     from dermnb.core import ConfigError
     from dermnb.serve.explain import explain_run
     from dermnb.report.build import build_report
+    from dermnb.runs.bundle import no_network
     from dermnb.runs.folders import runs_of
 
     suites, runs = {}, [run for folder in folders for run in runs_of(folder)]
+    if len(runs) > 1:  # of a suite those that can be
+        tables = {run: why for run in runs if (why := no_network(run / "model"))}
+        for run, why in tables.items():
+            _say(f"{run} {why}: left out.")
+        runs = [run for run in runs if run not in tables] or runs
     _load_keras()
     failed = False
     for run in runs:

@@ -476,6 +476,8 @@ def audit_run(
     folder = Path(folder)
     record = read_json(folder / "run.json")
     config, data_dir = record["config"], data_dir or os.environ.get("DERMNB_DATA_DIR", "")
+    if "dataset" not in config:
+        raise ConfigError(f"{folder.name} has its labels from a table, without images to compare.")
     before = record.get("audit") or {}
     if before.get("method") == "network" and method != "network":
         raise ConfigError(

@@ -21,11 +21,10 @@ from ..data.images import read_pixels
 from ..metrics.scores import TableScores, estimate, lesion_numbers, resample_groups
 from ..nets.novelty import Novelty, known_images
 from dermnb.runs.bundle import (
-    bundle_folder,
     is_complete,
     load_bundle,
+    no_network,
     take_members,
-    without_network,
     write_bundle,
 )
 from ..runs.ensemble import load_members
@@ -108,8 +107,6 @@ def _complete_bundle(
     "Add what `model` lacks, as runs of an earlier version do; the `model` folder."
     folder = Path(folder)
     model, record = folder / "model", read_json(folder / "run.json")
-    if (model / "peer.json").is_file() or ((model / "ensemble.json").is_file() and without_network(model)):
-        bundle_folder(model)  # says that there is none
     if not any((model / name).is_file() for name in ("model.keras", "ensemble.json")):
         raise ConfigError(
             f"{folder} has lost its network: repeat the run, or copy its `model`"
@@ -323,6 +320,8 @@ def explain_run(
     """
     folder = Path(folder)
     record = read_json(folder / "run.json")
+    if why := no_network(folder / "model"):
+        raise ConfigError(f"{folder} {why}: there is nothing to explain.")
     progress("finding the images")
     manifest = _manifest(record, data_dir)
     predictor = Predictor(load_bundle(_complete_bundle(folder, manifest), model))
