@@ -281,17 +281,18 @@ def _class_table(page: Page, rows: Sequence[Mapping]) -> Table:
 def _reliability(page: Page, run: RunResult) -> Plot:
     said, where = run.calibration.summary["splits"][run.split], SPLIT_TITLES[run.split].lower()
     error = said["calibration_error"]
+    stages = {s: t for s, t in STAGE_TITLES.items() if s == "before" or run.calibration.decision.n}  # or both are one
     alt = "; ".join(
         f"{title}: calibration error {number(error[s]['value'])}; exact probabilities would have about {number(error['by_chance'][s])}"
-        for s, title in STAGE_TITLES.items()
+        for s, title in stages.items()
     )
     rows = [
         {"stage": title, "bin": i, "n": b["n"], "confidence": b["confidence"], "accuracy": b["accuracy"]}
-        for s, title in STAGE_TITLES.items()
+        for s, title in stages.items()
         for i, b in enumerate(said["reliability"][s], 1)
     ]
     columns = {"stage": "Probabilities", "bin": Column("Bin", COUNT), "n": Column("Images", COUNT)}
     columns |= {"confidence": Column("Mean confidence", SHARE), "accuracy": Column("Accuracy", ESTIMATE)}
     shown = table(rows, columns, f"Confidence and accuracy in bins of equally many images, {where} split.")
-    figure = reliability_figure(said["reliability"], run.name, where, page.level, page.note)
+    figure = reliability_figure({s: said["reliability"][s] for s in stages}, run.name, where, page.level, page.note)
     return plot(figure, "reliability", f"{alt}.", shown)
