@@ -317,17 +317,36 @@ def status(
 # %% ../nbs/99_cli.ipynb #dd6e1148
 @app.command()
 def report(
-    folder: Annotated[str, typer.Argument(help="A suite's folder under reports/.")],
+    folder: Annotated[
+        str, typer.Argument(help="A suite's folder under reports/; with --labels a table of predictions.")
+    ],
     single_file: Annotated[
         bool, typer.Option(help="One self-contained page with everything inside.")
     ] = False,
     photographs: Annotated[
         bool, typer.Option(help="Show photographs, where their license allows.")
     ] = False,
+    labels: Annotated[str, typer.Option(help="A table of image ids and labels.")] = "",
+    metadata: Annotated[str, typer.Option(help="With --labels: what else is known of the images.")] = "",
+    out: Annotated[str, typer.Option(help="With --labels: the folder of the page.")] = "",
+    taxonomy: Annotated[str, typer.Option(help="With --labels: built-in name or YAML file.")] = "",
+    positive: Annotated[str, typer.Option(help="With --labels: of two classes the one looked for.")] = "",
+    form: Annotated[str, typer.Option(help="With --labels: probabilities, logits or class.")] = "",
 ):
-    "Rebuild a suite's report from its results, without training anything."
-    from dermnb.report.build import build_report
+    "Rebuild a suite's report from its results; or report anybody's predictions, from two tables."
+    from dermnb.core import ConfigError
+    from dermnb.report.build import build_report, report_tables
 
+    tables = {"metadata": metadata, "out": out, "taxonomy": taxonomy, "positive": positive, "form": form}
+    if labels:
+        if single_file or photographs:
+            raise ConfigError("a page of two tables is always one file, and shows no photographs.")
+        print(report_tables(folder, labels, say=_say, **tables))
+        return
+    if given := [name for name, value in tables.items() if value]:
+        raise ConfigError(f"--{given[0]} is for a table of predictions: give its --labels too.")
+    if folder.lower().endswith((".csv", ".tsv")):
+        raise ConfigError(f"{folder} is a table of predictions: give its labels, such as --labels LABELS.csv.")
     print(build_report(folder, single_file=single_file, photographs=photographs))
 
 # %% ../nbs/99_cli.ipynb #6fc81a39
@@ -445,7 +464,13 @@ def _audit_runs(runs: list, data_dir: str, method: str) -> int:
     from dermnb.report.build import build_report
     from dermnb.runs.prepare import audit_run
 
+    from dermnb.core import read_json
+
     leaks, suites = 0, {}
+    tables = [run for run in runs if "dataset" not in read_json(run / "run.json")["config"]]
+    if 0 < len(tables) < len(runs):  # of a suite those that can be
+        _say(f"left out, as their labels are tables without images: {', '.join(map(str, tables))}.")
+        runs = [run for run in runs if run not in tables]
     for run in runs:
         found = audit_run(run, data_dir, method)
         shared = ", ".join(f"{n:,} {kind}" for kind, n in found["leaks"].items())
@@ -581,9 +606,15 @@ def explain(
     from dermnb.core import ConfigError
     from dermnb.serve.explain import explain_run
     from dermnb.report.build import build_report
+    from dermnb.runs.bundle import no_network
     from dermnb.runs.folders import runs_of
 
     suites, runs = {}, [run for folder in folders for run in runs_of(folder)]
+    if len(runs) > 1:  # of a suite those that can be
+        tables = {run: why for run in runs if (why := no_network(run / "model"))}
+        for run, why in tables.items():
+            _say(f"{run} {why}: left out.")
+        runs = [run for run in runs if run not in tables] or runs
     _load_keras()
     failed = False
     for run in runs:

@@ -123,15 +123,17 @@ AUDIT_TITLES = {
 }
 
 
-def leakage_audit(page: Page) -> list[dict]:
-    "A record for each group of runs that share it, as `run.json` has it."
+def leakage_audit(page: Page) -> list[dict] | None:
+    "A record for each group of runs that share it, as `run.json` has it; None of tables alone."
     groups: dict[str, list[RunResult]] = {}
     for run in page.done:
+        if run.get("peer") and not run.get("audit"):
+            continue  # its labels are a table, without images to compare
         record = run.get("audit", default={})
         if isinstance(record, Mapping):
             record = {k: v for k, v in record.items() if k != "seconds"}
         groups.setdefault(json.dumps(record, sort_keys=True, default=str), []).append(run)
-    return [{"runs": g, "record": g[0].get("audit", default={}), "named": len(groups) > 1} for g in groups.values()]
+    return [{"runs": g, "record": g[0].get("audit", default={}), "named": len(groups) > 1} for g in groups.values()] or None
 
 
 def leakage_audit_blocks(page: Page, found: Sequence[Mapping]) -> list:

@@ -582,6 +582,8 @@ def _check_plan(plan: list[PlannedRun], suite, profile: str, where: str) -> None
     if search_of(suite, profile):
         raise ConfigError(f"{where}: a search cannot be packed: pack a suite with what it chose.")
     for planned in plan:
+        if planned.config.peer:
+            raise ConfigError(f"{where}: {planned.config.run} reads a table of predictions, and a pack is for what is trained: skip it in profile {profile or 'gpu'}, and run it here.")
         for parent in planned.parents:
             if parent not in names:
                 raise ConfigError(f"{where}: {planned.config.run} builds on {parent}, which is no run of this suite: a pack holds no finished runs, so add that run to the suite.")

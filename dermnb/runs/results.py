@@ -537,6 +537,8 @@ def forget_paths(text: str) -> str:
 def data_key(run: RunResult) -> str:
     "Equal for runs on the same images in the same split."
     sizes = [(s, m["n"], [r["n"] for r in m["per_class"]]) for s, m in run.splits.items()]
+    if run.get("split"):  # a table of predictions may leave validation out
+        sizes = [size for size in sizes if size[0] == run.split]
     told = ("found", "not_used", "recompressed")  # how it was read, whose wording may change
     data = {k: v for k, v in run.get("dataset", default={}).items() if k not in told}
     return json.dumps([data, run.get("split"), sizes], sort_keys=True)
@@ -550,7 +552,7 @@ def conditions_of(
     config = run.get("config", default={})
     own = run.splits[split if split in run.splits else run.split]
     weights = str(run.get("model", "weights") or config.get("weights") or "none")
-    split_kind, trained = config.get("split"), not run.get("ensemble")
+    split_kind, trained = config.get("split"), not (run.get("ensemble") or run.get("peer"))
     return Conditions(
         dataset="demo" if run.synthetic else str(run.get("dataset", "name", default="")),
         classes=len(run.record["classes"]),
@@ -560,10 +562,14 @@ def conditions_of(
         image_size=config.get("image_size") or 0,
         images=run.get("dataset", "images", default=0),
         test_images=own["n"],
-        note=_note_of(run, config) if trained else f"{len(run.members)} members",
+        note=_note_of(run, config) if trained else _no_training(run),
     )
 
 # %% ../../nbs/runs/03_results.ipynb #b530d37c
+def _no_training(run: RunResult) -> str:
+    return "a table of predictions" if run.get("peer") else f"{len(run.members)} members"
+
+
 def _note_of(run: RunResult, config: Mapping) -> str:
     "What else bears on its figures."
     weights = forget_paths(str(config.get("weights") or "none"))

@@ -240,6 +240,8 @@ def check_trial(
     where: str,  # named in errors
 ) -> None:
     "A `ConfigError` where a search varies what its run does not use."
+    if config.peer:
+        raise ConfigError(f"{where}: it reads a table of predictions, of which nothing can be searched.")
     if not config.members:
         return
     for field in config.searched:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dermnb.core import (
     ENSEMBLE_FIELDS,
+    PEER_FIELDS,
     SPLITS,
     ConfigError,
     ExperimentConfig,
@@ -271,6 +272,13 @@ def _configs(
         if "members" in run:
             kept = (*ENSEMBLE_FIELDS, "data_dir")  # where its images are, to explain them
             values = {k: v for k, v in values.items() if k in kept}
+        if "peer" in run:
+            kept = {*PEER_FIELDS, "data_dir"}
+            if other := [k for k in run if k not in kept]:
+                raise ConfigError(
+                    f"suite {suite.name}, run {name!r}: it reads a table of predictions and trains nothing: {other[0]} says nothing of it."
+                )
+            values = {k: v for k, v in values.items() if k in kept}
         if search and name in search.runs:
             trials = _trials(suite, name, values, search)
             configs |= trials
@@ -363,6 +371,8 @@ def _repeats(
 ) -> list[tuple[str, dict]]:
     "What each repeat of a run is called, and the parameters it has of its own."
     config = configs[name]
+    if config.peer and ("seeds" in wanted or not config.needs_data):
+        return [("", {})]  # a table is as it is
     if n := wanted.get("seeds"):
         return [(f"seed {s}", {"seed": s}) for s in range(config.seed, config.seed + n)]
     if not (k := wanted.get("folds")):
@@ -414,7 +424,7 @@ def _in_order(suite: SuiteFile, plan: list[PlannedRun]) -> list[PlannedRun]:
 # %% ../../nbs/runs/08_suites.ipynb #c2a16f25
 def _check_parents(where: str, run: PlannedRun, names: dict[str, ExperimentConfig]) -> None:
     base = names.get(run.config.base)
-    if base and (base.members or base.metadata == "only"):
+    if base and (not base.trains or base.metadata == "only"):
         raise ConfigError(
             f"{where}: its base {base.run!r} has no backbone "
             "to start from: name a run that trains a network on images."

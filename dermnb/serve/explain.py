@@ -20,7 +20,13 @@ from ..core import ConfigError, progress, read_json, write_json
 from ..data.images import read_pixels
 from ..metrics.scores import TableScores, estimate, lesion_numbers, resample_groups
 from ..nets.novelty import Novelty, known_images
-from ..runs.bundle import is_complete, load_bundle, take_members, write_bundle
+from dermnb.runs.bundle import (
+    is_complete,
+    load_bundle,
+    no_network,
+    take_members,
+    write_bundle,
+)
 from ..runs.ensemble import load_members
 from ..runs.folders import find_run
 from ..runs.results import VIEWS
@@ -320,6 +326,8 @@ def explain_run(
     """
     folder = Path(folder)
     record = read_json(folder / "run.json")
+    if why := no_network(folder / "model"):
+        raise ConfigError(f"{folder} {why}: there is nothing to explain.")
     progress("finding the images")
     manifest = _manifest(record, data_dir)
     predictor = Predictor(load_bundle(_complete_bundle(folder, manifest), model))
