@@ -431,7 +431,7 @@ def test_every_metric_says_what_it_is():
     down = {m for m, spec in METRICS.items() if not spec.higher_is_better}
     assert down == {"log_loss", "brier", "calibration_error"}
     result = evaluate(make_predictions(CLASSES, 100, 1.0, 0), CLASSES, resamples=20)
-    assert result["schema"] == SCHEMA == 2
+    assert result["schema"] == SCHEMA == 3
     for scored in result["splits"].values():
         for name, cell in scored["metrics"].items():
             spec = METRICS[name]
