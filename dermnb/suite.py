@@ -16,6 +16,7 @@ from .core import ConfigError, project_root, unknown_name
 from .metrics.comparison import compare_all
 from .report.build import build_report
 from .report.sections import LEADERBOARD, drawn, grouped, judged, trials_apart
+from .runs.external import check_folders, external_rows, run_external
 from .runs.plan import Plan, plan_suite
 from .runs.results import RunResult, load_suite_runs
 from .runs.runner import Interrupted, run_suite
@@ -89,6 +90,16 @@ def _comparison_table(
     figures = ("value_a", "value_b", "difference", "low", "high", "p", "p_holm")
     return table.astype(dict.fromkeys(figures, float))
 
+# %% ../nbs/98_suite.ipynb #7a89df2f
+def _flat(row: dict) -> dict:
+    "A row of `external_rows` with a column a number."
+    found = {name: row[name] for name in ("run", "test", "metric")} | {"n": row["outside"]["n"]}
+    for name, said in (("outside", ""), ("own", ""), ("drop", "difference")):
+        ends = row[name] or {}
+        name = said or name
+        found |= {name: ends.get("value"), f"{name}_low": ends.get("low"), f"{name}_high": ends.get("high")}
+    return found
+
 # %% ../nbs/98_suite.ipynb #3cf87b47
 @dataclass(frozen=True)
 class Suite:
@@ -152,6 +163,7 @@ class Suite:
         Called again it goes on where it ended. Returns how each run ended: run, status (done,
         failed or stopped), seconds, error.
         """
+        check_folders(load_suite(self.path).external)
         asked = self.path, self.data_dir, self.profile, self.overrides, workers, self.reports
         more = {"build": build_report, "max_hours": max_hours, "trackers": trackers}
         try:
@@ -161,9 +173,16 @@ class Suite:
         except KeyboardInterrupt:  # before the first run, or while the report was built
             said = "interrupted: what is done is kept, and calling run again goes on."
             raise Interrupted(said) from None
+        tests, stopped = load_suite(self.path).external, False
         if any(state["status"] == "stopped" for state in states):
+            stopped = True
             how = "repeats every run, as force says" if force else "goes on from there"
             print(f"stopped before the end: calling run again {how}")
+        if tests and not stopped:
+            done = [self.folder / state["run"] for state in states if state["status"] == "done"]
+            for fault in run_external(done, tests, self.data_dir, skip=True):
+                print(fault)
+            build_report(self.folder)
         print(f"report: {page.resolve().as_uri()}")
         return pd.DataFrame(states, columns=["run", "status", "seconds", "error"])
 
@@ -190,6 +209,19 @@ class Suite:
         rule for all pairs. Repeats of a run are one recipe.
         """
         return _comparison_table(self._results(), metric, f"suite {self.folder.name}")
+
+    def external(self) -> pd.DataFrame:
+        """One row a finished run, external test and metric: here, on its own test images, difference.
+
+        Tests are those that the suite file names, and those of `dermnb test`.
+        """
+        rows = [row for run in self._results() if run.status == "done" for row in external_rows(run)]
+        if not rows:
+            raise ConfigError(
+                f"suite {self.folder.name} has no external tests: name them in the suite file as "
+                "external, or run dermnb test."
+            )
+        return pd.DataFrame([_flat(row) for row in rows])
 
     def report(
         self,

@@ -68,24 +68,27 @@ def test_hashes_find_every_copy_that_keeps_the_frame_and_nothing_else(collection
     assert grouped["lesion_id"].iloc[-1] == grouped["lesion_id"].iloc[5] == "found:gray"
 
 
-def test_agreement_knows_crops_and_tilts_from_other_lesions():
+def test_key_points_know_crops_and_tilts_from_other_lesions():
     def prepared(images):
         return registration.prepare_images(
             np.stack([hashes.miniature(i) for i in images]),
             [i.width / i.height for i in images],
         )
 
+    def score(images, others):
+        points = [[registration.find_keypoints(i) for i in v] for v in (images, others)]
+        found = [registration.match_keypoints(a, b) for a, b in zip(*points, strict=True)]
+        maps = np.stack([np.eye(3)[:2] if m is None else m for _, m in found])
+        agreement = registration.aligned_agreement(prepared(images), prepared(others), maps)
+        return duplicates.pair_score(np.array([c for c, _ in found]), agreement)
+
     first = [lesion(k) for k in range(12)]
     cropped = [i.crop((14, 8, 150, 110)) for i in first]
     tilted = [i.rotate(15).crop((30, 22, 130, 97)) for i in first]
-    agreement = registration.registered_agreement
     for copies in (cropped, tilted):
-        reached = agreement(prepared(first), prepared(copies))
-        assert np.median(reached) > duplicates.SAME_PHOTO
-    others = agreement(prepared(first), prepared(first[1:] + first[:1]))
-    assert others.max() < duplicates.SAME_LESION
-    swapped = agreement(prepared(cropped), prepared(first))
-    assert np.median(swapped) > duplicates.SAME_PHOTO
+        assert np.median(score(first, copies)) > duplicates.SAME_LESION
+        assert np.median(score(copies, first)) > duplicates.SAME_LESION
+    assert score(first, first[1:] + first[:1]).max() < duplicates.SAME_LESION
 
 
 def test_near_hashes_are_those_of_a_comparison_of_all():
@@ -108,9 +111,14 @@ def test_near_hashes_are_those_of_a_comparison_of_all():
 def test_near_vectors_between_two_sets_and_of_few():
     rng = np.random.default_rng(2)
     a, b = (rng.standard_normal((n, 8)).astype("float32") for n in (70, 50))
-    found = features.near_vectors(a, 20, b)
-    expected = np.sort((a @ b.T).ravel())[::-1][:20]
-    np.testing.assert_allclose(found["similarity"], expected, rtol=FLOAT32)
+    a, b = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (a, b))
+    a[3] = 0  # could not be read
+    found = features.near_vectors(a, 4, b)
+    assert len(found) == 4 * 50 and set(found["j"]) == set(range(50))
+    best = np.sort(a @ b.T, axis=0)[::-1][:4].ravel()
+    np.testing.assert_allclose(np.sort(found["similarity"]), np.sort(best), atol=4 * FLOAT32)
+    swapped = features.near_vectors(b, 4, a)
+    assert set(zip(swapped["j"], swapped["i"])) == set(zip(found["i"], found["j"]))
     assert features.near_vectors(a[:1], 5).empty
     assert features.near_vectors(a[:0], 5).empty
 
@@ -314,21 +322,39 @@ def test_a_pass_with_a_network_is_not_answered_by_what_hashes_found(
     assert looked == [b"one", b"two"]  # other weights are another question
 
 
-def test_network_finds_what_hashes_miss(collection):
-    prints = collection[1]
+def test_network_finds_what_hashes_miss_and_keeps_candidates(collection, tmp_path):
+    manifest, prints, _ = collection
+    cropped = lesion(7).rotate(25).crop((40, 30, 130, 97))
+    cropped.save(tmp_path / "cropped.png")
+    row = pd.DataFrame({"image_id": ["cropped"], "path": [str(tmp_path / "cropped.png")]})
+    more = pd.concat([prints, hashes.fingerprints(row, tmp_path)], ignore_index=True)
+    registration.store_keypoints(pd.concat([manifest, row]), more, tmp_path)
     rng = np.random.default_rng(0)  # they stand in for the network's
-    seen = rng.standard_normal((len(prints) + 1, features.FEATURES)).astype("float32")
+    seen = rng.standard_normal((len(more), features.FEATURES)).astype("float32")
     seen[-1] = seen[7] + 0.2 * seen[-1]
-    cropped = lesion(7).crop((14, 8, 150, 110))
-    small = hashes.miniature(cropped)
-    row = {"image_id": "cropped", "look": small.tobytes(), "aspect": 136 / 102}
-    row["hash"] = hashes.hash_bits(small).tobytes().hex()
-    more = pd.concat([prints, pd.DataFrame([row])], ignore_index=True)
     assert "cropped" not in set(duplicates.find_pairs(more)["b"])
-    pairs = duplicates.find_pairs(more, seen).set_index("b")
-    assert pairs.loc["cropped", "a"] == "lesion7"
     seen[3] = np.nan  # an image that could not be read
-    assert "cropped" in set(duplicates.find_pairs(more, seen)["b"])
+    pairs = duplicates.find_pairs(more, seen, cache=tmp_path, least=0)
+    found = pairs.set_index("b").loc[["cropped"]].iloc[0]
+    assert (found["a"], found["kind"] != duplicates.CANDIDATE) == ("lesion7", True)
+    # points of `lesion7` to points of the crop, in units of the longer sides
+    middle = np.reshape(found["affine"], (2, 3)) @ [0.5, 0.375, 1]
+    np.testing.assert_allclose(middle, [40 / 90, 30 / 90], atol=0.03)
+    below = pairs[pairs["kind"] == duplicates.CANDIDATE]
+    assert len(below) and below["score"].is_monotonic_decreasing
+    assert below["score"].max() < duplicates.SAME_LESION
+    again = duplicates.find_pairs(more, seen, cache=tmp_path)  # matches are kept
+    pd.testing.assert_frame_equal(again, pairs[pairs["kind"] != duplicates.CANDIDATE])
+
+
+def test_without_opencv_an_audit_says_what_it_did_not_do(collection, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    done = duplicates.audit_images(collection[0], tmp_path)
+    assert set(done.pairs["kind"]) == {"same bytes", "near duplicate"}
+    near = duplicates.find_pairs(collection[1]).attrs["unregistered"]
+    assert done.note == (f"{near} candidates were not registered: OpenCV is not installed" if near else "")
+    with pytest.raises(ConfigError, match="without OpenCV"):
+        duplicates.audit_images(collection[0], tmp_path, "network")
 
 
 def test_auditing_loads_no_framework():

@@ -1,6 +1,8 @@
 """Checks of explanations, on models and maps whose answers are known."""
 
+import os
 import shutil
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -11,7 +13,9 @@ from scipy import stats
 from tolerances import FLOAT32
 
 from dermnb.core import ConfigError, make_config, read_json
+from dermnb.data.datasets import load_dataset
 from dermnb.runs.ensemble import run_ensemble
+from dermnb.serve import explain
 from dermnb.serve.explain import explain_run
 from dermnb.serve.saliency import (
     _random_field,
@@ -242,9 +246,20 @@ def suite(demo_dir, tmp_path_factory):
     return folder
 
 
+def without_some(paths, size, method, whole=explain._masks):
+    masks, masked = whole(paths, size, method)
+    masks[:3], masked[:3] = True, False
+    return masks, masked
+
+
 @pytest.mark.parametrize("name", ["plain", "fused", "both"])
-def test_a_run_is_explained(suite, demo_dir, name):
+def test_a_run_is_explained(suite, demo_dir, name, monkeypatch):
+    if name == "fused":  # as if three images had no mask
+        monkeypatch.setattr(explain, "_masks", without_some)
     report = explain_run(suite / name, str(demo_dir), images=10)
+    masked = 7 if name == "fused" else 10
+    assert report["masked"] == report["inside"]["share"]["n"] == masked
+    assert {report["shortcuts"][v]["accuracy"]["n"] for v in ("plain", "covered")} == {masked}
     assert report == read_json(suite / name / "explain.json")
     assert report["n"] == 10 and report["masks"] == "dataset" and report["synthetic"]
     tested = pd.read_parquet(suite / name / "predictions.parquet").set_index("image_id")
@@ -302,3 +317,22 @@ def test_what_cannot_be_explained(suite, demo_dir, tmp_path):
     (tmp_path / "lost" / "model" / "model.keras").unlink()
     with pytest.raises(ConfigError, match="has lost its network"):
         explain_run(tmp_path / "lost", str(demo_dir))
+
+
+REAL = os.environ.get("DERMNB_REAL_DATA", Path(__file__).parents[2] / "shared" / "data")
+REAL = Path(REAL) / "ham10000"
+
+
+@pytest.mark.skipif(
+    not (REAL / "HAM10000_segmentations_lesion_tschandl.zip").is_file(),
+    reason=f"real masks are absent: set DERMNB_REAL_DATA (looked in {REAL})",
+)
+def test_every_image_of_ham10000_has_its_mask_and_two_have_no_border():
+    masks = load_dataset("ham10000", REAL).manifest.set_index("image_id")["mask"]
+    ids = masks.str.extract(r"/(ISIC_\d+)_segmentation\.png$")[0]
+    assert (ids == ids.index).all() and len(ids) == 10_015
+    filled = masks[["ISIC_0026042", "ISIC_0029819"]]
+    some = pd.concat([masks.drop(filled.index).sample(20, random_state=0), filled])
+    found, masked = explain._masks(some, 64, "crop")
+    assert masked.tolist() == [True] * 20 + [False] * 2
+    assert 0.05 < found[:20].mean() < 0.6

@@ -11,7 +11,7 @@ from dermnb.core import cache_dir, make_config
 from dermnb.data.images import make_batches
 from dermnb.nets import features
 from dermnb.nets.backbones import BACKBONES
-from dermnb.nets.features import FeatureStore, find_cut, lower_part, plan_features, upper_part
+from dermnb.nets.features import FeatureStore, find_cut, lower_part, plan_features, scaled_network, upper_part
 from dermnb.nets.finetune import Stage, set_trainable
 from dermnb.nets.models import build_classifier, set_batch_norm_momentum
 from dermnb.runs.prepare import prepare_data
@@ -70,6 +70,19 @@ def test_the_parts_are_the_network(name):
         # Sums in another order, and random layers that amplify the difference.
         assert np.abs(out - whole).max() < 1e4 * FLOAT32 * np.abs(whole).max(), what
     assert several, "no boundary through a block was tried"
+    set_trainable(network, BACKBONES[name], "all")
+    scaled, plain = scaled_network(network), network.get_weights()
+    assert np.abs(np.asarray(scaled(images)) - whole).max() < 1e4 * FLOAT32 * np.abs(whole).max()
+    assert sorted(map(id, scaled.trainable_weights)) == sorted(map(id, network.trainable_weights))
+    if name != "mobilenetv2":  # the others take long to trace
+        return
+    steps = []
+    for trained in (network, scaled):
+        network.set_weights(plain)
+        trained.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=False)
+        trained.fit(images, np.arange(8) % 3, verbose=0)
+        steps.append(np.concatenate([(a - b).ravel() for a, b in zip(network.get_weights(), plain, strict=True)]))
+    assert 0 < np.linalg.norm(steps[0] - steps[1]) < 1e4 * FLOAT32 * np.linalg.norm(steps[0])
     set_trainable(network, BACKBONES[name], "all", True)
     assert find_cut(network) == []
 

@@ -84,6 +84,7 @@ def moved(value):
         ({"insertion": moved(-0.1)}, "Insertion: worse than a random order"),
         ({"insertion": moved(0.02)}, "Insertion: not shown to beat a random order"),
         ({"lesions": 60}, "of 60 lesions, which is few"),
+        ({"masked": 118}, "2 images without a lesion mask"),
     ],
 )  # fmt: skip
 def test_what_a_map_is_said_to_show(tmp_path, numbers, said):

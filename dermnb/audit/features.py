@@ -158,37 +158,32 @@ def whiten(
     return directions(features), directions(both[len(features) :])
 
 # %% ../../nbs/audit/02_features.ipynb #18bd8765
-def _best(parts: list[tuple], most: int) -> tuple:
-    "The most similar of some pairs i, j, s, in order."
-    i, j, s = (np.concatenate(v) for v in zip(*parts, strict=True))
-    order = np.lexsort((j, i, -s))[:most]
-    return i[order], j[order], s[order]
-
-
 def near_vectors(
     vectors: np.ndarray,  # float32 (n, d), rows of length 1 or 0
-    most: int,  # pairs to return
+    each: int,  # pairs of each image
     other: np.ndarray | None = None,  # (m, d): pairs between the two sets
-    least: float = 0.0,  # similarity below which no pair is returned
 ) -> pd.DataFrame:  # i, j positions, similarity, the most similar first
-    "The most similar pairs by cosine; i < j where there is one set."
-    theirs = vectors if other is None else other
-    found, count, high, wide = [], 0, 2048, 8192
-    for top in range(0, len(vectors), high):
-        mine = vectors[top : top + high]
-        for left in range(top if other is None else 0, len(theirs), wide):
-            product = mine @ theirs[left : left + wide].T
-            at = np.flatnonzero(product.ravel() > least)
-            s = product.ravel()[at]
-            i, j = np.divmod(at, product.shape[1])
-            i, j = i + top, j + left
-            if other is None:
-                later = i < j
-                i, j, s = i[later], j[later], s[later]
-            found.append((i, j, s))
-            count += len(s)
-            if count > 2 * most + 1_000_000:
-                found = [_best(found, most)]
-                count, least = most, max(least, float(found[0][2][-1]))
-    i, j, s = _best(found, most) if found else np.empty((3, 0))
-    return pd.DataFrame({"i": i.astype(int), "j": j.astype(int), "similarity": s})
+    """For each image the most similar ones by cosine; i < j where there is one set.
+
+    Of two sets, each image of the smaller one is asked for. Rows of length 0 have no pairs.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    sets = [vectors, vectors if other is None else other]
+    small = int(len(sets[1]) < len(sets[0]))
+    mine, theirs = sets[small], sets[1 - small]
+    rows, among = (np.flatnonzero(v.any(axis=1)) for v in (mine, theirs))
+    k = min(each + (other is None), len(among))
+    if not len(rows) or not k:
+        return pd.DataFrame({"i": [], "j": [], "similarity": []}).astype({"i": int, "j": int})
+    asked = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(theirs[among])
+    far, at = asked.kneighbors(mine[rows])
+    i, j = np.repeat(rows, k), among[at.ravel()]
+    i, j = (j, i) if small else (i, j)
+    if other is None:
+        i, j = np.minimum(i, j), np.maximum(i, j)
+    table = pd.DataFrame({"i": i, "j": j, "similarity": 1 - far.ravel() ** 2 / 2})
+    if other is None:
+        table = table[table["i"] < table["j"]]
+    table = table.sort_values(["similarity", "i", "j"], ascending=[False, True, True], kind="stable")
+    return table.drop_duplicates(["i", "j"]).reset_index(drop=True)

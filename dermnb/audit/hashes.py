@@ -25,7 +25,7 @@ from scipy.fft import dctn
 
 from ..core import ConfigError, only_one, progress
 from ..data.decoding import file_name, open_picture
-from ..data.files import on_disk, read_image_bytes
+from ..data.files import PACKED, on_disk, read_image_bytes
 
 # %% ../../nbs/audit/00_hashes.ipynb #d1a7370b
 SIDE = 64  # pixels, both sides of the gray miniature
@@ -193,9 +193,10 @@ def open_store(
     folder: str | Path,  # made if absent
     table: str = "prints",
     columns: str = "stamp TEXT PRIMARY KEY, bytes TEXT, pixels TEXT, hash TEXT, look BLOB, aspect REAL",
+    name: str = STORE,  # of the file
 ) -> Iterator[sqlite3.Connection]:
     "The database of fingerprints in a folder; `ConfigError` where it cannot be kept there."
-    path = Path(folder) / STORE
+    path = Path(folder) / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if _is_damaged(path):
@@ -203,7 +204,7 @@ def open_store(
                 if _is_damaged(path):  # no other run has removed it meanwhile
                     warnings.warn(f"{path} is damaged: the images are compared anew", stacklevel=3)
                     path.unlink()
-                    path.with_name(f"{STORE}-journal").unlink(missing_ok=True)
+                    path.with_name(f"{name}-journal").unlink(missing_ok=True)
         with contextlib.closing(sqlite3.connect(path, timeout=120)) as store:
             store.execute(
                 f"CREATE TABLE IF NOT EXISTS {table} ({columns}, checksum INTEGER) WITHOUT ROWID"
@@ -257,7 +258,7 @@ def stored_rows(
 def _stamp(path: str, stats: dict) -> str:
     "What tells whether a file is still the same; empty if it may yet change."
     file, _, member = path.rpartition("::")
-    if not file.lower().endswith(".zip"):
+    if not file.lower().endswith(PACKED):
         file, member = path, ""
     if file not in stats:
         try:

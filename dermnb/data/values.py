@@ -182,7 +182,12 @@ _BETWEEN = ("and", "to", "or", "bis", "und", "type", "typ")
 _TONES = {*map(str, range(1, 11)), "12", "34", "56"}
 
 # %% ../../nbs/data/00_values.ipynb #e3afd7a4
+_MILK = re.compile(r"milk (?:tone )?([0-5])")  # from very dark to very light
+
+
 def _tone(text: str) -> str | None:
+    if milk := _MILK.fullmatch(_plain(text)):
+        return f"milk {milk[1]}"
     word = re.sub(
         r"^(fitzpatrick|monk|mst|fst|skin|tone|type|typ|\s|\W)+", "", _plain(text)
     )

@@ -35,7 +35,7 @@ from dermnb.nets.checkpoints import (
     put_arrays,
 )
 from .device import NOT_ASKED, OnDevice, divisible, why_not
-from .features import FeatureBatches, find_cut, fused_graphs, plan_features
+from .features import FeatureBatches, find_cut, fused_graphs, plan_features, scaled_network
 
 # %% ../../nbs/nets/08_finetune.ipynb #69f9bed7
 DECAYS = ("constant", "cosine", "plateau")
@@ -607,7 +607,7 @@ def fit_stages(
     for number, stage in enumerate(stages):
         set_trainable(model, spec, stage.train, stage.train_batch_norm)
         upper = reuse.feed(number) if reuse and number >= keeper.first else None
-        trained, train_now, val_now = upper or (model, train, val)
+        trained, train_now, val_now = upper or (scaled_network(model), train, val)
         steps, whole_epochs = len(train), on_device is not None and upper is None
         if whole_epochs:
             train_now, val_now, steps = on_device.train, on_device.val, on_device.train.steps
@@ -624,7 +624,7 @@ def fit_stages(
         if keeper.begin(number, trained):
             begin = len(watch.rows) - len(watch.left.done)
             keeper.others = _stage_callbacks(stage, begin)
-            small = upper is not None and len(trained.layers) <= 100  # its graph is soon optimized
+            small = trained is not model and len(trained.layers) <= 120  # its graph is soon optimized
             with _frozen_dropout_off(model, spec, stage.train), fused_graphs() if small else nullcontext():
                 if whole_epochs:
                     on_device.attach(trained, beside)
@@ -669,4 +669,3 @@ def _features(model, spec, stages, train, val, config, keeper):
 
 def _fed(batches):
     return batches.feed() if isinstance(batches, FeatureBatches) else batches
-

@@ -7,6 +7,7 @@ __all__ = ['OTHER_SHARES', 'calibration', 'unlike_splits', 'calibration_blocks']
 
 # %% ../../nbs/report/09_calibration.ipynb #10068da7
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pandas as pd
 
@@ -171,7 +172,10 @@ def calibration_blocks(page: Page, found: Mapping) -> list:
         return blocks
     if page.one:
         blocks.append(_reliability(page, runs[0]))
-    blocks += [_table(page, found["rows"]), _risk_plot(page, found)]
+    fits = any(r.calibration.decision.n for r in runs)
+    blocks += [_table(page, found["rows"], fits), _risk_plot(page, found)]
+    if not fits:
+        return blocks
     if found["classes"]:
         blocks.append(_class_table(page, found["classes"]))
     fitted = "Fitted on validation images" + (", so figures of that split are optimistic" if page.one else "")
@@ -182,7 +186,7 @@ def calibration_blocks(page: Page, found: Mapping) -> list:
 _QUANTILES = "share; 15 bins of equally many images; less is better"
 
 
-def _table(page: Page, rows: Sequence[Mapping]) -> Table:
+def _table(page: Page, rows: Sequence[Mapping], fits: bool) -> Table:
     columns = {
         "run": Column("Split" if page.one else "Run"),
         "temperature": Column("Temperature", DECIMAL, "what logits are divided by; above 1: overconfident"),
@@ -197,6 +201,10 @@ def _table(page: Page, rows: Sequence[Mapping]) -> Table:
         "single": Column("Sets of one class", ESTIMATE),
         "n": Column("n", SIZE),
     }
+    if not fits:  # before and after are the same, and a set is all classes
+        kept = {k.removesuffix("_before"): c for k, c in columns.items() if k.endswith("_before")}
+        columns = {"run": columns["run"]} | {f"{k}_before": replace(c, title=c.title.removesuffix(" before")) for k, c in kept.items()} | {"n": columns["n"]}
+        return (turned if page.one else table)(rows, columns, f"Calibration, uncalibrated, with {page.level:.0%} intervals.")
     if page.one:  # two splits, side by side
         return turned(rows, columns, f"Calibration and prediction sets, with {page.level:.0%} intervals.")
     columns = {k: c for k, c in columns.items() if not k.startswith("brier") and k != "single"}
@@ -273,17 +281,18 @@ def _class_table(page: Page, rows: Sequence[Mapping]) -> Table:
 def _reliability(page: Page, run: RunResult) -> Plot:
     said, where = run.calibration.summary["splits"][run.split], SPLIT_TITLES[run.split].lower()
     error = said["calibration_error"]
+    stages = {s: t for s, t in STAGE_TITLES.items() if s == "before" or run.calibration.decision.n}  # or both are one
     alt = "; ".join(
         f"{title}: calibration error {number(error[s]['value'])}; exact probabilities would have about {number(error['by_chance'][s])}"
-        for s, title in STAGE_TITLES.items()
+        for s, title in stages.items()
     )
     rows = [
         {"stage": title, "bin": i, "n": b["n"], "confidence": b["confidence"], "accuracy": b["accuracy"]}
-        for s, title in STAGE_TITLES.items()
+        for s, title in stages.items()
         for i, b in enumerate(said["reliability"][s], 1)
     ]
     columns = {"stage": "Probabilities", "bin": Column("Bin", COUNT), "n": Column("Images", COUNT)}
     columns |= {"confidence": Column("Mean confidence", SHARE), "accuracy": Column("Accuracy", ESTIMATE)}
     shown = table(rows, columns, f"Confidence and accuracy in bins of equally many images, {where} split.")
-    figure = reliability_figure(said["reliability"], run.name, where, page.level, page.note)
+    figure = reliability_figure({s: said["reliability"][s] for s in stages}, run.name, where, page.level, page.note)
     return plot(figure, "reliability", f"{alt}.", shown)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PAIRED', 'RULES', 'claims', 'claims_blocks', 'leaderboard', 'absent_classes', 'interval_note', 'leaderboard_blocks',
            'pairwise', 'pairwise_blocks', 'paired', 'paired_blocks', 'repeats', 'repeats_blocks', 'ensembles',
-           'ensembles_blocks', 'two_classes', 'two_classes_blocks', 'search', 'setting', 'search_blocks']
+           'ensembles_blocks', 'readers', 'readers_blocks', 'two_classes', 'two_classes_blocks', 'search', 'setting',
+           'search_blocks']
 
 # %% ../../nbs/report/05_comparison.ipynb #4eafc4e4
 import json
@@ -523,6 +524,35 @@ def ensembles_blocks(page: Page, rows: Sequence[Mapping]) -> list:
     if page.one:
         columns = {k: c for k, c in columns.items() if k != "score"}
     return [table(rows, columns, f"Members of each ensemble, {page.where} split.")]
+
+# %% ../../nbs/report/05_comparison.ipynb #19fce26b
+def readers(page: Page) -> list[dict] | None:
+    "A row for each reader, for all together, and for the runs on the same images; None without readers."
+    rows, names = [], ("accuracy", "balanced_accuracy", "sensitivity", "specificity")
+
+    def measured(run):
+        found = run.reported["metrics"] | run.reported.get("binary", {}).get("metrics", {})
+        return {m: found[m] for m in names if m in found} | {"n": size_of(run)}
+
+    for run in (r for r in page.done if r.get("peer", "readers", default=())):
+        each = run.get("peer", "readers")
+        for row in each:
+            found = {m: row[m] for m in names if m in row} | {"n": (row["n"], row["lesions"])}
+            rows.append({"run": Cell(row["reader"], num=False, sub=f"reader of {run.name}"), "readers": len(each)} | found)
+        others = [r for r in page.ranked if r is not run and r.test_key == run.test_key and not r.get("peer", "readers")]
+        rows.append({"run": page.name(run, run.get("model", "title", default=""))} | measured(run))
+        rows += [{"run": page.name(r)} | measured(r) for r in others]
+    return rows or None
+
+
+def readers_blocks(page: Page, rows: Sequence[Mapping]) -> list:
+    columns = {"run": Column("Reader or run"), "accuracy": Column("Accuracy", ESTIMATE)}
+    columns |= {"balanced_accuracy": Column("Balanced accuracy", ESTIMATE)}
+    columns |= {m: Column(BINARY_METRICS[m].title, ESTIMATE) for m in ("sensitivity", "specificity") if any(m in r for r in rows)}
+    columns |= {"n": Column("n", SIZE)}
+    apart = len({r["n"] for r in rows}) > 1
+    note = "A reader is measured on the images that he or she read; figures on other images are no fair comparison." if apart else "All are measured on the same images."
+    return [table(rows, columns, f"Each reader, all together, and runs on the same images, {page.where} split."), Text(note, muted=True)]
 
 # %% ../../nbs/report/05_comparison.ipynb #05035d3f
 def two_classes(page: Page) -> dict | None:

@@ -55,7 +55,10 @@ def errors_blocks(page: Page, found: Mapping) -> list:
     few = f" Too rare to be judged: {listing(doubts['few'])}." if doubts["few"] else ""
     of = "" if page.one else f"{run.group or run.name}: "
     blocks.insert(0, Text(f"{of}{doubts['summary']}{few}"))
-    return [*blocks, *_doubt_tables(doubts), Text(" ".join(doubts["notes"]), muted=True)]
+    notes = " ".join(doubts["notes"])
+    if run.get("peer"):  # of which it is not known
+        notes = notes.replace(" that the network was not fitted on", "")
+    return [*blocks, *_doubt_tables(doubts), Text(notes, muted=True)]
 
 # %% ../../nbs/report/11_errors.ipynb #50bc5468
 def _doubt_tables(doubts: Mapping) -> list:

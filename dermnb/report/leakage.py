@@ -123,15 +123,17 @@ AUDIT_TITLES = {
 }
 
 
-def leakage_audit(page: Page) -> list[dict]:
-    "A record for each group of runs that share it, as `run.json` has it."
+def leakage_audit(page: Page) -> list[dict] | None:
+    "A record for each group of runs that share it, as `run.json` has it; None of tables alone."
     groups: dict[str, list[RunResult]] = {}
     for run in page.done:
+        if run.get("peer") and not run.get("audit"):
+            continue  # its labels are a table, without images to compare
         record = run.get("audit", default={})
         if isinstance(record, Mapping):
             record = {k: v for k, v in record.items() if k != "seconds"}
         groups.setdefault(json.dumps(record, sort_keys=True, default=str), []).append(run)
-    return [{"runs": g, "record": g[0].get("audit", default={}), "named": len(groups) > 1} for g in groups.values()]
+    return [{"runs": g, "record": g[0].get("audit", default={}), "named": len(groups) > 1} for g in groups.values()] or None
 
 
 def leakage_audit_blocks(page: Page, found: Sequence[Mapping]) -> list:
@@ -151,7 +153,8 @@ def _audit(page: Page, record: Mapping, many: bool) -> list:
         text = f"{'These runs were' if many else 'This run was'} made before runs were audited. To audit afterwards: "
         return [Text(command(text, "dermnb audit RUN_FOLDER"))]
     if record["method"] == "none":
-        return [Text("No audit was asked for: duplicates were not looked for.")]
+        none = "No audit was asked for: duplicates were not looked for."
+        return [Text(" ".join([none, *_judged_sentences(record)]))]
     tables = {
         key: {str(k): int(n) for k, n in (record.get(key) or {}).items()}
         for key in ("pairs", "new_pairs", "leaks", "two_labels")
@@ -185,6 +188,7 @@ def _audit_sentences(record: Mapping, tables: Mapping[str, Mapping]) -> list[str
         if pairs
         else "No duplicates were found."
     )
+    lines += _judged_sentences(record)
     joined, groups = (int(record.get(k) or 0) for k in ("images_joined", "groups_joined"))
     if joined:
         end = (
@@ -197,19 +201,42 @@ def _audit_sentences(record: Mapping, tables: Mapping[str, Mapping]) -> list[str
         lines.append(f"{plural(joined, 'image')} were grouped into {plural(groups, 'lesion')}{end}.")
     refused, across = int(record.get("chains_refused") or 0), record.get("refused_across")
     if refused:
+        apart = ", or would unite what a reader called different," if record.get("judged", {}).get("different") else ""
         of = (
             "whether splits share them was not recorded"
             if across is None
             else f"{int(across) or 'none'} of them across splits"
         )
         lines.append(
-            f"{plural(refused, 'further pair looks', 'further pairs look')} alike only through a chain and {'was' if refused == 1 else 'were'} not grouped; {of}."
+            f"{plural(refused, 'further pair looks', 'further pairs look')} alike only through a chain{apart} and {'was' if refused == 1 else 'were'} not grouped; {of}."
         )
     if leaks:
         lines.append(f"The audit found {found_words(leaks)}.")
     elif not across:
         lines.append("No pair lies in different splits.")
     lines += [f"{plural(sum(two.values()), 'pair has', 'pairs have')} two labels."] if two else []
+    return lines
+
+# %% ../../nbs/report/06_leakage.ipynb #4fd2927c
+def _judged_sentences(record: Mapping) -> list[str]:
+    "What readers said of pairs of images, and in which file."
+    if not (judged := record.get("judged")):
+        return []
+    said = {k: int(judged.get(k) or 0) for k in ("same", "different", "unsure")}
+    many, readers = sum(said.values()), int(judged["readers"])
+    verdicts = f"{said['same']:,} the same lesion, {said['different']:,} different, {said['unsure']:,} unsure"
+    lines = [
+        f"{plural(many, 'pair was', 'pairs were')} judged by {'one reader' if readers == 1 else f'{readers:,} readers'} "
+        f"({judged['file']}, SHA-256 {str(judged['sha256'])[:12]}): {verdicts}."
+    ]
+    if n := int(judged.get("disagreed") or 0):
+        lines.append(f"On {n:,} of them readers disagree; {'it counts' if n == 1 else 'they count'} as unsure.")
+    if n := int(judged.get("absent") or 0):
+        lines.append(f"{n:,} of them {'names' if n == 1 else 'name'} images that are not in the dataset.")
+    if n := int(judged.get("one_all_the_same") or 0):
+        lines.append(
+            f"{plural(n, 'pair', 'pairs')} judged different {'is' if n == 1 else 'are'} one lesion all the same, by lesion IDs, equal images or other verdicts."
+        )
     return lines
 
 # %% ../../nbs/report/06_leakage.ipynb #369657ba

@@ -37,6 +37,7 @@ from dermnb.report.blocks import (
 from .checklist import GUIDELINES, STATUSES, checklist
 from .figures import COSTS, SPLIT_TITLES, cost_figure
 from .sections import FEW_TESTED, Page, shown_name
+from ..runs.external import external_results
 from dermnb.runs.results import (
     RunResult,
     data_key,
@@ -46,10 +47,10 @@ from dermnb.runs.results import (
 )
 
 # %% ../../nbs/report/13_records.ipynb #1adb663e
-def cost(page: Page) -> list[dict]:
-    "Size of each network, and what its run took."
+def cost(page: Page) -> list[dict] | None:
+    "Size of each network, and what its run took; None of tables of predictions alone."
     rows = []
-    for run in page.done:
+    for run in (r for r in page.done if not r.get("peer")):
         model, seconds, epochs = run.get("model", default={}), run.get("timing", default={}), len(run.history)
         train = seconds.get("train_s")
         each = seconds.get("epoch_s") or (train / epochs if train and epochs else None)
@@ -64,7 +65,7 @@ def cost(page: Page) -> list[dict]:
                 "name": shown_name(run),
             }
         )
-    return rows
+    return rows or None
 
 # %% ../../nbs/report/13_records.ipynb #1b46ea5a
 def cost_blocks(page: Page, rows: Sequence[Mapping]) -> list:
@@ -82,6 +83,8 @@ def cost_blocks(page: Page, rows: Sequence[Mapping]) -> list:
     }
     shown = table(rows, columns, "Size of each network, and what its run took.")
     notes = ["Times are wall-clock and memory is of the whole process: compare them only between runs of one machine."]
+    if tables := [r.name for r in page.done if r.get("peer")]:
+        notes.append(f"What the predictions of {listing(tables)} cost is not known.")
     notes += [] if any(r["flops"] for r in rows) else ["No FLOPs were counted in these runs."]
     plots = []
     for key in COSTS if not page.one else ():
@@ -123,6 +126,8 @@ def _setting(value) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {forget_paths(str(v))}" for k, v in value.items()) or "none"
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return forget_paths(str(value)) or "none"
@@ -362,7 +367,8 @@ def limitations(page: Page) -> list[str]:
         lines.append("Runs without results are not part of any figure.")
     lines += [
         "Intervals resample test lesions. They do not cover another seed, split or training set, nor the choice among runs.",
-        f"Validation images guided the training{chose}; settings that a person chose after seeing test figures make those optimistic too.",
+        *([f"Validation images guided the training{chose}; settings that a person chose after seeing test figures make those optimistic too."] if any(not r.get("peer") for r in page.done) else []),
+        *(["By which images the makers of a table of predictions trained and chose is not known here; if these test images were among them, its figures are optimistic."] if any(r.get("peer") for r in page.done) else []),
         *_apart(page.done),
         "Other cameras, clinics, ages and skin tones than those of this dataset are not tested.",
         "Nothing here is evidence for use on patients.",
@@ -396,13 +402,14 @@ def limitations_blocks(page: Page, lines: Sequence[str]) -> list:
     return [Items(lines)]
 
 # %% ../../nbs/report/13_records.ipynb #7539a16d
-def reporting(page: Page) -> list[dict]:
-    "The items of the checklists and what the records answer."
-    runs = page.ranked
+def reporting(page: Page) -> list[dict] | None:
+    "The items of the checklists and what the records answer; None of tables of predictions alone."
+    runs = [r for r in page.ranked if not r.get("peer")]
+    if not runs:
+        return None
     explained = any(r.explanation and "error" not in r.explanation for r in runs)
-    return checklist(
-        [r.record for r in runs], [r.metrics for r in runs], page.suite or None, runs[0].subgroups, explained
-    )
+    records = [{**r.record, "external": [t.title for t in external_results(r)[0]]} for r in runs]
+    return checklist(records, [r.metrics for r in runs], page.suite or None, runs[0].subgroups, explained)
 
 
 def reporting_blocks(page: Page, rows: Sequence[Mapping]) -> list:
@@ -417,4 +424,6 @@ def reporting_blocks(page: Page, rows: Sequence[Mapping]) -> list:
         columns = {"item": "Item", "asked": columns["asked"], "where": "Section"}
         tables.append(table(told, columns, "What is reported, and where on this page."))
     text = f"Of {len(rows)} questions that cover the items of {names}: {said}. A checklist says what was reported, not that it was done well."
+    if tables_only := [r.name for r in page.done if r.get("peer")]:
+        text += f" It is asked of the runs that were made here; what the makers of {listing(tables_only)} report is not known."
     return [Text(text), Fold("The items", tables)]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from ..core import ConfigError, listing
+from ..core import ConfigError, listing, plural
 from dermnb.report.blocks import (
     COUNT,
     DIFFERENCE,
@@ -121,14 +121,21 @@ def _limits(e: Mapping) -> str:
             if e["masks"] == "dataset"
             else "There are no lesion masks: a central ellipse stands for the lesion."
         )
+        if e["masks"] == "dataset" and (without := e["n"] - e["masked"]):
+            lines.append(
+                f"{plural(without, 'image')} without a lesion mask, or with one that fills the image, "
+                f"{'is' if without == 1 else 'are'} left out of what is measured inside and outside of lesions."
+            )
     return " ".join(lines)
 
 # %% ../../nbs/report/12_saliency.ipynb #79f0b83f
-def saliency(page: Page) -> dict:
-    "The explained runs with their explain.json, and those that are not."
+def saliency(page: Page) -> dict | None:
+    "The explained runs with their explain.json, and those that are not; None without a network."
+    if all(r.get("peer") or r.get("ensemble", "without_network") for r in page.done):
+        return None
     read = {r.name: r.explanation for r in page.done if r.explanation and "error" not in r.explanation}
     runs = [r for r in page.ranked if r.name in read]
-    return {"runs": runs, "read": read, "lost": [r for r in page.done if r.name not in read]}
+    return {"runs": runs, "read": read, "lost": [r for r in page.done if r.name not in read and not (r.get("peer") or r.get("ensemble", "without_network"))]}
 
 # %% ../../nbs/report/12_saliency.ipynb #c12953f1
 def saliency_blocks(page: Page, found: Mapping) -> list:

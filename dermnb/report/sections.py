@@ -6,7 +6,7 @@
 __all__ = ['FEW_TESTED', 'LEADERBOARD', 'LEAK_MARK', 'LEAK_TITLE', 'ranked', 'judged', 'grouped', 'group_score', 'best_of',
            'members_of', 'same_test', 'measured_on', 'size_text', 'trial_order', 'trials_apart', 'shown_name', 'Page',
            'drawn', 'size_of', 'split_columns', 'Section', 'blocks_of', 'leak_text', 'leak_head', 'found_words',
-           'found_text', 'ended_text', 'notices']
+           'found_text', 'ended_text', 'peer_texts', 'notices']
 
 # %% ../../nbs/report/03_sections.ipynb #6a7b37be
 import math
@@ -281,6 +281,24 @@ def ended_text(run: RunResult) -> str:
         return ""
     return f"A trial that ended early, after epoch {ended['epoch']} of {ended['of']}: {ended['reason']}."
 
+# %% ../../nbs/report/03_sections.ipynb #90ec216d
+_ELSEWHERE = (
+    "Predictions made elsewhere: it is not known what they were learned from, and so not whether test images were among it. "
+    "Without the network there is no saliency, bundle, export or model card."
+)
+_PEOPLE = "Answers of readers: there is no network, and so no saliency, bundle, export or model card."
+
+
+def peer_texts(run: RunResult) -> list[str]:
+    "What is to be known of predictions that were made elsewhere, and of what combines them; nothing of others."
+    if peer := run.get("peer", default={}):
+        said = [f"Read from {peer['file']}: {'; '.join(peer['notes'])}."] if peer["notes"] else []
+        return [*said, _PEOPLE if peer["readers"] else _ELSEWHERE]
+    if tables := run.get("ensemble", "without_network", default=()):
+        only = "" if "val" in run.splits else ", and is measured on test images only, as there are no others that all predict"
+        return [f"It combines predictions made elsewhere ({listing(tables)}), so there is no network to ask{only}."]
+    return []
+
 # %% ../../nbs/report/03_sections.ipynb #156772de
 def notices(
     runs: Sequence[RunResult],  # done
@@ -289,7 +307,7 @@ def notices(
     said: dict[str, list[str]] = {}
     for run in runs:
         unsound = run.unsound and f"{run.no_predictions} Its figures cannot be checked."
-        for text in (run.note, found_text(run), unsound, ended_text(run)):
+        for text in (run.note, found_text(run), unsound, ended_text(run), *peer_texts(run)):
             if text:
                 said.setdefault(text, []).append(run.name)
     return [("" if len(names) == len(runs) else listing(names), t) for t, names in said.items()]

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +56,12 @@ class Member:
         "Class codes, in the order of the probabilities."
         return list(self.record["classes"])
 
+    @property
+    def has_network(self) -> bool:
+        "Whether new images can be asked of it; not of a table of predictions, or of its ensemble."
+        ensemble = self.record.get("ensemble") or {}
+        return not (self.record.get("peer") or ensemble.get("without_network"))
+
     def probabilities(self, split: str = "") -> np.ndarray:
         "Probabilities (n, k) of the images in `split`; empty: of all."
         table = self.predictions
@@ -86,21 +92,33 @@ def load_members(
         table = pd.read_parquet(folder / "predictions.parquet")
         table = check_predictions(table, record["classes"])
         table["image_id"] = table["image_id"].astype(str)
-        if members:
-            table = _align(name, record, table, members[0])
         members.append(Member(name, folder, record, metrics, table))
-    return members
+    first, *others = _in_common(members)
+    return [first, *(_align(m, first) for m in others)]
+
+
+def _in_common(members: Sequence[Member]) -> list[Member]:
+    "The members without a split that a table of predictions among them does not have."
+    if not any(m.record.get("peer") for m in members):
+        return list(members)
+    common = set.intersection(*(set(m.predictions["split"]) for m in members))
+    return [
+        replace(m, predictions=m.predictions[m.predictions["split"].isin(common)].reset_index(drop=True))
+        for m in members
+    ]
 
 # %% ../../nbs/runs/06_ensemble.ipynb #ed3860cd
-def _align(name: str, record: dict, table: pd.DataFrame, first: Member) -> pd.DataFrame:
+def _align(member: Member, first: Member) -> Member:
+    name, table = member.name, member.predictions
+
     def refuse(what: str):
         pair = f"runs {first.name!r} and {name!r}"
         return ConfigError(f"{pair} cannot be combined: {what}.")
 
-    if list(record["classes"]) != first.classes:
+    if member.classes != first.classes:
         raise refuse(
             f"the classes of the first are {', '.join(first.classes)}, those of the "
-            f"second {', '.join(record['classes'])}"
+            f"second {', '.join(member.classes)}"
         )
     mine, other = first.predictions, table.set_index("image_id", drop=False)
     images = pd.Index(mine["image_id"])
@@ -120,7 +138,7 @@ def _align(name: str, record: dict, table: pd.DataFrame, first: Member) -> pd.Da
                 f"they differ in the {what} of {differ.sum()} images (image "
                 f"{images[row]!r}: {mine[column][row]} and {other[column][row]})"
             )
-    return other
+    return replace(member, predictions=other)
 
 # %% ../../nbs/runs/06_ensemble.ipynb #b26527f6
 def _rank_probabilities(
@@ -300,14 +318,17 @@ def save_ensemble(
         "combine": config.combine,
         "members": [{"run": m.name, "weight": float(w)} for m, w in shares],
         "classes": first.classes,
+        # Of a table of predictions there is no network to ask, nor of what it is a part of.
+        "without_network": [m.name for m in members if not m.has_network],
     }
     write_json(folder / "model" / "ensemble.json", ensemble)
-    references = None
-    if config.combine == "rank":
-        references = {m.name: m.probabilities("val") for m in members}
-    take_members(folder / "model", {m.name: m.folder for m in members}, references)
     record = _ensemble_record(config, members, ensemble, positive, evaluated, started)
-    write_bundle(folder / "model", record, metrics, predictions)
+    if not ensemble["without_network"]:
+        references = None
+        if config.combine == "rank":
+            references = {m.name: m.probabilities("val") for m in members}
+        take_members(folder / "model", {m.name: m.folder for m in members}, references)
+        write_bundle(folder / "model", record, metrics, predictions)
     write_json(folder / "run.json", record)
     return metrics
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from dermnb.core import (
-    ENSEMBLE_FIELDS,
     GREETINGS,
     ConfigError,
     ExperimentConfig,
@@ -188,7 +187,7 @@ def _execute_notebook(config, part: Path, env: dict, state: dict, notebook: str,
     env = env | {"DERMNB_PROGRESS": str(here / "progress.json"), "DERMNB_CHECKPOINT": str(here)}
     if config.data_dir:
         env["DERMNB_DATA_DIR"] = str(Path(cwd, config.data_dir).resolve())
-    fields = set(ENSEMBLE_FIELDS) if config.members else None
+    fields = set(config.deciding)
     with (part / "log.txt").open("a", encoding="utf-8", errors="backslashreplace") as log:
         said = None if os.environ.get("DERMNB_VERBOSE") else log
         papermill.execute_notebook(

@@ -433,7 +433,8 @@ def _write_masks(pack: _Pack, data, base: str) -> dict[str, str]:
     key = prepared_key(data.config, base)
     asked = [c for c in pack.trained if c.explain and prepared_key(c.data, c.base) == key]
     rows = data.manifest.iloc[data.positions("test")]
-    if not asked or rows["mask"].isna().any():
+    rows = rows[rows["mask"].notna()]
+    if not asked or rows.empty:
         return {}
     name, config = f"images/masks-{key}.zip", data.config
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -511,7 +512,7 @@ def _named_files(pack: _Pack) -> Iterable[str]:
     for config in pack.trained:
         weights = own_weights(config)
         weights = "" if weights in ("imagenet", "none") else weights
-        for what, name in (("weights", weights), ("test_list", config.test_list), ("taxonomy", config.taxonomy)):
+        for what, name in (("weights", weights), ("test_list", config.test_list), ("pairs", config.pairs), ("taxonomy", config.taxonomy)):
             if not name or (what == "taxonomy" and not Path(name).is_file()):
                 continue
             if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -581,6 +582,8 @@ def _check_plan(plan: list[PlannedRun], suite, profile: str, where: str) -> None
     if search_of(suite, profile):
         raise ConfigError(f"{where}: a search cannot be packed: pack a suite with what it chose.")
     for planned in plan:
+        if planned.config.peer:
+            raise ConfigError(f"{where}: {planned.config.run} reads a table of predictions, and a pack is for what is trained: skip it in profile {profile or 'gpu'}, and run it here.")
         for parent in planned.parents:
             if parent not in names:
                 raise ConfigError(f"{where}: {planned.config.run} builds on {parent}, which is no run of this suite: a pack holds no finished runs, so add that run to the suite.")

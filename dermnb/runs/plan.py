@@ -36,7 +36,7 @@ from dermnb.core import (
     read_json,
 )
 from ..data.datasets import DATASETS
-from ..data.files import IMAGE_ENDINGS
+from ..data.files import IMAGE_ENDINGS, count_members
 from ..data.images import check_framework, stored_paths
 from ..data.taxonomies import load_taxonomy
 from ..nets.backbones import BACKBONES
@@ -161,7 +161,7 @@ def _look(planned: PlannedRun, suite_dir: Path, before: dict[str, _Row], force: 
         return row
     row.state = "repeated" if there else "to do"
     row.epochs, said = 0, ""
-    if not config.members and not force:  # which starts at the first epoch
+    if config.trains and not force:  # which starts at the first epoch
         row.epochs, said = _checkpoint(part, _key(planned, suite_dir))
     if row.epochs:
         row.state = f"goes on at epoch {row.epochs + 1}"
@@ -215,7 +215,7 @@ def _keeps(config: ExperimentConfig) -> bool:
     "Whether a run may keep what frozen layers make of its images; as `nets.features.why_not` has it."
     freezes = config.schedule in ("head", "head_then_top", "gradual")
     repeats = config.mix == "none" and (config.augment == "none" or config.views > 0)
-    return freezes and repeats and config.metadata != "only" and not config.members
+    return freezes and repeats and config.metadata != "only" and config.trains
 
 
 def _views(config: ExperimentConfig) -> int:
@@ -244,7 +244,7 @@ def _earlier_runs(reports: Path) -> tuple[list[_Past], list[float]]:
     for file in sorted(reports.glob("[!.]*/[!.]*/run.json"))[:_MOST_RECORDS]:
         try:
             record = read_json(file)
-            if record["config"].get("members"):
+            if record["config"].get("members") or record["config"].get("peer"):
                 ensembles.append(record["timing"]["evaluate_s"])
             else:
                 found.append(_past(record))
@@ -278,11 +278,14 @@ _DEMO_IMAGES = 1494  # that data.synthetic.generate_demo makes
 
 @cache
 def _images_in(dataset: str, folder: Path) -> int:
-    "Image files of a dataset, also in zip archives; of generated ones also before there are any."
+    "Image files of a dataset, also packed ones; of generated ones also before there are any."
     if dataset == "demo" and not (folder / "ISIC_2019_Training_GroundTruth.csv").is_file():
         return _DEMO_IMAGES
-    names = []
+    names, members = [], 0
     for name in dataset_files(folder):
+        if name.lower().endswith((".hdf5", ".npz")):
+            members += count_members(folder / name)
+            continue
         if not name.lower().endswith(".zip"):
             names.append(name)
             continue
@@ -293,7 +296,8 @@ def _images_in(dataset: str, folder: Path) -> int:
             continue
     endings = tuple(IMAGE_ENDINGS)
     names = [n.lower() for n in names]
-    return sum(n.endswith(endings) and "mask" not in n and "segmentation" not in n for n in names)
+    masks = sum("mask" in n or "segmentation" in n for n in names if n.endswith(endings))
+    return sum(n.endswith(endings) for n in names) - masks + members
 
 
 # What decides how many images a run trains on.
@@ -331,7 +335,7 @@ def _settled(row: _Row) -> ExperimentConfig:
 def _time_of(row: _Row, past: list[_Past], ensembles: list[float]) -> tuple[float | None, str]:
     "Seconds that a run will take about, and what that is from."
     config = _settled(row)
-    if config.members:
+    if not config.trains:
         return _START + (statistics.median(ensembles) if ensembles else _ENSEMBLE), ""
     n, train = _images(config, past)
     if not n:
@@ -432,6 +436,8 @@ def _network_mb(config: ExperimentConfig, configs: dict[str, ExperimentConfig]) 
     members = [configs[m] for m in config.members if m in configs]
     if config.members:
         return sum(_network_mb(member, configs) for member in members)
+    if config.peer:
+        return 0.0
     return BACKBONES[config.backbone].parameters * 4 / _MB
 
 
@@ -440,9 +446,9 @@ def _disk(rows: list[_Row], workers: int) -> tuple[float, float]:
     wanted = {
         (c.dataset, data_folder(c.dataset, c.data_dir), c.resize, c.image_size)
         for c in (row.config for row in rows)
-        if not c.members and c.metadata != "only"
+        if c.needs_data and c.metadata != "only"
     }
-    networks = sorted((row.disk_mb for row in rows if not row.config.members), reverse=True)
+    networks = sorted((row.disk_mb for row in rows if row.config.trains), reverse=True)
     return sum(_to_decode(*w) for w in wanted), (
         sum(row.disk_mb for row in rows) + 4 * sum(networks[:workers])
     )
@@ -470,7 +476,7 @@ def _about_weights(rows: list[_Row]) -> tuple[list[str], list[str]]:
 def _about_framework(rows: list[_Row]) -> list[str]:
     "That there is none, or that it lacks what an augmentation needs."
     try:
-        check_framework([row.config for row in rows if not row.config.members])
+        check_framework([row.config for row in rows if row.config.needs_data])
     except ConfigError as error:
         return [str(error)]
     return []
@@ -480,7 +486,7 @@ def _about_data(rows: list[_Row]) -> tuple[list[str], list[str]]:
     "Datasets that are not here, and those that will be generated."
     problems, notes = [], []
     for dataset, data_dir in dict.fromkeys(
-        (r.config.dataset, r.config.data_dir) for r in rows if not r.config.members
+        (r.config.dataset, r.config.data_dir) for r in rows if r.config.needs_data
     ):
         spec, folder = DATASETS[dataset], data_folder(dataset, data_dir)
         if dataset_files(folder):
@@ -588,7 +594,7 @@ def _estimate(order: list[_Row], reports: Path, configs: dict, workers: int) -> 
     "Fill in what each run will take of time and disk; what earlier runs tell."
     past, ensembles = _earlier_runs(reports) if order else ([], [])
     for row in order:
-        if "auto" in (row.config.precision, row.config.batch_size) and not row.config.members:
+        if "auto" in (row.config.precision, row.config.batch_size) and row.config.trains:
             row.chosen = known_choice(row.config, _images(row.config, past)[1], workers)
         row.seconds, row.basis = _time_of(row, past, ensembles)
         row.disk_mb = _network_mb(row.config, configs)
@@ -601,7 +607,7 @@ def _about_features(order: list[_Row], past: list[_Past]) -> tuple[float, list[s
     for config in map(_settled, order):
         if _keeps(config):
             by.setdefault(_views(config), []).append(config)
-        elif config.schedule in ("head", "head_then_top", "gradual") and config.mix == "none" and not config.members:
+        elif config.schedule in ("head", "head_then_top", "gradual") and config.mix == "none" and config.trains:
             by.setdefault(0, []).append(config)
     for views, configs in by.items():
         names = listing([c.run for c in configs], 4)

@@ -38,6 +38,7 @@ from dermnb.metrics.calibration import (
     temper,
 )
 from ..metrics.claims import Conditions
+from ..metrics.official import CHALLENGES, official_score
 from dermnb.metrics.scores import (
     CLASS_METRICS,
     METRICS,
@@ -303,6 +304,14 @@ class RunResult(_Leakage):
         "What `metrics.subgroups.subgroups` says, or None without tables that can be read."
         return self._measured["subgroups"]
 
+    @property
+    def official(self) -> Mapping | None:
+        """What the challenge of its dataset ranks by, of `split`: `challenge` and `score`, as of `official_score`.
+
+        Instead of a score `error` where there is none; None for a dataset of no challenge.
+        """
+        return self._measured["official"]
+
     @cached_property
     def _measured(self) -> Mapping:
         """What follows from its tables alone and takes long to compute, as plain values.
@@ -312,6 +321,7 @@ class RunResult(_Leakage):
         files = [self.folder / name for name in ("predictions.parquet", "split.parquet")]
         files += _measured_by()
         made_of = [self.record.get("classes"), self.positive, self.split, _level(self)]
+        made_of += [self.get("dataset", "name"), self.get("class_titles"), self.metrics.get("resamples")]
         made_of += [file_hash(f) if f.is_file() else "" for f in files]
         digest = hashlib.sha256(repr(made_of).encode()).hexdigest()
         kept = self.folder / MEASURED
@@ -319,7 +329,7 @@ class RunResult(_Leakage):
             known = read_json(kept)
             if isinstance(known, dict) and known.get("digest") == digest:
                 return known
-        known = {"digest": digest, "subgroups": None} | _calibrated(self)
+        known = {"digest": digest, "subgroups": None, "official": _official(self)} | _calibrated(self)
         with suppress(ConfigError):
             known["subgroups"] = self.find_subgroups()
         with suppress(OSError):  # of a folder that cannot be written
@@ -527,6 +537,8 @@ def forget_paths(text: str) -> str:
 def data_key(run: RunResult) -> str:
     "Equal for runs on the same images in the same split."
     sizes = [(s, m["n"], [r["n"] for r in m["per_class"]]) for s, m in run.splits.items()]
+    if run.get("split"):  # a table of predictions may leave validation out
+        sizes = [size for size in sizes if size[0] == run.split]
     told = ("found", "not_used", "recompressed")  # how it was read, whose wording may change
     data = {k: v for k, v in run.get("dataset", default={}).items() if k not in told}
     return json.dumps([data, run.get("split"), sizes], sort_keys=True)
@@ -540,7 +552,7 @@ def conditions_of(
     config = run.get("config", default={})
     own = run.splits[split if split in run.splits else run.split]
     weights = str(run.get("model", "weights") or config.get("weights") or "none")
-    split_kind, trained = config.get("split"), not run.get("ensemble")
+    split_kind, trained = config.get("split"), not (run.get("ensemble") or run.get("peer"))
     return Conditions(
         dataset="demo" if run.synthetic else str(run.get("dataset", "name", default="")),
         classes=len(run.record["classes"]),
@@ -550,10 +562,14 @@ def conditions_of(
         image_size=config.get("image_size") or 0,
         images=run.get("dataset", "images", default=0),
         test_images=own["n"],
-        note=_note_of(run, config) if trained else f"{len(run.members)} members",
+        note=_note_of(run, config) if trained else _no_training(run),
     )
 
 # %% ../../nbs/runs/03_results.ipynb #b530d37c
+def _no_training(run: RunResult) -> str:
+    return "a table of predictions" if run.get("peer") else f"{len(run.members)} members"
+
+
 def _note_of(run: RunResult, config: Mapping) -> str:
     "What else bears on its figures."
     weights = forget_paths(str(config.get("weights") or "none"))
@@ -628,6 +644,21 @@ def _calibrated(run: RunResult) -> dict:
     return {"decision": None, "calibration": None}
 
 
+def _official(run: RunResult) -> dict | None:
+    name, table = str(run.get("dataset", "name")), run.predictions
+    if name not in CHALLENGES:
+        return None
+    how = {"level": _level(run), "resamples": run.metrics.get("resamples", 1000)}
+    titles, classes = run.get("class_titles", default={}), list(run.record["classes"])
+    try:
+        if table is None or run.unsound:
+            raise ConfigError(run.no_predictions)
+        part = table[table["split"] == run.split]
+        return {"challenge": name, "score": official_score(part, classes, name, titles, run.positive, **how)[run.split]}
+    except ConfigError as error:
+        return {"challenge": name, "error": str(error)}
+
+
 def _calibration_of(run: RunResult) -> Calibration | None:
     known = run._measured
     if known["decision"] is None or run.split not in known["calibration"]["splits"]:
@@ -677,6 +708,7 @@ def _read_explanation(raw: Mapping) -> dict:
         raw = {**raw, "randomization": raw["randomisation"]}
     read = {k: str(raw.get(k, "")) for k in ("split", "method", "license", "masks")}
     read |= {"n": int(raw["n"]), "lesions": int(raw["lesions"]), "draws": int(raw.get("draws", 1))}
+    read["masked"] = int(raw.get("masked", read["n"]))  # of n, where masks are the dataset's
     read["synthetic"] = raw.get("synthetic") is True
     read["layers"] = {str(k): str(v) for k, v in raw.get("layers", {}).items()}
     for part, names in _ESTIMATES.items():

@@ -492,7 +492,7 @@ def _submit(client, planned: PlannedRun, runs: _Runs, command: str, slot: dict):
             env[name] = str(Path(os.environ[name]).resolve())
     notebook = str(experiment_notebook(planned.config).resolve())
     config = planned.config
-    if runs.scheduler and not config.members:  # a worker may be in another folder than we are
+    if runs.scheduler and config.needs_data:  # a worker may be in another folder than we are
         given = config.data_dir or os.environ.get("DERMNB_DATA_DIR", "")
         place = dataset_folder(dataset_spec(config.dataset), given)
         config = config.model_copy(update={"data_dir": str(place)})

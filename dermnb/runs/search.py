@@ -96,7 +96,7 @@ JOURNAL = "search.journal"
 _NAMES = ("suite", "run", "data_dir", "searched", "halving")
 _IMAGES = (
     *("dataset", "taxonomy", "positive", "on_problem", "subset", "split", "val_fraction"),
-    *("test_fraction", "folds", "test_list", "balance_val", "audit", "allow_leakage"),
+    *("test_fraction", "folds", "test_list", "balance_val", "audit", "pairs", "allow_leakage"),
 )
 _LUCK = ("seed", "split_seed", "fold")
 _LOSSES = ("loss", "class_weights", "gamma", "label_smoothing", "balance")
@@ -240,6 +240,8 @@ def check_trial(
     where: str,  # named in errors
 ) -> None:
     "A `ConfigError` where a search varies what its run does not use."
+    if config.peer:
+        raise ConfigError(f"{where}: it reads a table of predictions, of which nothing can be searched.")
     if not config.members:
         return
     for field in config.searched:

@@ -38,7 +38,7 @@ from dermnb.core import (
     table_hash,
     write_json,
 )
-from ..data.splits import leak_counts
+from ..data.splits import FACTS, SPLIT_COLUMNS, count_rows, leak_counts
 from ..metrics.scores import evaluate
 from ..nets.backbones import BACKBONES
 from ..nets.checkpoints import Checkpoint
@@ -66,7 +66,13 @@ from dermnb.runs.folders import (
     own_weights,
     training_key,
 )
-from .prepare import FACTS, Data, prepare_data, split_batches
+from dermnb.runs.prepare import (
+    Data,
+    dataset_record,
+    own_positive,
+    prepare_data,
+    split_batches,
+)
 
 # %% ../../nbs/runs/05_train.ipynb #dff04f51
 class Stopwatch:
@@ -186,9 +192,6 @@ def _measure(config: ExperimentConfig, data: Data, base, precisions, sizes) -> d
     return found
 
 # %% ../../nbs/runs/05_train.ipynb #12b08f8f
-_COLUMNS = ["image_id", "lesion_id", "patient_id", "label", "split"]  # of split.parquet
-
-
 def _checkpoint(config: ExperimentConfig, data: Data, model: keras.Model) -> Checkpoint | None:
     "Where the training leaves its state, if anywhere, and what it is made of before its first epoch."
     folder = os.environ.get("DERMNB_CHECKPOINT")
@@ -198,7 +201,7 @@ def _checkpoint(config: ExperimentConfig, data: Data, model: keras.Model) -> Che
     weights = hashlib.blake2b()
     for value in model.get_weights():
         weights.update(np.ascontiguousarray(value).tobytes())
-    images = data.manifest[_COLUMNS]
+    images = data.manifest[[*SPLIT_COLUMNS]]
     packages = provenance()["packages"]
     key = training_key(config.asked, base) | {
         "images": table_hash(images) + table_hash(images.iloc[data.train_positions]),
@@ -281,19 +284,10 @@ def _novelty_of(config: ExperimentConfig, data: Data, model: keras.Model) -> Nov
     return known_images(look, labels, split)
 
 # %% ../../nbs/runs/05_train.ipynb #5c3b8069
-def _lesions(rows: pd.DataFrame) -> int:
-    return int(rows["lesion_id"].fillna(rows["image_id"]).nunique())
-
-
 def _split_record(data: Data) -> dict:
     "Images, lesions and classes of each split."
-    record = {}
-    for split in SPLITS:
-        rows = data.manifest.iloc[data.positions(split)]
-        counts = rows["label"].value_counts()
-        per_class = {c: int(counts.get(c, 0)) for c in data.classes}
-        record[split] = {"images": len(rows), "lesions": _lesions(rows), "per_class": per_class}
-    return record
+    rows = {split: data.manifest.iloc[data.positions(split)] for split in SPLITS}
+    return {split: count_rows(of, data.classes) for split, of in rows.items()}
 
 
 def _sample_record(data: Data) -> dict | None:
@@ -304,32 +298,6 @@ def _sample_record(data: Data) -> dict | None:
     return {"per_class": data.config.balance, "hash": table_hash(sampled.to_frame())}
 
 # %% ../../nbs/runs/05_train.ipynb #1deb34a6
-def _dataset_record(data: Data) -> dict:
-    dataset, manifest = data.dataset, data.manifest
-    return {
-        "name": dataset.spec.name,
-        "title": dataset.spec.title,
-        "synthetic": bool(dataset.synthetic),
-        "license": dataset.spec.license,
-        "citation": dataset.spec.citation,
-        "images": len(manifest),
-        "lesions": _lesions(manifest),
-        "manifest_hash": table_hash(
-            manifest[_COLUMNS].sort_values("image_id", ignore_index=True)
-        ),
-        "problems": dataset.problems["kind"].value_counts().to_dict(),
-        "positive": _own_positive(data),  # what config names comes first
-        "found": [list(entry) for entry in dataset.account.found],
-        "not_used": [list(entry) for entry in dataset.account.not_used],
-        **({"recompressed": data.recompressed} if data.recompressed else {}),
-    }
-
-
-def _own_positive(data: Data) -> str:
-    "The positive class of the taxonomy, of two; or empty."
-    return data.dataset.taxonomy.positive if len(data.classes) == 2 else ""
-
-
 def _metadata_record(data: Data) -> dict | None:
     if data.encoder is None:
         return None
@@ -377,7 +345,7 @@ def _network_title(config: ExperimentConfig) -> str:
 def _save_tables(folder: Path, data: Data, history: pd.DataFrame, predictions) -> None:
     history.to_csv(folder / "history.csv", index=False)
     predictions.to_parquet(folder / "predictions.parquet", index=False)
-    data.manifest[[*_COLUMNS, *FACTS]].to_parquet(folder / "split.parquet", index=False)
+    data.manifest[[*SPLIT_COLUMNS, *FACTS]].to_parquet(folder / "split.parquet", index=False)
     if data.config.audit != "none" and not data.recompressed:  # for runs that start from this one, on other images
         trained = data.manifest[data.manifest["split"] == "train"]
         prints = fingerprints(trained, cache_dir())
@@ -411,7 +379,7 @@ def save_run(
     progress("evaluating")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    positive = config.positive or _own_positive(data)
+    positive = config.positive or own_positive(data)
     with clock("evaluate_s"):
         metrics = evaluate(
             predictions, data.classes, resamples=config.bootstrap, positive=positive
@@ -438,7 +406,7 @@ def save_run(
         "made_of": made_of(config),
         "classes": list(data.classes),
         "class_titles": titles,
-        "dataset": _dataset_record(data),
+        "dataset": dataset_record(data),
         "split": _split_record(data),
         "leak": leak_counts(data.manifest),
         "audit": data.audit,

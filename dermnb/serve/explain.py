@@ -20,7 +20,13 @@ from ..core import ConfigError, progress, read_json, write_json
 from ..data.images import read_pixels
 from ..metrics.scores import TableScores, estimate, lesion_numbers, resample_groups
 from ..nets.novelty import Novelty, known_images
-from ..runs.bundle import is_complete, load_bundle, take_members, write_bundle
+from dermnb.runs.bundle import (
+    is_complete,
+    load_bundle,
+    no_network,
+    take_members,
+    write_bundle,
+)
 from ..runs.ensemble import load_members
 from ..runs.folders import find_run
 from ..runs.results import VIEWS
@@ -62,9 +68,23 @@ class _Sample:
     rows: pd.DataFrame  # rows of the manifest
     squares: np.ndarray  # uint8 (N, S, S, 3)
     masks: np.ndarray  # bool (N, S, S)
-    from_dataset: bool  # whether the masks are the dataset's
+    masked: np.ndarray  # bool (N,): the dataset has a mask with a border; none: all are central
     y: np.ndarray  # (N,) true class
     group: np.ndarray  # (N,) lesion, whole numbers from 0
+
+# %% ../../nbs/serve/05_explain.ipynb #bd6f2687
+def _masks(
+    paths: pd.Series,  # of masks; missing where there is none
+    size: int,  # pixels a side
+    method: str,  # of resizing, as for the images
+) -> tuple[np.ndarray, np.ndarray]:
+    "Masks, bool (N, S, S), and which are the dataset's and have a border; or central ones."
+    masks = np.zeros((len(paths), size, size), bool)
+    for i, path in enumerate(paths):
+        if pd.notna(path):
+            masks[i] = read_pixels(path, size, method)[..., 0] > 127
+    masked = masks.any((1, 2)) & ~masks.all((1, 2))
+    return (masks if masked.any() else central_masks(len(paths), size)), masked
 
 # %% ../../nbs/serve/05_explain.ipynb #d3c5e828
 def _sample(folder: Path, record: Mapping, manifest, predictor, images: int) -> _Sample:
@@ -79,19 +99,9 @@ def _sample(folder: Path, record: Mapping, manifest, predictor, images: int) -> 
     leaves = [leaf.classifier for _, _, leaf in predictor.bundle.networks]
     size, method = max(c.image_size for c in leaves), predictor.frame()
     squares = np.stack([read_pixels(path, size, method) for path in rows["path"]])
-    has_masks = "mask" in rows and rows["mask"].notna().all()
-    if has_masks:
-        masks = np.stack(
-            [read_pixels(path, size, method)[..., 0] > 127 for path in rows["mask"]]
-        )
-        # A mask that fills the image, or nothing of it, has no border to speak of.
-        has_masks = bool(
-            (masks.mean((1, 2)) > 0).all() and (masks.mean((1, 2)) < 1).all()
-        )
-    if not has_masks:
-        masks = central_masks(len(rows), size)
+    masks, masked = _masks(rows.get("mask", pd.Series(pd.NA, rows.index)), size, method)
     y = pd.Index(record["classes"]).get_indexer(table["y_true"])
-    return _Sample(table, rows, squares, masks, has_masks, y, lesion_numbers(table))
+    return _Sample(table, rows, squares, masks, masked, y, lesion_numbers(table))
 
 # %% ../../nbs/serve/05_explain.ipynb #01488d6e
 def _complete_bundle(
@@ -194,11 +204,13 @@ def _curve(found: Mapping, share: np.ndarray, group: np.ndarray) -> dict:
 # %% ../../nbs/serve/05_explain.ipynb #3290e164
 def _shortcuts(ask: Callable, sample: _Sample, p: np.ndarray) -> dict:
     "Accuracy with the lesion, without it, and with the border alone; and what chance gives."
-    y, group, squares = sample.y, sample.group, sample.squares
+    # On the same images, so that they can be compared: those with a mask, if any has one.
+    of, squares = sample.masked | ~sample.masked.any(), sample.squares
+    y, group = sample.y[of], np.unique(sample.group[of], return_inverse=True)[1]
     return {
-        "plain": _accuracy(y, p, group),
-        "covered": _accuracy(y, ask(cover_lesion(squares, sample.masks)), group),
-        "border": _accuracy(y, ask(border_only(squares)), group),
+        "plain": _accuracy(y, p[of], group),
+        "covered": _accuracy(y, ask(cover_lesion(squares, sample.masks))[of], group),
+        "border": _accuracy(y, ask(border_only(squares))[of], group),
         "chance": 1 / len(np.unique(y)),
         "majority": float(np.bincount(y).max() / len(y)),
     }
@@ -314,6 +326,8 @@ def explain_run(
     """
     folder = Path(folder)
     record = read_json(folder / "run.json")
+    if why := no_network(folder / "model"):
+        raise ConfigError(f"{folder} {why}: there is nothing to explain.")
     progress("finding the images")
     manifest = _manifest(record, data_dir)
     predictor = Predictor(load_bundle(_complete_bundle(folder, manifest), model))
@@ -328,7 +342,8 @@ def explain_run(
         "fields": predictor.fields,
         "synthetic": record["dataset"]["synthetic"],
         "license": record["dataset"]["license"],
-        "masks": "dataset" if sample.from_dataset else "central",
+        "masks": "dataset" if sample.masked.any() else "central",
+        "masked": int(sample.masked.sum()),
         **_measures(folder, predictor, sample),
     }
     # Images and captions change together, but for an instant.
@@ -356,6 +371,8 @@ def _measures(folder: Path, predictor: Predictor, sample: _Sample) -> dict:
     progress("deletion and insertion")
     curves = deletion_insertion(ask, squares, maps, target)
     share, area = inside_share(maps, sample.masks)
+    if sample.masked.any():
+        share[~sample.masked] = area[~sample.masked] = np.nan
     progress("covering lesions")
     shortcuts = _shortcuts(ask, sample, p)
     progress("predicting non-skin images")
