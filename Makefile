@@ -24,7 +24,7 @@ test: install  ## notebooks clean, export in step, every notebook and test passe
 
 bench: install  ## what answers, the audit, runs, their input and training steps cost on this machine (the recipe: where DERMNB_DATA_DIR has HAM10000): reports/benchmarks
 	mkdir -p reports/benchmarks
-	set -e; for n in serving audit batches input choice $${DERMNB_DATA_DIR:+recipe}; do \
+	set -e; for n in serving audit batches input choice coverage $${DERMNB_DATA_DIR:+recipe}; do \
 	  $(BIN)/papermill --no-progress-bar nbs/benchmarks/$$n.ipynb reports/benchmarks/$$n.ipynb; \
 	  $(BIN)/python -c "import sys; from dermnb.report import pages; \
 	    from dermnb.runs import kernels; n = sys.argv[1]; \

@@ -27,7 +27,7 @@ def test_a_suites_page_is_complete(demo_suite):
             assert link[1:] in page.ids
         else:
             assert (demo_suite / link).is_file(), link
-    without = {"claims", "paired", "search", "leakage", "repeats", "ensembles", "readers", "binary", "external"}  # the demo has none
+    without = {"claims", "paired", "search", "leakage", "repeats", "ensembles", "readers", "official", "binary", "external"}  # the demo has none
     shown = [s.id for s in SECTIONS if "suite" in s.on and s.id not in without]
     assert [*page.parts] == shown
     assert all(f"#{part}" in page.links for part in shown)
@@ -78,7 +78,7 @@ def check_figures_and_tables(page, charts):
 
 def test_a_runs_page_is_complete(demo_suite):
     page = ReadPage(demo_suite / "xception" / "report.html")
-    shown = [s.id for s in SECTIONS if "run" in s.on and s.id not in {"ensembles", "readers", "binary", "external"}]
+    shown = [s.id for s in SECTIONS if "run" in s.on and s.id not in {"ensembles", "readers", "official", "binary", "external"}]
     assert [*page.parts] == [*shown, "notebook"] and not page.folded
     text = page.said("metrics")
     for split in load_run(demo_suite / "xception").splits.values():

@@ -27,6 +27,7 @@ from dermnb.metrics.scores import (
     choose_threshold,
     confidence_bins,
     evaluate,
+    intervals,
     log_losses,
     positive_class,
     recorded_positive,
@@ -266,7 +267,7 @@ def test_does_not_depend_on_row_order_or_other_splits():
     alone = evaluate(table[table["split"] == "test"], CLASSES, resamples=50, seed=4)
     assert alone["splits"] == {"test": whole["splits"]["test"]}
     other = evaluate(table, CLASSES, resamples=50, seed=5)
-    assert other["splits"]["test"]["metrics"] != whole["splits"]["test"]["metrics"]
+    assert other["splits"]["test"]["per_class"] != whole["splits"]["test"]["per_class"]  # of resamples
     assert json.loads(json.dumps(whole, allow_nan=False)) == whole
 
 
@@ -431,7 +432,7 @@ def test_every_metric_says_what_it_is():
     down = {m for m, spec in METRICS.items() if not spec.higher_is_better}
     assert down == {"log_loss", "brier", "calibration_error"}
     result = evaluate(make_predictions(CLASSES, 100, 1.0, 0), CLASSES, resamples=20)
-    assert result["schema"] == SCHEMA == 2
+    assert result["schema"] == SCHEMA == 3
     for scored in result["splits"].values():
         for name, cell in scored["metrics"].items():
             spec = METRICS[name]
@@ -523,3 +524,22 @@ def test_is_quick_and_loads_little():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_intervals_cover_and_stop_where_a_class_has_three_lesions():
+    "Balanced accuracy of 400 small sets, where quantiles cover nine in ten; the bounds are four standard errors."
+    rng = np.random.default_rng(0)
+    recall, hits, sizes = np.array([0.6, 0.8, 0.9]), 0, (6, 30, 120)
+    y = np.repeat(np.arange(3), sizes)
+    for _ in range(400):
+        right = rng.random(len(y)) < recall[y]
+        said = np.where(right, y, (y + 1) % 3)
+        p = np.full((len(y), 3), 0.1) + 0.7 * np.eye(3)[said]
+        value = np.mean([right[y == c].mean() for c in range(3)])
+        low, high = intervals({"balanced_accuracy": value}, y, p, np.arange(len(y)))["balanced_accuracy"]
+        hits += low <= recall.mean() <= high
+    assert abs(hits / 400 - 0.95) < 4 * np.sqrt(0.05 * 0.95 / 400)
+    keep = np.flatnonzero((y > 0) | (np.cumsum(y == 0) <= 3))
+    values = {"balanced_accuracy": 0.8, "accuracy": 0.8}
+    found = intervals(values, y[keep], p[keep], np.arange(len(keep)))
+    assert found["balanced_accuracy"] == (None, None) and found["accuracy"][0] < 0.8

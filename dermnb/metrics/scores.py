@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'METRICS', 'CLASS_METRICS', 'TARGET_SENSITIVITY', 'TARGET_SPECIFICITY', 'FLOOR_SENSITIVITY',
-           'BINARY_METRICS', 'ROW_SUM_TOLERANCE', 'BINS', 'LEAST', 'MetricSpec', 'probability_columns',
-           'check_predictions', 'scores_from_counts', 'RankedScores', 'confidence_bins', 'log_losses',
-           'resample_groups', 'lesion_numbers', 'resampling_unit', 'unit_numbers', 'TableScores', 'estimate',
-           'centered', 'choose_threshold', 'choose_specific_threshold', 'positive_class', 'recorded_positive',
-           'evaluate', 'metrics_table', 'class_table']
+           'BINARY_METRICS', 'ROW_SUM_TOLERANCE', 'BINS', 'LEAST', 'PRIOR', 'LEAST_LESIONS', 'AVERAGED', 'MetricSpec',
+           'probability_columns', 'check_predictions', 'scores_from_counts', 'RankedScores', 'confidence_bins',
+           'log_losses', 'resample_groups', 'lesion_numbers', 'resampling_unit', 'unit_numbers', 'TableScores',
+           'estimate', 'centered', 'influences', 'few_lesions', 'intervals', 'choose_threshold',
+           'choose_specific_threshold', 'positive_class', 'recorded_positive', 'evaluate', 'metrics_table',
+           'class_table']
 
 # %% ../../nbs/metrics/00_scores.ipynb #ca85c5e1
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ import pandas as pd
 from ..core import SPLITS, ConfigError, unknown_name
 
 # %% ../../nbs/metrics/00_scores.ipynb #35b28eb4
-SCHEMA = 2  # of `metrics.json`; 1 had fewer metrics
+SCHEMA = 3  # of `metrics.json`; 1 had fewer metrics, 2 quantiles of resamples as intervals
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ METRICS = _table(
         "Expected calibration error",
         "mean gap between confidence (highest probability) and accuracy in 15 bins of "
         "equally many images, ordered by confidence, equal ones together; even exact "
-        "probabilities have some by chance. In resamples the bins stay, and the "
-        "interval is moved by the bias that the resamples show",
+        "probabilities have some by chance, and the interval is of the error to expect "
+        "of as many images, chance included",
         higher_is_better=False,
     ),
 )
@@ -616,6 +617,154 @@ def centered(value: float, samples: np.ndarray) -> np.ndarray:
     known = samples[np.isfinite(samples)]
     return samples + (value - known.mean()) if len(known) else samples
 
+# %% ../../nbs/metrics/00_scores.ipynb #1bf7a6c1
+def _rank_influence(score: np.ndarray, positive: np.ndarray, weight: np.ndarray) -> list:
+    "What a little weight on each image (n,) does to AUC and to average precision."
+    order = np.argsort(score, kind="stable")
+
+    def up_to(values):  # sums (n,) over images below each, and at or below
+        sums = np.append(0, np.cumsum(values[order]))
+        return sums[first], sums[last], sums[-1]
+
+    first, last = (np.searchsorted(score[order], score, side) for side in ("left", "right"))
+    below, through, positives = up_to(weight * positive)
+    spared, passed, negatives = up_to(weight * ~positive)
+    share = np.where(
+        positive,
+        (spared + passed) / (2 * negatives),
+        1 - (below + through) / (2 * positives),
+    )
+    auc = (weight * share)[positive].sum() / positives
+    found, alarms = positives - below, negatives - spared
+    called = found + alarms
+    precision = found / called
+    mean = (weight * precision)[positive].sum() / positives
+    gain = precision + up_to(weight * positive * alarms / called**2)[1] - mean
+    loss = -up_to(weight * positive * found / called**2)[1]
+    return [
+        (share - auc) / np.where(positive, positives, negatives),
+        np.where(positive, gain, loss) / positives,
+    ]
+
+
+def influences(
+    y: np.ndarray,  # (n,) true class
+    p: np.ndarray,  # (n, k) probabilities
+    weight: np.ndarray,  # (n,) above 0
+    bins: np.ndarray,  # (n,) of the confidence
+) -> dict[str, np.ndarray]:
+    "Of each metric what a little more weight on each image (n,) does to it."
+    k, total, predicted = p.shape[1], weight.sum(), p.argmax(axis=1)
+    cells, cell = np.unique(y * k + predicted, return_inverse=True)
+    counts, step = np.bincount(y * k + predicted, weight, k * k), 1e-4
+    moved = counts + step * np.vstack([np.eye(k * k)[cells], -np.eye(k * k)[cells]])
+    overall, _ = scores_from_counts(moved.reshape(-1, k, k))
+    found = {
+        m: (v[: len(cells)] - v[len(cells) :])[cell] / (2 * step) for m, v in overall.items()
+    }
+    there = np.unique(y)
+    if len(there) > 1:
+        ranks = [_rank_influence(p[:, c], y == c, weight) for c in there]
+        found["macro_auc"], found["macro_average_precision"] = np.mean(ranks, axis=0)
+    squares, gap = ((p - np.eye(k)[y]) ** 2).sum(axis=1), p.max(axis=1) - (predicted == y)
+    for m, loss in (("log_loss", log_losses(p, y)), ("brier", squares)):
+        found[m] = (loss - (weight * loss).sum() / total) / total
+    gaps = np.bincount(bins, weight * gap)
+    found["calibration_error"] = (np.sign(gaps)[bins] * gap - np.abs(gaps).sum() / total) / total
+    return found
+
+# %% ../../nbs/metrics/00_scores.ipynb #ee520a3b
+PRIOR = 0.5  # lesions that are added to each class, for the variance only
+LEAST_LESIONS = 5  # of a class; with fewer nothing covers that gives all classes the same weight
+AVERAGED = ("balanced_accuracy", *(m for m in METRICS if m.startswith("macro_")))
+_BORROWED = 8  # images that stand for them: so many recognized, so many not
+
+
+def _with_borrowed(y: np.ndarray, p: np.ndarray, group: np.ndarray) -> tuple:
+    "y, p and group with borrowed images below, each a group of its own."
+    rows, to, right = [np.empty(0, int)], [np.empty(0, int)], p.argmax(axis=1) == y
+    for c in np.unique(y):
+        for side in (right, ~right):
+            there = np.flatnonzero(side & (y != c))
+            if len(there):
+                rows.append(there[np.linspace(0, len(there) - 1, _BORROWED).round().astype(int)])
+                to.append(np.full(_BORROWED, c))
+    rows, c = np.concatenate(rows), np.concatenate(to)
+    lent, i = p[rows], np.arange(len(rows))
+    lent[i, c], lent[i, y[rows]] = p[rows, y[rows]], p[rows, c]
+    return np.append(y, c), np.vstack([p, lent]), np.append(group, group.max() + 1 + i)
+
+
+def _reach(phi: np.ndarray, counts: np.ndarray, label: np.ndarray, level: float) -> float:
+    "Half the length of an interval, by Student's t."
+    from scipy.special import stdtrit  # here: it takes a while to load
+
+    k = label.max() + 1
+    v, fourth, g = (np.bincount(label, counts * phi**i, k) for i in (2, 4, 0))
+    if v.sum() <= 1e-24:
+        return 0.0
+    known = (g > 1) & (v > 1e-12 * v.sum())
+    v, fourth, g = v[known], fourth[known], g[known]
+    if not len(v):
+        return 0.0
+    kurtosis = np.maximum(g * fourth / v**2, 1 + 1e-9)
+    freedom = np.minimum(g - 1, 2 * g / (kurtosis - 1))
+    freedom = v.sum() ** 2 / (v**2 / freedom).sum()
+    return float(stdtrit(max(freedom, 1.0), (1 + level) / 2) * np.sqrt(v.sum()))
+
+
+def _on_scale(spec: MetricSpec, value: float, reach: float, n: int) -> tuple[float, float]:
+    "The ends of an interval, symmetric on the logit of the metric's range or on the logarithm."
+    if np.isinf(spec.highest):
+        factor = np.exp(reach / max(value, LEAST))
+        return float(value / factor), float(value * factor)
+    width = spec.highest - spec.lowest
+    share = np.clip((value - spec.lowest) / width, 0.5 / n, 1 - 0.5 / n)
+    odds, factor = share / (1 - share), np.exp(min(reach / width / (share * (1 - share)), 300))
+    low, high = (spec.lowest + width * (1 - 1 / (1 + o)) for o in (odds / factor, odds * factor))
+    return float(min(low, value)), float(max(high, value))
+
+
+def few_lesions(y: np.ndarray, group: np.ndarray) -> list[int]:
+    "The classes that are there with fewer lesions, or patients, than an interval needs."
+    pairs = np.unique(np.stack([y, group]), axis=1)[0]
+    there, count = np.unique(pairs, return_counts=True)
+    return [int(c) for c in there[count < LEAST_LESIONS]]
+
+
+def intervals(
+    values: Mapping[str, float],  # of `METRICS`
+    y: np.ndarray,  # (n,) true class
+    p: np.ndarray,  # (n, k) probabilities
+    group: np.ndarray,  # (n,) lesion of each image, whole numbers from 0 without gaps
+    level: float = 0.95,
+) -> dict[str, tuple[float | None, float | None]]:
+    """Of each metric low and high, or None twice: undefined, without spread, or of a class with few lesions.
+
+    The last is said of `AVERAGED` alone.
+    """
+    n, lesions, k = len(y), int(group.max()) + 1, p.shape[1]
+    few = few_lesions(y, group)
+    lent_y, lent_p, of = _with_borrowed(y, p, group)
+    counts = np.where(np.arange(of.max() + 1) < lesions, 1.0, PRIOR / (2 * _BORROWED))
+    weight, confidence = counts[of], np.sort(p.max(axis=1))
+    bins = np.searchsorted(confidence, lent_p.max(axis=1)) * BINS // n
+    effect = influences(lent_y, lent_p, weight, np.minimum(bins, BINS - 1))
+    label = np.zeros(len(counts), int)
+    label[of] = lent_y
+    share = np.bincount(of * k + lent_y, weight, len(counts) * k).reshape(-1, k)
+    share = (share / np.maximum(share.sum(axis=0), 1e-12)).max(axis=1)
+    found = {}
+    for m, value in values.items():
+        found[m] = None, None
+        if not np.isfinite(value) or m not in effect or (m in AVERAGED and few):
+            continue
+        phi = np.bincount(of, effect[m] if m not in AVERAGED else effect[m] / (1 - np.minimum(share, 0.5))[of])
+        reach = _reach(phi, counts, label, level)
+        if reach > 0:
+            found[m] = _on_scale(METRICS[m], value, reach, n)
+    return found
+
 # %% ../../nbs/metrics/00_scores.ipynb #b3dab768
 def choose_threshold(
     scores: np.ndarray,  # (n,) probability of the positive class
@@ -721,8 +870,8 @@ def _evaluate_split(
     lesion = lesion_numbers(table)
     scorer = TableScores(y, p, unit_numbers(table), positive, *thresholds)
     scores, many = scorer.once(), scorer.resample(resamples, rng)
-    error = "calibration_error"
-    many[0][error] = np.clip(centered(scores[0][error][0], many[0][error]), 0, None)
+    values = {m: float(scores[0][m][0]) for m in METRICS}
+    ends = intervals(values, y, p, unit_numbers(table), level)
     counts = np.zeros((len(classes), len(classes)), dtype=int)
     np.add.at(counts, (y, p.argmax(axis=1)), 1)
     found = {
@@ -730,7 +879,11 @@ def _evaluate_split(
         "lesions": len(np.unique(lesion)),
         "units": scorer.groups,
         "absent": [c for c, s in zip(classes, counts.sum(1), strict=True) if s == 0],
-        "metrics": {m: estimate(scores[0][m][0], many[0][m], len(y), level) for m in METRICS},
+        "few": [classes[c] for c in few_lesions(y, unit_numbers(table))],
+        "metrics": {
+            m: {"value": _number(v), "low": ends[m][0], "high": ends[m][1], "n": len(y)}
+            for m, v in values.items()
+        },
         "per_class": _class_rows(scores, many, counts, lesion, y, classes, level),
         "confusion": counts.tolist(),
     }
@@ -752,9 +905,10 @@ def evaluate(
     Reads nothing but the table. The result does not depend on the order of its rows, and
     what it says of a split not on the others; only the thresholds for two classes are
     chosen on the validation split, and without one their metrics are None. So is an
-    undefined value, and an interval that the bootstrap cannot give. It resamples patients
-    where the table has a column patient_id, else lesions, else images: key "unit", and
-    "units" is how many a split has. Raises `ConfigError` on a table that is not sound.
+    undefined value, and an interval that cannot be given: of `AVERAGED` none where a class
+    has fewer than 5 lesions (key "few" of a split). `METRICS` have those of `intervals`, all
+    else quantiles of resamples. What is one draw is a patient where the table has a column
+    patient_id, else a lesion, else an image: key "unit", and "units" is how many a split has. Raises `ConfigError` on a table that is not sound.
     """
     if not 0 < level < 1:
         raise ConfigError(f"level {level} must lie between 0 and 1, such as 0.95.")

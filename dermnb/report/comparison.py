@@ -32,7 +32,7 @@ from dermnb.metrics.comparison import (
     rank_ranges,
     summarize_repeats,
 )
-from ..metrics.scores import BINARY_METRICS, METRICS
+from ..metrics.scores import BINARY_METRICS, LEAST_LESIONS, METRICS
 from dermnb.report.answer import (
     compared_names,
     difference_words,
@@ -252,20 +252,27 @@ def leaderboard(page: Page) -> dict:
 # %% ../../nbs/report/05_comparison.ipynb #ac11fc3f
 def absent_classes(runs: Sequence[RunResult]) -> str:
     "Which classes have no image in which split; nothing if none."
-    found: dict[str, set] = {}
-    for run in runs:
-        for split, scored in run.splits.items():
-            found.setdefault(split, set()).update(scored.get("absent", ()))
-    said = [f"{listing(sorted(c), 20)} in the {SPLIT_TITLES[s].lower()} split" for s, c in found.items() if c]
-    return f"Without images, and left out of averages: {'; '.join(said)}." if said else ""
+    texts = {
+        "absent": "Without images, and left out of averages",
+        "few": f"With fewer than {LEAST_LESIONS} lesions, so that averages over classes have no interval",
+    }
+    sentences = []
+    for key, text in texts.items():
+        found = {}
+        for run in runs:
+            for split, scored in run.splits.items():
+                found.setdefault(split, set()).update(scored.get(key, ()))
+        said = [f"{listing(sorted(c), 20)} in the {SPLIT_TITLES[s].lower()} split" for s, c in found.items() if c]
+        sentences += [f"{text}: {'; '.join(said)}."] if said else []
+    return " ".join(sentences)
 
 # %% ../../nbs/report/05_comparison.ipynb #5c1091aa
 def interval_note(metrics: Mapping) -> str:
     "How the intervals of a metrics.json were made."
     unit = metrics.get("unit", "lesion")
     return (
-        f"Intervals are {metrics.get('level', 0.95):.0%} quantiles over {metrics.get('resamples', 0):,} bootstrap resamples of "
-        f"{unit}s with all their images. A class that is never predicted has precision 0."
+        f"Intervals are {metrics.get('level', 0.95):.0%} by the influence of each {unit} and Student's t; those of single classes and at "
+        f"thresholds are quantiles over {metrics.get('resamples', 0):,} bootstrap resamples of {unit}s with all their images. A class that is never predicted has precision 0."
     )
 
 # %% ../../nbs/report/05_comparison.ipynb #0278ee7d
