@@ -529,7 +529,7 @@ def test_twenty_runs_are_compared_in_a_second():
     compare_all(dict(list(runs.items())[:2]), letters, resamples=10)  # SciPy is loaded once
     start = time.process_time()
     rows = compare_all(runs, letters)
-    assert time.process_time() - start < 2  # about 0.6 s
+    assert time.process_time() - start < 5  # about 0.6 s; a slow or busy processor takes four times that
     assert len(rows) == 190 and rows[0]["n"] > 1500
 
 

@@ -97,7 +97,8 @@ def test_what_ran_without_a_network_counts_as_done_at_home(results, home, demo_d
     assert not list(suite_dir.rglob("*.keras"))
     # The split, and all that is said of the data, are those of the originals.
     from dermnb.runs.prepare import prepare_data
-    from dermnb.runs.train import _dataset_record, _split_record
+    from dermnb.runs.prepare import dataset_record
+    from dermnb.runs.train import _split_record
 
     here = prepare_data(config.data)
     split = pd.read_parquet(run / "split.parquet")
@@ -106,7 +107,7 @@ def test_what_ran_without_a_network_counts_as_done_at_home(results, home, demo_d
     audit = json.loads(json.dumps(here.audit)) | {"seconds": record["audit"]["seconds"]}
     assert record["audit"] == audit
     assert record["split"] == _split_record(here)
-    own = _dataset_record(here)
+    own = dataset_record(here)
     assert {k: record["dataset"][k] for k in own if k != "found"} == {k: own[k] for k in own if k != "found"}
     prints = pd.read_parquet(run / "fingerprints.parquet")
     assert len(prints) == (split["split"] == "train").sum() and prints["bytes"].notna().all()

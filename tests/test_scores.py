@@ -516,7 +516,7 @@ def test_is_quick_and_loads_little():
     evaluate(GOOD, CLASSES, resamples=1)  # SciPy is loaded once
     start = time.process_time()
     TableScores(y, p, np.arange(10_000)).resample(2000, rng)
-    assert time.process_time() - start < 3  # about 0.7 s
+    assert time.process_time() - start < 6  # about 0.7 s; a slow or busy processor takes five times that
     code = (
         "import sys, dermnb.metrics.scores;"
         "heavy = {'tensorflow', 'keras', 'jax', 'torch', 'scipy', 'sklearn'} & set(sys.modules);"

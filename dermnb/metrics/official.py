@@ -32,23 +32,10 @@ class Challenge:
 _BALANCED = "mean over the challenge's classes of the share of their images that was predicted correctly"
 _ISIC2018 = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
 _ISIC2019 = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK")
-_MILK10K = {
-    "AKIEC": "Actinic keratosis / intraepidermal carcinoma",
-    "BCC": "Basal cell carcinoma",
-    "BEN_OTH": "Other benign proliferations",
-    "BKL": "Benign keratinocytic lesion",
-    "DF": "Dermatofibroma",
-    "INF": "Inflammatory and infectious conditions",
-    "MAL_OTH": "Other malignant proliferations",
-    "MEL": "Melanoma",
-    "NV": "Melanocytic nevus",
-    "SCCKA": "Squamous cell carcinoma / keratoacanthoma",
-    "VASC": "Vascular lesions and hemorrhage",
-}
 
 
 def _challenges() -> dict[str, Challenge]:
-    dx7, isic8, binary = map(load_taxonomy, ("dx7", "isic8", "binary"))
+    dx7, isic8, binary, milk11 = map(load_taxonomy, ("dx7", "isic8", "binary", "milk11"))
     balanced = MetricSpec("balanced_accuracy", "Balanced multi-class accuracy", _BALANCED)
     auc = MetricSpec("auc", "AUC", "area under the ROC curve of melanoma against all else")
     partial = MetricSpec(
@@ -64,13 +51,12 @@ def _challenges() -> dict[str, Challenge]:
         "mean over the challenge's classes of F1, by lesion: the mean of its images' probabilities, "
         "written so that the predicted class, and no other, is above 0.5",
     )
-    milk10k = Taxonomy("milk10k", tuple(_MILK10K), _MILK10K, {})
     rows = (
         Challenge("isic2018", "ISIC 2018, task 3", balanced, "image", _ISIC2018, dx7),
         Challenge("isic2019", "ISIC 2019", balanced, "image", _ISIC2019, isic8),
         Challenge("isic2020", "ISIC 2020", auc, "image_name", ("target",), dx7, ("mel",)),
         Challenge("isic2024", "ISIC 2024", partial, "isic_id", ("target",), binary, ("malignant",)),
-        Challenge("milk10k", "MILK10k", f1, "lesion_id", milk10k.classes, milk10k),
+        Challenge("milk10k", "MILK10k", f1, "lesion_id", milk11.classes, milk11),
     )
     return {row.name: row for row in rows}
 
