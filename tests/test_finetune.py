@@ -186,7 +186,7 @@ def test_early_stopping_gives_the_best_epoch_of_all_stages_back():
     best = history.loc[history["val_loss"].idxmin()]
     assert len(history) < 9
     assert history.attrs["restored_epoch"] == best["epoch"] <= 3
-    assert model.evaluate(val, verbose=0)[0] == pytest.approx(
+    assert model.evaluate(val, verbose=0) == pytest.approx(
         best["val_loss"], rel=FLOAT32
     )
 
@@ -214,7 +214,7 @@ def test_without_early_stopping_the_last_epoch_stands():
     assert history.attrs["restored_epoch"] is None
     last = history["val_loss"].iloc[-1]
     model.compile(loss=LOSS)
-    assert model.evaluate(val, verbose=0)[0] == pytest.approx(last, rel=FLOAT32)
+    assert model.evaluate(val, verbose=0) == pytest.approx(last, rel=FLOAT32)
 
 
 def test_plateau_lowers_the_rate_after_its_warm_up():
