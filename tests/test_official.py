@@ -42,7 +42,8 @@ def test_as_the_scorer_says(case):
     table = table_of(case["ids"], classes, case["p"], case["truth"])
     found = official_score(table, classes, name, resamples=50)["test"]
     assert found["value"] == pytest.approx(case["official"], abs=1e-9)
-    rarest = min(map(case["truth"].count, {*case["truth"]}))
+    counted = table[table["image_id"] != "ISIC_0035068"]
+    rarest = counted.groupby("y_true")["lesion_id"].nunique().min()
     assert found["low"] is None if rarest < 5 else found["low"] < found["value"] < found["high"]
     assert found["n"] == len(table) - 1  # ISIC_0035068 has no weight
     # What is written says the same, by the rule of the challenge alone.
