@@ -9,7 +9,7 @@ from tolerances import FLOAT32
 
 from dermnb.core import cache_dir, make_config
 from dermnb.data.images import make_batches
-from dermnb.nets import features
+from dermnb.nets import device, features
 from dermnb.nets.backbones import BACKBONES
 from dermnb.nets.features import FeatureStore, find_cut, lower_part, plan_features, scaled_network, upper_part
 from dermnb.nets.finetune import Stage, set_trainable
@@ -245,3 +245,23 @@ def test_what_makes_new_images_each_epoch_is_not_kept(capsys):
     ):
         assert plan_features(network, [5], cuts, batches(**more), batches(), views) is None
         assert reason in capsys.readouterr().out
+
+
+def test_convolutions_of_one_pixel_are_products(monkeypatch):
+    tf = pytest.importorskip("tensorflow")
+    from keras.src.backend.tensorflow import nn
+
+    used, products = [], device.pixel_products
+    monkeypatch.setattr(nn, "conv", nn.conv)  # put back at the end
+    monkeypatch.setattr(device, "pixel_products", lambda *args: used.append(args[1].shape) or products(*args))
+    device.convolve_by_products.__wrapped__()
+    rng = np.random.default_rng(0)
+    for k, stride in ((1, 1), (1, 2), (3, 1)):
+        x, w = (tf.constant(rng.normal(size=s), tf.float32) for s in ((2, 5, 4, 3), (k, k, 3, 6)))
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch([x, w])
+            ours, theirs = nn.conv(x, w, stride, "same"), tf.nn.conv2d(x, w, stride, "SAME")
+            sums = tf.reduce_sum(ours**2), tf.reduce_sum(theirs**2)
+        pairs = [(ours, theirs), *zip(*(tape.gradient(s, [x, w]) for s in sums), strict=True)]
+        assert all(np.allclose(a, b, rtol=FLOAT32, atol=FLOAT32) for a, b in pairs), (k, stride)
+    assert used == [(1, 1, 3, 6)]
