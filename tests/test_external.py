@@ -196,3 +196,10 @@ def test_the_report_and_a_suite_file_set_both_side_by_side(suite, tested, demo_d
         assert f"{value:.3f}" in text and f"{value:.3f}" in index
     assert "Abstained rightly" in text and "Recalibration on k images" in text and "same bytes 12" in text
     assert _test_suite(suite, [{"run": "net", "status": "stopped"}], tests) == []
+
+
+@pytest.mark.parametrize("without", [[], ["theirs"]])
+def test_an_ensemble_with_a_table_among_its_members_has_no_network(without, tmp_path):
+    (tmp_path / "model").mkdir()
+    write_json(tmp_path / "model" / "ensemble.json", {"without_network": without})
+    assert has_network(tmp_path) is not bool(without)

@@ -60,7 +60,7 @@ from dermnb.metrics.scores import (
     unit_numbers,
 )
 from ..metrics.subgroups import FACT_KINDS, subgroups
-from .bundle import Bundle, bundle_folder, load_bundle
+from .bundle import Bundle, bundle_folder, load_bundle, no_network
 from .ensemble import mix_probabilities
 from .folders import data_key, file_hash, find_run
 from .results import RunResult, load_run
@@ -376,8 +376,9 @@ def network_digest(
 def has_network(
     run: str | Path,  # folder of a finished run
 ) -> bool:
-    "Whether its network is there, and not only its predictions."
-    return any((Path(run) / "model" / n).is_file() for n in ("model.keras", "ensemble.json"))
+    "Whether its network is there, with those of all its members, and not only its predictions."
+    model = Path(run) / "model"
+    return not no_network(model) and any((model / n).is_file() for n in ("model.keras", "ensemble.json"))
 
 
 def _bundle_of(target: str | Path) -> tuple[Path, Path | None]:
