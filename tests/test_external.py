@@ -15,12 +15,12 @@ from dermnb.cli import _test_suite
 from dermnb.core import ConfigError, cache_dir, read_json, write_json
 from dermnb.data.datasets import load_dataset
 from dermnb.metrics.calibration import temper
+from dermnb.metrics.comparison import independent_difference
 from dermnb.metrics.scores import TableScores, evaluate, probability_columns, unit_numbers
 from dermnb.runs.bundle import load_bundle, write_bundle
 from dermnb.runs.external import (
     external_results,
     has_network,
-    independent_difference,
     predict_images,
     predict_outside,
     run_external,

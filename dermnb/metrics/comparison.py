@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['FEW_LESIONS', 'THRESHOLD_FREE', 'FEW_DISCORDANT', 'SIGNIFICANT', 'paired_differences', 'comparison_verdict',
-           'mcnemar', 'auc_components', 'holm', 'compare_all', 'rank_ranges', 'leak_effect', 'summarize_repeats']
+           'mcnemar', 'auc_components', 'holm', 'compare_all', 'rank_ranges', 'leak_effect', 'independent_difference',
+           'summarize_repeats']
 
 # %% ../../nbs/metrics/03_comparison.ipynb #4647471e
 import itertools
+import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -618,6 +620,21 @@ def _tested(predictions, classes, split_table, split) -> tuple[pd.DataFrame, np.
     trained = split_table.loc[split_table["split"] == "train", "lesion_id"].dropna()
     table = table[table["split"] == split].sort_values("image_id", ignore_index=True)
     return table, table["lesion_id"].isin(set(trained)).to_numpy()
+
+# %% ../../nbs/metrics/03_comparison.ipynb #09027f84
+def independent_difference(
+    a: Mapping,  # an estimate: value, low, high, n
+    b: Mapping,  # of other images
+) -> dict:  # value, low, high, n of both
+    "a minus b of two independent estimates, with an interval from theirs; none where one has none."
+    found = {"value": None, "low": None, "high": None, "n": a["n"] + b["n"]}
+    if a["value"] is None or b["value"] is None:
+        return found
+    found["value"] = a["value"] - b["value"]
+    if a["low"] is not None and b["low"] is not None:
+        found["low"] = found["value"] - math.hypot(a["value"] - a["low"], b["high"] - b["value"])
+        found["high"] = found["value"] + math.hypot(a["high"] - a["value"], b["value"] - b["low"])
+    return found
 
 # %% ../../nbs/metrics/03_comparison.ipynb #40a7968e
 def summarize_repeats(

@@ -9,6 +9,7 @@ __all__ = ['external', 'side_by_side', 'data_rows', 'sentence_of', 'external_fig
 from collections.abc import Callable, Mapping, Sequence
 
 from ..core import plural
+from ..metrics.comparison import independent_difference
 from ..metrics.scores import BINARY_METRICS, CLASS_METRICS, METRICS
 from ..metrics.subgroups import FACT_KINDS
 from dermnb.report.blocks import (
@@ -35,7 +36,6 @@ from .subgroups import group_name
 from dermnb.runs.external import (
     ExternalResult,
     external_results,
-    independent_difference,
     left_out_text,
     table_facts,
 )

@@ -6,15 +6,14 @@
 __all__ = ['SHARED_KINDS', 'LOOKED_AT', 'SCHEMA', 'RECALIBRATED', 'DRAWS', 'MEASURED', 'HEADLINE', 'taxonomy_of',
            'join_taxonomies', 'mapping_rows', 'read_collection', 'folder_of', 'check_folders', 'Learned', 'learned_by',
            'shared_images', 'predict_images', 'picture_facts', 'table_facts', 'network_digest', 'has_network',
-           'predict_outside', 'left_out_text', 'independent_difference', 'measure_side', 'recalibration_curve',
-           'ExternalResult', 'external_results', 'external_rows', 'summarize', 'run_external']
+           'predict_outside', 'left_out_text', 'measure_side', 'recalibration_curve', 'ExternalResult',
+           'external_results', 'external_rows', 'summarize', 'run_external']
 
 # %% ../../nbs/runs/15_external.ipynb #2db71b50
 import contextlib
 import hashlib
 import io
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -51,6 +50,7 @@ from dermnb.metrics.calibration import (
     fit_temperature,
     temper,
 )
+from ..metrics.comparison import independent_difference
 from dermnb.metrics.scores import (
     check_predictions,
     choose_threshold,
@@ -549,24 +549,6 @@ def left_out_text(
 
 def _said(record: Mapping) -> str:
     return " ".join([f"{plural(record['images'], 'image')} predicted.", *left_out_text(record)])
-
-# %% ../../nbs/runs/15_external.ipynb #7a1c68b7
-def independent_difference(
-    first: Mapping,  # an estimate: value, low, high, n
-    second: Mapping,  # of other images
-) -> dict:  # value, low, high, n
-    "First minus second with an interval, of estimates from independent images."
-    if first["value"] is None or second["value"] is None:
-        return {"value": None, "low": None, "high": None, "n": first["n"]}
-    d = first["value"] - second["value"]
-    found = {"value": d, "low": None, "high": None, "n": first["n"]}
-    if first["low"] is None or second["low"] is None:
-        return found
-    down, up = (
-        [max(0.0, sign * (e["value"] - e[end])) for e in (first, second)]
-        for end, sign in (("low", 1), ("high", -1))
-    )
-    return found | {"low": d - math.hypot(down[0], up[1]), "high": d + math.hypot(up[0], down[1])}
 
 # %% ../../nbs/runs/15_external.ipynb #df535864
 _QUICK = 300  # resamples of what is shown beside the main figures
