@@ -279,7 +279,7 @@ def external_figure(page: Page, results: Sequence[ExternalResult]) -> dict:
 
 _NOTE = (
     "Nothing was refitted: temperature, sets, thresholds and abstention are those of the run's validation images. Own and "
-    "other images are independent, so a difference has its interval from theirs. Collections differ in diagnoses, persons and "
+    "other images are taken for independent, so a difference has its interval from theirs; images that are in both are counted on the pages of the runs. Collections differ in diagnoses, persons and "
     "cameras at once, so a difference need not come from the network alone."
 )
 
