@@ -45,6 +45,7 @@ from ..nets.checkpoints import Checkpoint
 from ..nets.choose import BATCH_SIZES, choice_sentence, measure_steps, measured_choice
 from ..nets.cost import count_flops
 from ..nets.device import convolve_by_products, share_devices
+from ..nets.features import scaled_network
 from dermnb.nets.finetune import (
     backbone_layers,
     fit_stages,
@@ -182,8 +183,8 @@ def _measure(config: ExperimentConfig, data: Data, base, precisions, sizes) -> d
         set_trainable(model, spec, stage.train, stage.train_batch_norm)
         jit = False if backend() == "tensorflow" else "auto"  # as `fit_stages`
         loss = make_loss(config.training, data.class_counts())
-        model.compile(make_optimizer(config.optimizer, stage.learning_rate), loss, jit_compile=jit)
-        models[precision] = model
+        models[precision] = trained = scaled_network(model)
+        trained.compile(make_optimizer(config.optimizer, stage.learning_rate), loss, jit_compile=jit)
     some = config.model_copy(update={"batch_size": max(sizes)}).training
     images, labels = split_batches(some, data, "train", training=True)[0]
     found = measure_steps(models, images, labels, sizes)
