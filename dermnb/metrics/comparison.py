@@ -191,7 +191,6 @@ def _difference(pairs: Sequence[tuple[_Answers, _Answers]], metric: str, level: 
     apart = sum(a.many[metric] - b.many[metric] for a, b in pairs) / len(pairs)
     value = ends[0] - ends[1]
     n, lesions = _extent([a for a, _ in pairs], metric.partition(":")[2])
-    row = estimate(value, apart, n, level)
     known = apart[np.isfinite(apart)]
     variance, freedom = np.var(known, ddof=1) if len(known) > 1 else np.nan, np.inf
     if len(pairs) == 1:
@@ -207,7 +206,7 @@ def _difference(pairs: Sequence[tuple[_Answers, _Answers]], metric: str, level: 
         share = 1 / once + 1 / again if single else 1 / len(pairs)
         variance = np.nanvar(apart) + np.var(each, ddof=1) * share
         freedom = len(pairs) - 1
-        row |= _around(value, variance, freedom, level)
+    row = {"value": float(value) if np.isfinite(value) else None, **_around(value, variance, freedom, level), "n": n}
     a, b = (v if np.isfinite(v) else None for v in ends)
     p = _two_sided(value, variance, freedom)
     return {"metric": metric, "a": a, "b": b, **row, "p": p, "lesions": lesions}
@@ -261,13 +260,12 @@ def paired_differences(
 ) -> list[dict]:
     """Of each metric: a and b, the difference a minus b with its interval, and its n.
 
-    The interval is a bootstrap over lesions with the same resamples for a and b. Of repeats
-    everything is the mean over the pairs, and the interval also covers another repeat:
-    Student's t on as many degrees of freedom as there are pairs less one, with the
+    Interval and p, of no difference, two-sided, are by Student's t on the standard error of
+    a bootstrap over lesions with the same resamples for a and b, its degrees of freedom as
+    `_freedom` says. Of repeats everything is the mean over the pairs, and both also cover
+    another repeat: as many degrees of freedom as there are pairs less one, with the
     variances of lesions and of repeats added; a single run beside several is held to vary
-    with training as they do. p is that of no difference, two-sided, from
-    the bootstrap's standard error and Student's t (of repeats the same t, else as
-    `_freedom` says). Where patients are known they are resampled in place of lesions.
+    with training as they do. Where patients are known they are resampled in place of lesions.
     Raises `ConfigError` where the tables are not of the same images with the same truth and
     lesions, and for a metric that has no paired difference. Keys: metric, a, b, value, low, high, n
     (images), p, lesions.
