@@ -668,6 +668,8 @@ def duration(
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
+    if minutes >= 72 * 60:
+        return f"{minutes / 1440:.0f} days"
     return (
         f"{minutes} min"
         if minutes < 90

@@ -8,7 +8,7 @@ import pytest
 from fabricate import AUDIT, ISIC8, make_ensemble, make_predictions, make_run
 from pages import ReadPage
 
-from dermnb.core import ConfigError, make_config, read_json, write_json
+from dermnb.core import ConfigError, duration, make_config, read_json, write_json
 from dermnb.metrics.calibration import calibration_summary, fit_decision
 from dermnb.metrics.comparison import compare_all
 from dermnb.metrics.scores import evaluate
@@ -432,6 +432,9 @@ def test_costs_are_told_with_their_limits(four_runs, index, tmp_path):
     assert "FLOPs per image" in text and "2.25 M" in text
     assert "wall-clock and memory is of the whole process" in text
     assert "Balanced accuracy against training time" in text
+    record = read_json(four_runs / "c" / "run.json")
+    seconds = 100 * record["timing"]["epoch_s"] * (224 / record["config"]["image_size"]) ** 2
+    assert re.search(rf"100 epochs at 224 pixels would take on the same machine, by these times: .*\bc {duration(seconds)}", text)
     assert "4.0 s" in ReadPage(four_runs / "c" / "report.html").said("cost")
     assert "No FLOPs were counted" not in text
     model = {"backbone": "cnn", "parameters": 25_000}

@@ -56,6 +56,7 @@ def cost(page: Page) -> list[dict] | None:
         each = seconds.get("epoch_s") or (train / epochs if train and epochs else None)
         row = {k: model.get(k) for k in ("parameters", "trainable_parameters", "flops", "size_mb")}
         row |= {"epochs": epochs or None, "epoch_s": each, "train_s": train, "total_s": seconds.get("total_s")}
+        row |= {"pixels": None if run.get("features") else run.get("config", "image_size")}  # a side
         rows.append(
             row
             | {
@@ -66,6 +67,19 @@ def cost(page: Page) -> list[dict] | None:
             }
         )
     return rows or None
+
+# %% ../../nbs/report/13_records.ipynb #fa6b4a4f
+_MORE = (100, 224)  # epochs, and pixels a side: what is usual for these networks
+
+
+def _of_more(rows: Sequence[Mapping]) -> list[str]:
+    "What training as is usual would take, by the measured time of an epoch."
+    epochs, side = _MORE
+    known = [r for r in rows if r["epoch_s"] and r["pixels"] and r["pixels"] < side]
+    each = [f"{r['name']} {duration(epochs * r['epoch_s'] * (side / r['pixels']) ** 2)}" for r in known]
+    said = f"If time grows with the pixels, {epochs} epochs at {side} pixels would take on the same machine, by these times: "
+    return [f"{said}{listing(each, 12)}."] if each else []
+
 
 # %% ../../nbs/report/13_records.ipynb #1b46ea5a
 def cost_blocks(page: Page, rows: Sequence[Mapping]) -> list:
@@ -86,6 +100,7 @@ def cost_blocks(page: Page, rows: Sequence[Mapping]) -> list:
     if tables := [r.name for r in page.done if r.get("peer")]:
         notes.append(f"What the predictions of {listing(tables)} cost is not known.")
     notes += [] if any(r["flops"] for r in rows) else ["No FLOPs were counted in these runs."]
+    notes += _of_more(rows)
     plots = []
     for key in COSTS if not page.one else ():
         points = {r["name"]: r["point"] | {key: r[key]} for r in rows if r[key]}
