@@ -89,8 +89,8 @@ def test_what_is_published_is_light():
         pytest.skip("this is no git checkout")
     files = [REPORTS.parent / name for name in listed.stdout.split("\0") if name]
     sizes = {f: f.lstat().st_size for f in files if f.is_symlink() or f.is_file()}
-    assert sum(n for f, n in sizes.items() if REPORTS in f.parents) < 10e6
-    assert sum(sizes.values()) < 18e6
+    assert sum(n for f, n in sizes.items() if REPORTS in f.parents) < 12e6
+    assert sum(sizes.values()) < 20e6
 
 
 def boards(page: str) -> dict[str, dict[str, dict[str, str]]]:
