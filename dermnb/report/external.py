@@ -266,15 +266,17 @@ def sentence_of(result: ExternalResult) -> str:
 def external_figure(page: Page, results: Sequence[ExternalResult]) -> dict:
     "Balanced accuracy of each run on its own test images and on each collection."
     pairs = [_both(result, _metric("balanced_accuracy"))[:2] for result in results]
-    names = [r.title if page.one else f"{r.run.name}, {r.title}" for r in results]
+    once = not page.one and len({r.title for r in results}) == 1  # then it is named once
+    names = [r.title if page.one else r.run.name if once else f"{r.run.name}, {r.title}" for r in results]
+    other = results[0].title if once else "other collections"
     series = []
     for i, side in enumerate(("own images", "other collection")):
         cells = {at: pair[i] for at, pair in enumerate(pairs) if pair[i]}
         said = {at: f"{label(names[at], 60)}, {side}" for at in cells}
         series.append({"name": side, "cells": cells, "said": said, "shift": 0.2 * i - 0.1, "legend": True} | style_of(i))
     notes = [f"lines: {page.level:.0%} intervals", "own images: of the same classes", page.note]
-    axes = "Balanced accuracy<br>(share)", "Collection" if page.one else "Run, collection"
-    return forest_figure("Own test images and other collections", notes, [label(n, 34) for n in names], series, axes, ends=[-0.02, 1.02], step=44)
+    axes = "Balanced accuracy<br>(share)", "Collection" if page.one else "Run" if once else "Run, collection"
+    return forest_figure(label(f"Own test images and {other}", 60), notes, [label(n, 34) for n in names], series, axes, ends=[-0.02, 1.02], step=44)
 
 
 _NOTE = (
